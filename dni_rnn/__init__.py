@@ -1,0 +1,47 @@
+"""Truncated backpropagation through time with synthetic gradients (decoupled neural interfaces)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dni_rnn.estimators import DNI, Estimate, FullBPTT, TruncatedBPTT, Window
+    from dni_rnn.interface import Interface
+    from dni_rnn.recurrent import Boundary, CoreOutput, RecurrentCore, SequenceModel
+    from dni_rnn.synthesizers import ContextMLP, EmbeddedTokens, MLPSynthesizer, OneHotTokens
+    from dni_rnn.trees import LSTMState
+
+_PUBLIC = {
+    "estimators": ("DNI", "Estimate", "FullBPTT", "TruncatedBPTT", "Window"),
+    "interface": ("Interface",),
+    "recurrent": ("Boundary", "CoreOutput", "RecurrentCore", "SequenceModel"),
+    "synthesizers": ("ContextMLP", "EmbeddedTokens", "MLPSynthesizer", "OneHotTokens"),
+    "trees": ("LSTMState",),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = [  # noqa: RUF022  (by module)
+    "DNI",
+    "Estimate",
+    "FullBPTT",
+    "TruncatedBPTT",
+    "Window",
+    "Interface",
+    "Boundary",
+    "CoreOutput",
+    "RecurrentCore",
+    "SequenceModel",
+    "ContextMLP",
+    "EmbeddedTokens",
+    "MLPSynthesizer",
+    "OneHotTokens",
+    "LSTMState",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch takes a second; `dni-rnn --help` imports this package and needs none of it.
+    if name in _HOME:
+        return getattr(import_module(f"dni_rnn.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'dni_rnn' has no attribute {name!r}")

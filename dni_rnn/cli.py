@@ -1,0 +1,173 @@
+"""`dni-rnn`: the command line. Torch is imported only by the commands that compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from functools import reduce
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import tyro
+
+from dni_rnn.config import TrainConfig
+from dni_rnn.errors import DivergedError, UsageError
+from dni_rnn.task import Task, installed_tasks
+
+TASKS = installed_tasks()
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate a run's best weights (lowest validation loss) on a split, in bits per character."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    split: Literal["valid", "test"] = "test"
+    """Which split."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    data_dir: Path | None = None
+    """Folder that holds the data files; the default is the run's."""
+
+    def __call__(self) -> None:
+        from dni_rnn.inference import load_run
+        from dni_rnn.training import choose_device, evaluate
+
+        loaded = load_run(self.run, choose_device(self.device), self.data_dir)
+        bits = evaluate(loaded.model, loaded.data, self.split, loaded.device)
+        print(f"{loaded.data.name} {self.split}: {bits:.4f} bpc after {loaded.symbols:,} training characters")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Let a run's best weights write text."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    prompt: str = ""
+    """Text that the model reads first. Empty: it starts from a random character of the training text."""
+    chars: int = 300
+    """How many characters to write."""
+    temperature: float = 0.8
+    """Below 1 the model prefers what it finds likely; 1 samples its own distribution."""
+    seed: int = 0
+    """Of the sampling."""
+    data_dir: Path | None = None
+    """Folder that holds the data files; the default is the run's."""
+
+    def __call__(self) -> None:
+        from dni_rnn.inference import load_run, sample
+        from dni_rnn.training import choose_device
+
+        loaded = load_run(self.run, choose_device("cpu"), self.data_dir)
+        print(sample(loaded, self.prompt, self.chars, self.temperature, self.seed))
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train short truncation without and with synthetic gradients, and a longer one, and compare them."""
+
+    out: Path = Path("runs/demo")
+    """Where the runs and the plot go."""
+    chars: int = 600_000
+    """Characters each method trains on."""
+
+    def __call__(self) -> None:
+        from dni_rnn.demo import run_demo
+
+        run_demo(self.out, self.chars)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """List the installed tasks."""
+
+    def __call__(self) -> None:
+        width = max(map(len, TASKS))
+        for name, task in TASKS.items():
+            print(f"{name:{width}}  {(task.__doc__ or '').strip().splitlines()[0]}")
+
+
+def _train(self: Any) -> None:
+    from dni_rnn.runs import Run, default_path
+    from dni_rnn.training import Interrupted, train
+
+    config: TrainConfig = self.config
+    if config.out is None:
+        config = dataclasses.replace(config, out=default_path(self.name, config))
+    assert config.out is not None
+    try:
+        summary = train(Run(config.out, self.name, self.task, config))
+    except Interrupted as stop:
+        print(f"dni-rnn: saved; go on with the same command and --resume --out {config.out}", file=sys.stderr)
+        sys.exit(128 + stop.signal)
+    print(
+        f"{summary['data']} {summary['method']} T={config.bptt}: "
+        f"valid {summary['best_valid_bpc']:.4f}, test {summary['test_bpc']:.4f} bpc "
+        f"after {summary['symbols']:,} characters in {summary['seconds']:.0f} s "
+        f"({summary['symbols_per_second']:,} characters/s) -> {config.out}"
+    )
+
+
+def _train_command(name: str, task: type[Task]) -> type:
+    """`train NAME`: the task's options and the run's, side by side."""
+    return dataclasses.make_dataclass(
+        f"Train{task.__name__}",
+        [
+            ("task", tyro.conf.OmitArgPrefixes[task]),
+            ("config", tyro.conf.OmitArgPrefixes[TrainConfig]),
+        ],
+        namespace={"name": name, "__call__": _train, "__doc__": task.__doc__},
+        frozen=True,
+    )
+
+
+def _union(commands: dict[str, type]) -> Any:
+    named = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items()]
+    return reduce(lambda a, b: Union[a, b], named)  # noqa: UP007
+
+
+def _parser() -> Any:
+    train = _union({name: _train_command(name, task) for name, task in TASKS.items()})
+    train_group = dataclasses.make_dataclass(
+        "Train",
+        [("command", train)],
+        namespace={"__call__": lambda self: self.command(), "__doc__": "Train a model on a task."},
+        frozen=True,
+    )
+    return _union({"train": train_group, "eval": Eval, "sample": Sample, "demo": Demo, "tasks": Tasks})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 2 for what the user can mend, 3 for a diverged run."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"dni-rnn {version('dni-rnn')}")
+        return 0
+    try:
+        command = tyro.cli(
+            _parser(),
+            prog="dni-rnn",
+            description="Truncated backpropagation through time with synthetic gradients.",
+            args=arguments,
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+        )
+        command()
+    except UsageError as error:
+        print(f"dni-rnn: {error}", file=sys.stderr)
+        return 2
+    except DivergedError as error:
+        print(f"dni-rnn: stopped: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

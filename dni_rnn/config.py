@@ -1,0 +1,188 @@
+"""What a run is: one frozen dataclass. Its fields are the flags, its docstrings their help.
+
+Nothing here imports torch: `dni-rnn --help` reads this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dni_rnn.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesizerSpec:
+    """`--synthesizer` read: widths of the hidden layers, 0 meaning the width of the core."""
+
+    hidden: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> SynthesizerSpec:
+        """`linear`, `mlp` (one hidden layer as wide as the core), `mlp:128`, `mlp:512,512`."""
+        name, _, widths = text.partition(":")
+        if text == "linear":
+            return cls(hidden=())
+        if text == "mlp":
+            return cls(hidden=(0,))
+        try:
+            hidden = tuple(int(width) for width in widths.split(","))
+        except ValueError:
+            hidden = ()
+        if name != "mlp" or not 1 <= len(hidden) <= 2 or min(hidden) < 1:
+            raise UsageError(f"--synthesizer {text}: give linear, mlp, mlp:WIDTH or mlp:WIDTH,WIDTH")
+        return cls(hidden=hidden)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextSpec:
+    """`--context` read: how many coming symbols M is told, and how they are encoded."""
+
+    window: int
+    embedding: int
+    """Width of the shared table; 0 for one-hot."""
+
+    @classmethod
+    def parse(cls, text: str) -> ContextSpec:
+        """`none`, `next-tokens:W` (one-hot), `next-tokens:W:E` (embedded in E dimensions)."""
+        if text == "none":
+            return cls(window=0, embedding=0)
+        name, *numbers = text.split(":")
+        try:
+            window, embedding = (int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 0)
+        except (ValueError, IndexError):
+            window, embedding = 0, 0
+        if name != "next-tokens" or len(numbers) > 2 or window < 1 or embedding < 0:
+            raise UsageError(f"--context {text}: give none, next-tokens:W or next-tokens:W:EMBEDDING")
+        return cls(window=window, embedding=embedding)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides what a training run does, beside the options of its task."""
+
+    core: Literal["lstm", "gru", "rnn"] = "lstm"
+    """Recurrent core; rnn is the tanh RNN."""
+    hidden: int = 256
+    """Units per layer."""
+    layers: int = 1
+    """Stacked recurrent layers."""
+    embedding: int = 128
+    """Width of the input embedding."""
+
+    bptt: int = 20
+    """T: steps per window, the length that gradients are backpropagated."""
+    accumulate: int = 1
+    """Windows per update. Methods with equal bptt × accumulate update after the same number of symbols."""
+    dni: bool = False
+    """Put a synthetic gradient at each truncation boundary."""
+    synthesizer: str = "mlp"
+    """linear, mlp (one hidden layer as wide as the core), mlp:WIDTH or mlp:WIDTH,WIDTH."""
+    context: str = "none"
+    """What the synthesizer is told of what comes: none, next-tokens:W (one-hot) or next-tokens:W:EMBEDDING."""
+    reading: Literal["boundary", "next-output"] = "boundary"
+    """The synthesizer reads the boundary state, or the state after one more input."""
+    scale: float = 0.1
+    """Weight of the synthetic gradient; also the discount of the future at each boundary."""
+    aux: bool = False
+    """Auxiliary task: predict the synthetic gradient one window ahead."""
+    aux_weight: float = 0.1
+    """Weight of its dimensionless error beside the mean loss in nats."""
+
+    batch_size: int = 64
+    """Rows read side by side."""
+    lr: float = 1e-3
+    """Adam's learning rate for the net."""
+    synthesizer_lr: float = 1e-3
+    """Adam's learning rate for the synthesizer."""
+    clip: float = 1.0
+    """Largest norm of the net's gradient per update; 0 switches clipping off."""
+
+    chars: int | None = None
+    """Train on this many symbols. The default is one pass over the training text."""
+    minutes: float | None = None
+    """Train for this long instead (evaluation not counted)."""
+    steps: int | None = None
+    """Train for this many updates instead."""
+    seed: int = 0
+    """Of the initial weights and of generated data."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a CUDA device when there is one."""
+    threads: int | None = None
+    """CPU threads; the default is torch's."""
+    data_dir: Path | None = None
+    """Folder that holds the data files."""
+    out: Path | None = None
+    """Run directory. The default is runs/TASK-METHOD-seedN."""
+    resume: bool = False
+    """Go on with the run in --out from its last checkpoint."""
+    log_every: int = 50
+    """Updates between rows of metrics.jsonl."""
+    eval_every: int = 500_000
+    """Training symbols between validations."""
+    save_every: float = 30.0
+    """Seconds between checkpoints."""
+    state_limit: float = 100.0
+    """Stop when the root mean square of the recurrent state exceeds this: it has run away."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "hidden", "layers", "embedding", "bptt", "accumulate", "batch_size", "chars", "minutes", "steps",
+            "threads", "log_every", "eval_every", "lr", "synthesizer_lr", "state_limit", "aux_weight",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"--{name.replace('_', '-')} must be positive, not {value}")
+        for name in ("clip", "scale", "save_every"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"--{name.replace('_', '-')} must not be negative")
+        if sum(budget is not None for budget in (self.chars, self.minutes, self.steps)) > 1:
+            raise UsageError("give one of --chars, --minutes and --steps, not several")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if not self.dni:
+            for name in ("synthesizer", "context", "reading", "scale", "aux", "synthesizer_lr"):
+                if getattr(self, name) != defaults[name]:
+                    raise UsageError(f"--{name.replace('_', '-')} does nothing without --dni; add --dni")
+        if not self.aux and self.aux_weight != defaults["aux_weight"]:
+            raise UsageError("--aux-weight does nothing without --aux; add --aux")
+        SynthesizerSpec.parse(self.synthesizer)
+        ContextSpec.parse(self.context)
+
+    @property
+    def synthesizer_spec(self) -> SynthesizerSpec:
+        return SynthesizerSpec.parse(self.synthesizer)
+
+    @property
+    def context_spec(self) -> ContextSpec:
+        return ContextSpec.parse(self.context)
+
+    @property
+    def method(self) -> str:
+        """What tables call it: `bptt`, `dni`, `dni+aux`, `dni+next-tokens:8`."""
+        if not self.dni:
+            return "bptt"
+        context = "" if self.context == "none" else f"+{self.context}"
+        return f"dni{context}{'+aux' if self.aux else ''}"
+
+
+NOT_OF_THE_TRAJECTORY = frozenset(
+    {"chars", "minutes", "steps", "device", "threads", "data_dir", "out", "resume", "log_every", "save_every"}
+)
+"""Fields that may change when a run is resumed: they do not change what any one update does."""
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A dataclass as JSON values; paths as text."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+
+
+def from_json(kind: type, values: dict[str, Any]) -> Any:
+    """The dataclass back from `to_json`; fields that are paths by their annotation become paths."""
+    fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise UsageError(f"this run was made by another version: unknown setting {unknown[0]}")
+    return kind(**{k: Path(v) if v is not None and "Path" in fields[k] else v for k, v in values.items()})

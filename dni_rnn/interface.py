@@ -1,0 +1,248 @@
+"""The decoupled neural interface: two edges of the autograd graph.
+
+A message passes from a producer to a consumer. Forward, it passes. Backward, the two sides do not
+wait for each other:
+
+    producer:   ∂L/∂message  :=  ĝ = size · M(message, context)        (`send`)
+    consumer:   M is regressed on the gradient g that arrives there      (`receive`)
+
+Source: Jaderberg et al. 2017, "Decoupled Neural Interfaces using Synthetic Gradients",
+arXiv:1608.05343.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dni_rnn.trees import Tree, detach, flatten, map_tree, per_row, unflatten
+
+
+class _Edge(torch.autograd.Function):
+    """Identity forward. Backward: trains M on what arrives, and hands ĝ to a message that asks for it.
+
+    A detached message asks for nothing: then the edge is `receive`, and the graph ends here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, interface: Interface, done: Tensor | None, count: int, *tensors: Tensor) -> Any:
+        messages, predictions = tensors[:count], tensors[count:]
+        ctx.interface, ctx.done = interface, done
+        ctx.passes_on = any(ctx.needs_input_grad[3 : 3 + count])
+        # The size as it is now: backward moves it.
+        ctx.save_for_backward(interface.size(), *predictions)
+        return tuple(message.view_as(message) for message in messages)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        size, *predictions = ctx.saved_tensors
+        interface: Interface = ctx.interface
+        onward: list[Tensor | None] = [None] * len(gradients)
+        if ctx.passes_on:
+            factor = interface.scale * size
+            onward = [(factor * p).to(g.dtype) for p, g in zip(predictions, gradients, strict=True)]
+        return None, None, None, *onward, *interface._regress(predictions, gradients, ctx.done)
+
+
+class _Send(torch.autograd.Function):
+    """Zero forward. Backward: the synthetic gradients, as the gradients of the messages."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[:count])
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> Any:
+        # The incoming factor is left out on purpose. `receive` sees gradients of whatever the user
+        # calls backward on, so M already speaks in those units: with (loss + sent) / 4, g comes
+        # divided by 4, M learns it so, and dividing ĝ once more would be wrong.
+        synthetic = ctx.saved_tensors
+        return None, *[None] * len(synthetic), *synthetic
+
+
+class Interface(nn.Module):
+    """A decoupled neural interface with its synthesizer M.
+
+    In a truncated-BPTT loop, two lines change:
+
+        state = interface.receive(state)                      # was: detach
+        output, state = lstm(x, state)
+        loss = criterion(output, y) + interface.send(state)   # was: criterion(output, y)
+
+    One `loss.backward()` then does everything: the parameters of the net get their truncated
+    gradient plus what ĝ adds through the boundary, and the parameters of M get `.grad` like any
+    others, for an optimizer of the user's choice.
+
+    M is called as `M(message, context)` and returns a tensor or tree like `message`. It works in
+    units of the running size of its target, so that it and its learning rate do not depend on the
+    scale of the loss:
+
+        size² = running mean of g² over rows and features (bias-corrected, decay `decay`)
+        ĝ     = scale · size · M(message, context)
+        loss of M = mean over rows and features of (M(message, context) − g / size)²
+
+    so a loss of 1 is what predicting zero gives, and 0 is a perfect prediction. g is in the units
+    of the scalar on which backward is called (for a loss that is a mean over a batch, it shrinks
+    with the batch), and so is ĝ.
+
+    The same backward that brings ĝ to the parameters carries it on to the previous boundary, where it
+    is part of M's next target. So `scale` is the weight of ĝ and, with it, the factor by which the
+    future is discounted at every boundary it is bootstrapped across.
+
+    Args:
+      synthesizer: M, any module.
+      scale: factor on ĝ. 0 makes the interface a plain detach that trains M. Published: 0.1.
+      normalize: keep M in units of the running size of its target. Without it size is 1.
+      decay: of the running size, per backward pass.
+      batch_dim: where the rows of a message lie: -2 for the states of recurrent cores, (layers, B, H)
+        or (B, H), and for vectors (B, F); 0 for feature maps (B, C, height, width).
+
+    Source: Jaderberg et al. 2017, arXiv:1608.05343, §2.
+    """
+
+    target_square: Tensor
+    target_weight: Tensor
+    regression_loss: Tensor
+
+    def __init__(
+        self,
+        synthesizer: nn.Module,
+        *,
+        scale: float = 1.0,
+        normalize: bool = True,
+        decay: float = 0.99,
+        batch_dim: int = -2,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay must lie in [0, 1), not {decay}")
+        self.synthesizer = synthesizer
+        self.scale = scale
+        self.normalize = normalize
+        self.decay = decay
+        self.batch_dim = batch_dim
+        self.register_buffer("target_square", torch.zeros(()))
+        self.register_buffer("target_weight", torch.zeros(()))
+        self.register_buffer("regression_loss", torch.ones(()), persistent=False)
+
+    def size(self) -> Tensor:
+        """Running root mean square of M's targets (a scalar); 0 before the first one."""
+        if not self.normalize:
+            return torch.ones_like(self.target_square)
+        tiny = torch.finfo(self.target_weight.dtype).tiny
+        return (self.target_square / self.target_weight.clamp_min(tiny)).sqrt()
+
+    def receive(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
+        """Take a message over from its producer: the same values, cut from its history.
+
+        Backward, the gradient g that arrives here becomes M's regression target.
+
+        Args:
+          message: what was sent, for example the state at the end of the previous window.
+          context: what M may know besides the message; what `send` was given for it.
+          done: boolean (B,). Rows whose sequence ended at this boundary: the caller has put an
+            initial state there, its gradient is not theirs, and M is not trained on it.
+        """
+        if not torch.is_grad_enabled():
+            return detach(message)
+        return self._edge(detach(message), context, done)
+
+    def send(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tensor:
+        """Hand a message on: a scalar of value 0 whose gradient with respect to the message is ĝ.
+
+        Add it to the loss. A factor in front of it changes nothing (ĝ is already in the units of the
+        loss that is differentiated); `scale` is the place for one.
+
+        Args:
+          message: for example the state at the end of this window.
+          context: what M may know besides the message, for example the next symbols.
+          done: boolean (B,). Rows whose sequence ends here: they have no future, so ĝ is 0.
+        """
+        leaves, _ = flatten(message)
+        if not torch.is_grad_enabled():
+            return leaves[0].new_zeros(())
+        synthetic, _ = flatten(self.synthetic_gradient(message, context, done))
+        return _Send.apply(len(leaves), *synthetic, *leaves)  # type: ignore[return-value]
+
+    def forward(self, message: Tree, context: Any = None) -> Tree:
+        """Both halves at one place, as between two layers: identity; backward trains M and passes on ĝ."""
+        if not torch.is_grad_enabled():
+            return message
+        return self._edge(message, context, None)
+
+    def synthetic_gradient(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
+        """ĝ as `send` injects it: a tree like `message`, in the units of the loss, 0 in rows of `done`."""
+        factor = self.scale * self.size()
+        return map_tree(lambda p: (factor * p).to(p.dtype), self.predict(message, context, done))
+
+    @torch.no_grad()
+    def predict(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
+        """M's output in units of `size`: a tree like `message`, in its dtypes, 0 in rows of `done`."""
+        predictions, spec = self._call(message, context)
+        leaves, _ = flatten(message)
+        predictions = [p.to(leaf.dtype) for p, leaf in zip(predictions, leaves, strict=True)]
+        if done is not None:
+            predictions = [self._without(done, p) for p in predictions]
+        return unflatten(predictions, spec)
+
+    def _edge(self, message: Tree, context: Any, done: Tensor | None) -> Tree:
+        leaves, spec = flatten(message)
+        predictions, _ = self._call(message, context)
+        return unflatten(list(_Edge.apply(self, done, len(leaves), *leaves, *predictions)), spec)  # type: ignore[arg-type]
+
+    def _call(self, message: Tree, context: Any) -> tuple[list[Tensor], Any]:
+        """M's output for a detached message, checked to be a tree like it."""
+        leaves, spec = flatten(message)
+        predictions, _ = flatten(self.synthesizer(map_tree(torch.Tensor.detach, message), context))
+        got, wanted = [tuple(p.shape) for p in predictions], [tuple(leaf.shape) for leaf in leaves]
+        if got != wanted:
+            raise ValueError(f"the synthesizer must return tensors like the message, {wanted}, not {got}")
+        return predictions, spec
+
+    def _regress(
+        self, predictions: list[Tensor], gradients: tuple[Tensor, ...], done: Tensor | None
+    ) -> list[Tensor]:
+        """The gradient of M's loss with respect to its outputs. Moves the running size on the way."""
+        dtype = self.target_square.dtype
+        targets = [gradient.to(dtype) for gradient in gradients]
+        elements = sum(target.numel() for target in targets)
+        count: Tensor | float = elements
+        trained: Tensor | bool = True
+        if done is not None:
+            targets = [self._without(done, target) for target in targets]
+            count = ((~done).sum() * (elements / done.numel())).clamp_min(1.0)
+            trained = ~done.all()
+        square = _square_sum(targets) / count
+        # A loss scaler lets a non-finite gradient through now and then; M must not see it.
+        finite = torch.isfinite(square)
+        pull = torch.where(finite & trained, 1.0 - self.decay, 0.0).to(dtype)
+        self.target_square.lerp_(torch.where(finite, square, 0.0), pull)
+        self.target_weight.lerp_(torch.ones_like(pull), pull)
+        size = self.size()
+        # All targets zero so far (a net cut everywhere starts so): the target in M's units is zero.
+        inverse = torch.where(size > 0, 1.0 / size, 0.0)
+        residuals = []
+        for prediction, target in zip(predictions, targets, strict=True):
+            residual = torch.addcmul(prediction.to(dtype), target, inverse, value=-1.0)
+            residual = torch.where(finite, residual, 0.0)
+            residuals.append(residual if done is None else self._without(done, residual))
+        self.regression_loss.copy_(_square_sum(residuals) / count)
+        return [(r * (2.0 / count)).to(p.dtype) for r, p in zip(residuals, predictions, strict=True)]
+
+    def _without(self, done: Tensor, leaf: Tensor) -> Tensor:
+        """Zero in the rows of `done`."""
+        return leaf.masked_fill(per_row(done, leaf, self.batch_dim), 0.0)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, normalize={self.normalize}, batch_dim={self.batch_dim}"
+
+
+def _square_sum(tensors: list[Tensor]) -> Tensor:
+    """Sum of squares over all elements of all tensors."""
+    return torch.stack([torch.linalg.vector_norm(t) for t in tensors]).square().sum()

@@ -1,0 +1,206 @@
+"""Run directories: what a run writes, and how it is found again.
+
+config.json               everything resolved: task, options, versions, commit, device, threads
+metrics.jsonl             a row every `log_every` updates, and one per validation
+checkpoint.safetensors    model, optimizer, recurrent state, random state, position in the data
+best.safetensors          the model with the lowest validation loss so far
+summary.json              written when the run has ended
+events.out.tfevents.*     when tensorboard is installed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dni_rnn.checkpoint import write_atomically
+from dni_rnn.config import NOT_OF_THE_TRAJECTORY, TrainConfig, from_json, to_json
+from dni_rnn.errors import UsageError
+from dni_rnn.task import Task, installed_tasks
+
+REPORTED_PACKAGES = ("dni-rnn", "torch", "numpy", "safetensors")
+
+
+class Run:
+    """A run directory.
+
+    Attributes:
+      path: the directory.
+      task_name, task, config: what is run.
+    """
+
+    def __init__(self, path: Path, task_name: str, task: Task, config: TrainConfig) -> None:
+        self.path, self.task_name, self.task, self.config = path, task_name, task, config
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """The run that was written to `path`.
+
+        Raises:
+          UsageError: there is none, or its task is not installed.
+        """
+        try:
+            values = json.loads((path / "config.json").read_text())
+        except FileNotFoundError:
+            raise UsageError(f"{path}: no run there (config.json is missing)") from None
+        except (ValueError, OSError) as error:
+            raise UsageError(f"{path / 'config.json'}: cannot be read ({error})") from None
+        tasks = installed_tasks()
+        name = values["task"]
+        if name not in tasks:
+            raise UsageError(f"{path}: its task {name!r} is not installed; known: {', '.join(tasks)}")
+        task = from_json(tasks[name], values["task_options"])
+        return cls(path, name, task, from_json(TrainConfig, values["config"]))
+
+    def prepare(self, needed_bytes: int) -> None:
+        """Make sure that the directory can be written to and is not taken, before any training.
+
+        Raises:
+          UsageError: it cannot be made or written, holds another run, or the disk is too full.
+        """
+        there = (self.path / "config.json").exists()
+        if there and not self.config.resume:
+            raise UsageError(
+                f"{self.path} already holds a run; add --resume to go on with it, or give another --out"
+            )
+        if there:
+            self._check_same(Run.open(self.path))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / ".writable", b"")
+            (self.path / ".writable").unlink()
+        except OSError as error:
+            raise UsageError(
+                f"--out {self.path}: cannot be written ({error.strerror}); give another"
+            ) from None
+        free = shutil.disk_usage(self.path).free
+        if free < needed_bytes:
+            raise UsageError(
+                f"--out {self.path}: {free / 1e6:.0f} MB free, but checkpoints need "
+                f"{needed_bytes / 1e6:.0f} MB; free some space or give another"
+            )
+
+    def _check_same(self, other: Run) -> None:
+        if (other.task_name, other.task) != (self.task_name, self.task):
+            raise UsageError(f"{self.path} holds a run of another task: {other.task_name} with {other.task}")
+        mine, theirs = to_json(self.config), to_json(other.config)
+        for name in mine:
+            if name not in NOT_OF_THE_TRAJECTORY and mine[name] != theirs[name]:
+                raise UsageError(
+                    f"{self.path} was run with --{name.replace('_', '-')} {theirs[name]}, not {mine[name]}; "
+                    "resume it with the same settings or give another --out"
+                )
+
+    def write_config(self, data_name: str, device: str, threads: int) -> None:
+        """Write config.json."""
+        values = {
+            "task": self.task_name,
+            "task_options": to_json(self.task),
+            "data": data_name,
+            "config": to_json(self.config),
+            "command": ["dni-rnn", *sys.argv[1:]],
+            "versions": {name: _version(name) for name in REPORTED_PACKAGES},
+            "python": platform.python_version(),
+            "commit": _commit(),
+            "device": device,
+            "threads": threads,
+            "machine": platform.machine(),
+        }
+        write_atomically(self.path / "config.json", (json.dumps(values, indent=1) + "\n").encode())
+
+    def write_summary(self, values: dict[str, Any]) -> None:
+        """Write summary.json."""
+        write_atomically(self.summary, (json.dumps(values, indent=1) + "\n").encode())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a last line that a crash cut short is left out."""
+        if not self.metrics.exists():
+            return []
+        whole = [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [json.loads(line) for line in whole]
+
+    def keep_rows(self, step: int) -> None:
+        """Drop the rows after update `step`: a resumed run will write them again."""
+        rows = [row for row in self.rows() if row["step"] <= step]
+        write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+class MetricsLog:
+    """Appends rows to metrics.jsonl, each flushed, and mirrors them to TensorBoard when it is installed."""
+
+    def __init__(self, run: Run) -> None:
+        self._file = open(run.metrics, "a")  # noqa: SIM115
+        self._events = None
+        if find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(run.path))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; `step` and `symbols` say when, the other numbers what."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._events.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the source, with `+` behind it when files were changed; None for an installed wheel."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(here)]
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def default_path(task_name: str, config: TrainConfig) -> Path:
+    """runs/TASK-METHOD-TT-seedN below the working directory."""
+    method = config.method.replace(":", "")
+    return Path(os.curdir) / "runs" / f"{task_name}-{method}-T{config.bptt}-seed{config.seed}"

@@ -1,0 +1,95 @@
+"""Streams: where windows come from. A stream knows where it stands and can be put back there."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dni_rnn.errors import UsageError
+from dni_rnn.estimators import Window
+from dni_rnn.recurrent import Boundary
+
+
+class Stream(Protocol):
+    """An endless source of consecutive windows, B rows side by side."""
+
+    batch_size: int
+
+    size: int
+    """Symbols in one pass; for an endless source, what one evaluation reads."""
+
+    def window(self, steps: int, context: int) -> Window:
+        """The next window of at most `steps` steps; its boundaries know the next `context` symbols."""
+        ...
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands."""
+        ...
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go back there."""
+        ...
+
+    def to(self, device: torch.device) -> Stream:
+        """Move the data to a device."""
+        ...
+
+
+class TokenStream:
+    """A text cut into B pieces of equal length that are read side by side, over and over.
+
+    Row b of a window continues row b of the one before. Inputs are symbols t, targets symbols t + 1.
+    The last window of a pass may be shorter than asked; at its end every row is done, and the next
+    window starts from the beginning. At most B symbols at the end of the text are not used.
+
+    The context at a boundary before input t is symbols t, t + 1, ..., t + W − 1, −1 past the end.
+    """
+
+    def __init__(self, tokens: np.ndarray, batch_size: int) -> None:
+        steps = (len(tokens) - 1) // batch_size
+        if steps < 1:
+            raise UsageError(
+                f"a text of {len(tokens)} symbols is too short for {batch_size} rows; "
+                "use a longer text or a smaller --batch-size"
+            )
+        self.batch_size, self.length, self.position = batch_size, steps, 0
+        self.size = steps * batch_size
+        rows = np.arange(batch_size)[None, :] * steps + np.arange(steps + 1)[:, None]
+        self._tokens = torch.from_numpy(tokens[rows].astype(np.int64))  # (length + 1, B)
+        self._end = torch.ones(batch_size, dtype=torch.bool)
+
+    def to(self, device: torch.device) -> TokenStream:
+        self._tokens, self._end = self._tokens.to(device), self._end.to(device)
+        return self
+
+    def window(self, steps: int, context: int) -> Window:
+        first, last = self.position, min(self.position + steps, self.length)
+        self.position = last % self.length
+        return Window(
+            self._tokens[first:last],
+            self._tokens[first + 1 : last + 1],
+            self._boundary(first, context),
+            self._boundary(last, context),
+            (last - first) * self.batch_size,
+        )
+
+    def _boundary(self, position: int, context: int) -> Boundary:
+        if position == self.length or position == 0:
+            # The end of one pass and the start of the next are one boundary: nothing is known beyond it.
+            return Boundary(self._padding(context), self._tokens[0], self._end)
+        following = self._tokens[position : position + context]
+        if len(following) < context:
+            following = torch.cat([following, self._padding(context - len(following))])
+        return Boundary(following if context else None, self._tokens[position], None)
+
+    def _padding(self, steps: int) -> Tensor | None:
+        return self._tokens.new_full((steps, self.batch_size), -1) if steps else None
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]

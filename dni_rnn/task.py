@@ -1,0 +1,113 @@
+"""What a task is, and how one is found by name. The library itself knows no task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+from dni_rnn.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
+    from dni_rnn.streams import Stream
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+GROUP = "dni_rnn.tasks"
+
+
+class Data(Protocol):
+    """What a loaded task offers to the training loop: symbols, and streams of them."""
+
+    name: str
+    """What was loaded, as results call it: `ptb/char`, `text/default`, `recall/8`."""
+
+    input_symbols: int
+    """Number of distinct input symbols."""
+
+    target_symbols: int
+    """Number of distinct target symbols."""
+
+    def stream(self, split: Split, batch_size: int, seed: int) -> Stream:
+        """Open a stream of windows over `split`, `batch_size` rows side by side."""
+        ...
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A task is a frozen dataclass: its fields are its command-line options.
+
+    Registered under the entry-point group `dni_rnn.tasks`; the class docstring is its help text.
+    A module that defines a task must not import torch at its top: `dni-rnn --help` reads them all.
+    """
+
+    def load(self, data_dir: Path | None) -> Data:
+        """Find, check and read the data. Raises `UsageError` when it cannot."""
+        ...
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text as symbol numbers, in three splits.
+
+    Attributes:
+      name: what was loaded, convention included, for example `ptb/char`.
+      symbols: the vocabulary in the order of its numbers; what `dni-rnn sample` prints.
+      train, valid, test: one-dimensional arrays of symbol numbers (`uint8`, or `int32` when the
+        vocabulary needs it).
+    """
+
+    name: str
+    symbols: tuple[str, ...]
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+
+    @property
+    def input_symbols(self) -> int:
+        return len(self.symbols)
+
+    @property
+    def target_symbols(self) -> int:
+        return len(self.symbols)
+
+    def stream(self, split: Split, batch_size: int, seed: int) -> Stream:
+        """The text cut into `batch_size` pieces of equal length, read side by side (`seed` unused)."""
+        from dni_rnn.streams import TokenStream
+
+        return TokenStream(getattr(self, split), batch_size)
+
+    @classmethod
+    def from_texts(cls, name: str, train: str, valid: str, test: str) -> Corpus:
+        """Number the symbols of `train` in sorted order and encode the three splits.
+
+        Raises:
+          UsageError: a split is empty, or `valid` or `test` holds a symbol that `train` does not.
+        """
+        import numpy as np
+
+        symbols = tuple(sorted(set(train)))
+        number = {symbol: i for i, symbol in enumerate(symbols)}
+        dtype = np.uint8 if len(symbols) <= 256 else np.int32
+        encoded = []
+        for split, text in zip(SPLITS, (train, valid, test), strict=True):
+            if not text:
+                raise UsageError(f"{name}: the {split} split is empty; give a longer text")
+            unseen = sorted(set(text) - set(symbols))
+            if unseen:
+                raise UsageError(
+                    f"{name}: the {split} split holds {unseen[0]!r}, which never occurs in training; "
+                    f"remove it or add it to the training text ({len(unseen)} such symbols)"
+                )
+            encoded.append(np.fromiter((number[s] for s in text), dtype=dtype, count=len(text)))
+        return cls(name, symbols, *encoded)
+
+
+def installed_tasks() -> dict[str, type]:
+    """Every task registered by an installed package, by name, in alphabetical order."""
+    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    return {name: found[name].load() for name in sorted(found)}

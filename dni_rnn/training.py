@@ -1,0 +1,464 @@
+"""The one training loop: budget, metrics, validation, checkpoints, and a clean way to stop."""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dni_rnn import checkpoint
+from dni_rnn.config import TrainConfig
+from dni_rnn.errors import DivergedError, UsageError
+from dni_rnn.estimators import DNI, TruncatedBPTT, window_loss
+from dni_rnn.recurrent import RecurrentCore, SequenceModel
+from dni_rnn.runs import MetricsLog, Run
+from dni_rnn.synthesizers import ContextEncoder, ContextMLP, EmbeddedTokens, MLPSynthesizer, OneHotTokens
+from dni_rnn.task import Data, Split
+from dni_rnn.trees import flatten, flatten_rows, map_tree, unflatten
+
+BITS = 1.0 / math.log(2.0)
+"""Bits per nat."""
+
+EVAL_ROWS, EVAL_STEPS = 128, 100
+
+
+def build_model(config: TrainConfig, data: Data) -> SequenceModel:
+    """The model that `config` describes, for the symbols of `data`."""
+    synthesizer = None
+    if config.dni:
+        example = RecurrentCore(config.core, 1, config.hidden, config.layers).initial_state(1)
+        synthesizer = MLPSynthesizer(example, _hidden(config), context=_context_encoder(config, data))
+    core = RecurrentCore(
+        config.core,
+        config.embedding,
+        config.hidden,
+        config.layers,
+        synthesizer=synthesizer,
+        reading=config.reading,
+        scale=config.scale,
+    )
+    return SequenceModel(data.input_symbols, data.target_symbols, config.embedding, core)
+
+
+def build_estimator(config: TrainConfig, data: Data) -> TruncatedBPTT:
+    """The estimator that `config` describes."""
+    if not config.dni:
+        return TruncatedBPTT()
+    if not config.aux:
+        return DNI()
+    state = RecurrentCore(config.core, 1, config.hidden, config.layers).initial_state(1)
+    features = flatten_rows(state).shape[1]
+    aux = ContextMLP(config.hidden, _hidden(config), features, _context_encoder(config, data))
+    return DNI(aux, config.aux_weight)
+
+
+def _hidden(config: TrainConfig) -> list[int]:
+    return [width or config.hidden for width in config.synthesizer_spec.hidden]
+
+
+def _context_encoder(config: TrainConfig, data: Data) -> ContextEncoder | None:
+    spec = config.context_spec
+    if not spec.window:
+        return None
+    if spec.embedding:
+        return EmbeddedTokens(data.input_symbols, spec.window, spec.embedding)
+    return OneHotTokens(data.input_symbols, spec.window)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA when there is a device, else the CPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class Learner:
+    """A model in training: everything that one update reads and changes, and nothing else.
+
+    Args:
+      config: of the run.
+      data: of the task.
+      device: where to train.
+    """
+
+    def __init__(self, config: TrainConfig, data: Data, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.data, self.device = config, data, device
+        self.model = build_model(config, data).to(device)
+        self.estimator = build_estimator(config, data).to(device)
+        self.net = self.model.net_parameters()
+        self.synthesizer = [*self.model.synthesizer_parameters(), *self.estimator.parameters()]
+        groups = [{"params": self.net, "lr": config.lr}]
+        if self.synthesizer:
+            groups.append({"params": self.synthesizer, "lr": config.synthesizer_lr})
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.stream = data.stream("train", config.batch_size, config.seed).to(device)
+        self.state = self.model.initial_state(config.batch_size)
+        self.weight = 1.0 / (config.bptt * config.accumulate * config.batch_size)
+        self.context = config.context_spec.window
+        self.step, self.symbols = 0, 0
+        self.reset_metrics()
+
+    def reset_metrics(self) -> None:
+        """Start the averages of the next metrics row."""
+        self.loss = torch.zeros((), device=self.device)
+        self.norm = torch.zeros((), device=self.device)
+        self.scored, self.updates = 0, 0
+
+    def update(self) -> None:
+        """One update: `accumulate` windows forward and backward, clip, step."""
+        config = self.config
+        windows = [self.stream.window(config.bptt, self.context) for _ in range(config.accumulate)]
+        self.optimizer.zero_grad()
+        estimate = self.estimator(self.model, windows, self.state, self.weight)
+        if config.clip:
+            self.norm = self.norm + nn.utils.clip_grad_norm_(self.net, config.clip)
+        self.optimizer.step()
+        self.state = estimate.state
+        self.loss = self.loss + estimate.loss
+        self.scored += sum(window.scored for window in windows)
+        self.symbols += sum(window.inputs.numel() for window in windows)
+        self.step += 1
+        self.updates += 1
+
+    def metrics(self) -> dict[str, float]:
+        """Averages since `reset_metrics`: training bits per scored symbol, and how things go inside."""
+        state = flatten_rows(self.state)
+        row = {
+            "bpc": float(self.loss) * BITS / max(self.scored, 1),
+            "state_rms": float(state.square().mean().sqrt()),
+        }
+        if self.config.clip:
+            row["gradient_norm"] = float(self.norm) / self.updates
+        if self.model.core.interface is not None:
+            row["synthesizer_loss"] = float(self.model.core.interface.regression_loss)
+            row["target_size"] = float(self.model.core.interface.size())
+        return row
+
+    def check(self, row: dict[str, float]) -> None:
+        """Raises `DivergedError` when `metrics` are not those of a healthy run."""
+        if not math.isfinite(row["bpc"]):
+            raise DivergedError("the loss is not finite")
+        if not row["state_rms"] <= self.config.state_limit:
+            raise DivergedError(
+                f"the recurrent state has run away (root mean square {row['state_rms']:.3g}, "
+                f"limit {self.config.state_limit:g})"
+            )
+
+    def evaluate(self, split: Split) -> float:
+        """Bits per scored symbol over one pass of `split`, the state carried along each of its rows."""
+        return evaluate(self.model, self.data, split, self.device)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON values from which training goes on bit for bit."""
+        tensors = {
+            **checkpoint.nest("model", self.model.state_dict()),
+            **checkpoint.nest("estimator", self.estimator.state_dict()),
+            **checkpoint.nest("optimizer", checkpoint.optimizer_state(self.optimizer)),
+            **{f"state.{i}": leaf for i, leaf in enumerate(flatten(self.state)[0])},
+            "average.loss": self.loss,
+            "average.norm": self.norm,
+            "random.cpu": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        values = {
+            "step": self.step,
+            "symbols": self.symbols,
+            "scored": self.scored,
+            "updates": self.updates,
+            "stream": self.stream.state_dict(),
+        }
+        return tensors, values
+
+    def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Go back to `state_dict`."""
+        self.model.load_state_dict(checkpoint.under("model", tensors))
+        self.estimator.load_state_dict(checkpoint.under("estimator", tensors))
+        checkpoint.load_optimizer_state(self.optimizer, checkpoint.under("optimizer", tensors))
+        leaves = checkpoint.under("state", tensors)
+        _, spec = flatten(self.state)
+        saved = unflatten([leaves[str(i)] for i in range(len(leaves))], spec)
+        self.state = map_tree(lambda leaf: leaf.to(self.device), saved)
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        self.loss = tensors["average.loss"].to(self.device)
+        self.norm = tensors["average.norm"].to(self.device)
+        for name in ("step", "symbols", "scored", "updates"):
+            setattr(self, name, values[name])
+        self.stream.load_state_dict(values["stream"])
+
+
+@torch.no_grad()
+def evaluate(model: SequenceModel, data: Data, split: Split, device: torch.device) -> float:
+    """Bits per scored symbol over one pass of `split`.
+
+    The split is read as up to 128 rows side by side, each with its state carried from beginning to
+    end, so at most 128 symbols are predicted without history.
+    """
+    rows = EVAL_ROWS
+    while True:
+        try:
+            stream = data.stream(split, rows, 0).to(device)
+            break
+        except UsageError:
+            if rows == 1:
+                raise
+            rows //= 2
+    state = model.initial_state(rows)
+    loss, scored, seen = torch.zeros((), device=device, dtype=torch.float64), 0, 0
+    while seen < stream.size:
+        window = stream.window(EVAL_STEPS, 0)
+        logits, state = model(window.inputs, model.reset(state, window.start.done))
+        loss += window_loss(logits, window.targets)
+        scored += window.scored
+        seen += window.inputs.numel()
+    return float(loss) * BITS / scored
+
+
+class Interrupted(Exception):  # noqa: N818
+    """A signal asked the run to stop; it was saved. `signal` is its number."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal = signal_number
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, so that an update is never cut in two. A second one is not collected."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
+    """Train as `run.config` says, into `run.path`, and return the summary.
+
+    Validation happens every `eval_every` symbols and at the end; the test split is evaluated once, at
+    the end, with the weights that had the lowest validation loss. `seconds` counts training alone.
+
+    Raises:
+      UsageError: the data, the device or the directory cannot be used (nothing is written), or a
+        checkpoint cannot be written (the last one stays).
+      DivergedError: the loss is not finite or the state ran away.
+      Interrupted: SIGINT or SIGTERM; a checkpoint was written.
+    """
+    config = run.config
+    device = choose_device(config.device)
+    data = run.task.load(config.data_dir)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    learner = Learner(config, data, device)
+    size = sum(t.numel() * t.element_size() for t in learner.model.state_dict().values())
+    run.prepare(needed_bytes=12 * size)
+    seconds, best = 0.0, None
+    if config.resume and run.checkpoint.exists():
+        tensors, values = checkpoint.load_checkpoint(run.checkpoint)
+        learner.load_state_dict(tensors, values)
+        seconds, best = values["seconds"], values["best"]
+    run.write_config(data.name, _device_name(device), torch.get_num_threads())
+    run.keep_rows(learner.step)
+    loop = _Loop(run, learner, seconds, best, quiet)
+    with _stop_requests() as stop:
+        try:
+            return loop.fit(stop)
+        except OSError as error:
+            raise UsageError(
+                f"{run.path}: writing failed at update {learner.step} ({error.strerror}); "
+                "the last checkpoint is whole: make room and add --resume"
+            ) from None
+        except DivergedError as error:
+            kept = (
+                f"last good checkpoint: {run.checkpoint}" if run.checkpoint.exists() else "no checkpoint yet"
+            )
+            raise DivergedError(f"update {learner.step}: {error}; {kept}") from None
+        finally:
+            loop.close()
+
+
+class _Stopwatch:
+    """Seconds of training: runs from `seconds` on, but not inside `paused`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._start = time.perf_counter() - seconds
+
+    def read(self) -> float:
+        return time.perf_counter() - self._start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        seconds = self.read()
+        try:
+            yield
+        finally:
+            self._start = time.perf_counter() - seconds
+
+
+class _Loop:
+    """One call of `train`: when to log, to validate, to save and to stop."""
+
+    def __init__(self, run: Run, learner: Learner, seconds: float, best: float | None, quiet: bool) -> None:
+        config = run.config
+        self.run, self.learner, self.config, self.best = run, learner, config, best
+        self.budget = config.chars
+        if config.chars is None and config.minutes is None and config.steps is None:
+            self.budget = learner.stream.size
+        self.clock = _Stopwatch(seconds)
+        self.saved = time.perf_counter()
+        self.logged_at, self.logged_symbols = seconds, learner.symbols
+        self.log = MetricsLog(run)
+        total, unit = self._total()
+        self.bar = tqdm(
+            total=total, initial=self._done(), desc=run.path.name, unit=unit, unit_scale=True, disable=quiet,
+            dynamic_ncols=True, mininterval=0.5, leave=False,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self.log.close()
+        self.bar.close()
+
+    def fit(self, stop: list[int]) -> dict[str, Any]:
+        learner, config = self.learner, self.config
+        next_eval = (learner.symbols // config.eval_every + 1) * config.eval_every
+        while not self._finished() and not stop:
+            learner.update()
+            last = self._finished()
+            if learner.step % config.log_every == 0 or last:
+                self._log()
+            if learner.symbols >= next_eval or last:
+                next_eval = (learner.symbols // config.eval_every + 1) * config.eval_every
+                with self.clock.paused():
+                    self._validate()
+                    self._save()
+            elif (
+                time.perf_counter() - self.saved > config.save_every and learner.step % config.log_every == 0
+            ):
+                with self.clock.paused():
+                    self._save()
+        if stop:
+            self._save()
+            raise Interrupted(stop[0])
+        return self._summarise()
+
+    def _due(self) -> bool:
+        return time.perf_counter() - self.saved > self.config.save_every
+
+    def _finished(self) -> bool:
+        if self.config.steps is not None:
+            return self.learner.step >= self.config.steps
+        if self.config.minutes is not None:
+            return self.clock.read() >= 60.0 * self.config.minutes
+        assert self.budget is not None
+        return self.learner.symbols >= self.budget
+
+    def _total(self) -> tuple[int, str]:
+        if self.config.steps is not None:
+            return self.config.steps, "update"
+        if self.config.minutes is not None:
+            return round(60 * self.config.minutes), "s"
+        assert self.budget is not None
+        return self.budget, "char"
+
+    def _done(self) -> int:
+        if self.config.steps is not None:
+            return self.learner.step
+        return round(self.clock.read()) if self.config.minutes is not None else self.learner.symbols
+
+    def _log(self) -> None:
+        learner = self.learner
+        measured = learner.metrics()
+        learner.check(measured)
+        seconds = self.clock.read()
+        speed = (learner.symbols - self.logged_symbols) / max(seconds - self.logged_at, 1e-9)
+        self.logged_at, self.logged_symbols = seconds, learner.symbols
+        learner.reset_metrics()
+        self.log.write(
+            {"step": learner.step, "symbols": learner.symbols, **measured}
+            | {"seconds": round(seconds, 3), "symbols_per_second": round(speed)}
+        )
+        self.bar.set_postfix_str(f"{measured['bpc']:.3f} bpc, {speed / 1e3:.1f}k chars/s", refresh=False)
+        self.bar.update(self._done() - self.bar.n)
+
+    def _validate(self) -> None:
+        learner = self.learner
+        bits = learner.evaluate("valid")
+        if not math.isfinite(bits):
+            raise DivergedError("the validation loss is not finite")
+        seconds = round(self.clock.read(), 3)
+        self.log.write(
+            {"step": learner.step, "symbols": learner.symbols, "valid_bpc": bits, "seconds": seconds}
+        )
+        if self.best is None or bits < self.best:
+            self.best = bits
+            values = {"step": learner.step, "symbols": learner.symbols, "valid_bpc": bits}
+            checkpoint.save_checkpoint(self.run.best, learner.model.state_dict(), values)
+
+    def _save(self) -> None:
+        learner = self.learner
+        if learner.updates:
+            learner.check(learner.metrics())
+        tensors, values = learner.state_dict()
+        values |= {"seconds": self.clock.read(), "best": self.best}
+        checkpoint.save_checkpoint(self.run.checkpoint, tensors, values)
+        self.saved = time.perf_counter()
+
+    def _summarise(self) -> dict[str, Any]:
+        learner = self.learner
+        tensors, best = checkpoint.load_checkpoint(self.run.best)
+        valid = [row["valid_bpc"] for row in self.run.rows() if "valid_bpc" in row][-1]
+        final = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
+        learner.model.load_state_dict(tensors)
+        test = learner.evaluate("test")
+        learner.model.load_state_dict(final)
+        seconds = self.clock.read()
+        summary = {
+            "task": self.run.task_name,
+            "data": learner.data.name,
+            "method": self.config.method,
+            "steps": learner.step,
+            "symbols": learner.symbols,
+            "seconds": round(seconds, 3),
+            "symbols_per_second": round(learner.symbols / seconds),
+            "valid_bpc": valid,
+            "best_valid_bpc": best["valid_bpc"],
+            "best_symbols": best["symbols"],
+            "test_bpc": test,
+            "net_parameters": sum(p.numel() for p in learner.net),
+            "synthesizer_parameters": sum(p.numel() for p in learner.synthesizer),
+            "peak_memory_mb": round(_peak_memory(learner.device) / 1e6, 1),
+        }
+        self.run.write_summary(summary)
+        return summary
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Largest memory in bytes: allocated on a CUDA device, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,71 @@
+"""Messages: tensors, or nested tuples and dicts of tensors. And the one detach of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Tree = Any
+"""A tensor, or a (nested) tuple, named tuple, list or dict of tensors."""
+
+
+class LSTMState(NamedTuple):
+    """What an LSTM carries from step to step. A synthetic gradient of it has this same type."""
+
+    hidden: Tensor  # (layers, B, H)
+    cell: Tensor  # (layers, B, H)
+
+
+def flatten(tree: Tree) -> tuple[list[Tensor], pytree.TreeSpec]:
+    """The tensors of `tree` in a fixed order, and what is needed to put them back.
+
+    Raises:
+      TypeError: a leaf is not a tensor.
+    """
+    leaves, spec = pytree.tree_flatten(tree)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"a message is a tensor or a tuple or dict of tensors; found a {type(leaf).__name__} in it"
+            )
+    return leaves, spec
+
+
+unflatten: Callable[[list[Tensor], pytree.TreeSpec], Tree] = pytree.tree_unflatten
+
+
+def map_tree(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """Apply `function` to every tensor of `tree`."""
+    leaves, spec = flatten(tree)
+    return unflatten([function(leaf) for leaf in leaves], spec)
+
+
+def detach(tree: Tree) -> Tree:
+    """Cut the graph: the same values, no history."""
+    return map_tree(torch.Tensor.detach, tree)
+
+
+def per_row(values: Tensor, leaf: Tensor, batch_dim: int) -> Tensor:
+    """Shape `values` (B,) so that it broadcasts along dimension `batch_dim` of `leaf`."""
+    shape = [1] * leaf.dim()
+    shape[batch_dim] = leaf.shape[batch_dim]
+    return values.reshape(shape)
+
+
+def where_rows(rows: Tensor, chosen: Tree, other: Tree, batch_dim: int = -2) -> Tree:
+    """Row by row: `chosen` where the boolean `rows` (B,) holds, `other` elsewhere."""
+    leaves, spec = flatten(chosen)
+    others, _ = flatten(other)
+    mixed = [
+        torch.where(per_row(rows, leaf, batch_dim), leaf, o) for leaf, o in zip(leaves, others, strict=True)
+    ]
+    return unflatten(mixed, spec)
+
+
+def flatten_rows(tree: Tree, batch_dim: int = -2) -> Tensor:
+    """All tensors of `tree` side by side, one row per row: (B, features)."""
+    return torch.cat([leaf.movedim(batch_dim, 0).flatten(1) for leaf in flatten(tree)[0]], dim=1)
