@@ -82,6 +82,26 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Run a grid of training commands with seeds; can be stopped and started again at any point."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder with a sweep.toml; finished rows are appended to its rows.jsonl."""
+    work: Path = Path("runs/sweeps")
+    """Where the run directories go, in a folder named after the sweep's."""
+    parallel: int = 1
+    """Processes at a time."""
+    minutes: float | None = None
+    """Stop after this long, with checkpoints."""
+
+    def __call__(self) -> None:
+        from dni_rnn.sweep import run_sweep
+
+        if run_sweep(self.folder, self.work / self.folder.resolve().name, self.parallel, self.minutes):
+            sys.exit(1)
+
+
+@dataclass(frozen=True)
 class Tasks:
     """List the installed tasks."""
 
@@ -126,7 +146,7 @@ def _train_command(name: str, task: type[Task]) -> type:
 
 
 def _union(commands: dict[str, type]) -> Any:
-    named = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items()]
+    named: list[Any] = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items()]
     return reduce(lambda a, b: Union[a, b], named)  # noqa: UP007
 
 
@@ -138,7 +158,9 @@ def _parser() -> Any:
         namespace={"__call__": lambda self: self.command(), "__doc__": "Train a model on a task."},
         frozen=True,
     )
-    return _union({"train": train_group, "eval": Eval, "sample": Sample, "demo": Demo, "tasks": Tasks})
+    return _union(
+        {"train": train_group, "eval": Eval, "sample": Sample, "demo": Demo, "sweep": Sweep, "tasks": Tasks}
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

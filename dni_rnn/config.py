@@ -81,7 +81,7 @@ class TrainConfig:
     synthesizer: str = "mlp"
     """linear, mlp (one hidden layer as wide as the core), mlp:WIDTH or mlp:WIDTH,WIDTH."""
     context: str = "none"
-    """What the synthesizer is told of what comes: none, next-tokens:W (one-hot) or next-tokens:W:EMBEDDING."""
+    """What the synthesizer is told of what comes: none, next-tokens:W or next-tokens:W:EMBEDDING."""
     reading: Literal["boundary", "next-output"] = "boundary"
     """The synthesizer reads the boundary state, or the state after one more input."""
     scale: float = 0.1

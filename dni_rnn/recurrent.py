@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dni_rnn.interface import Interface
-from dni_rnn.trees import LSTMState, Tree, flatten, map_tree, where_rows
+from dni_rnn.trees import LSTMState, Tree, map_tree, where_rows
 
 Kind = Literal["lstm", "gru", "rnn"]
 Reading = Literal["boundary", "next-output"]
@@ -93,7 +93,8 @@ class RecurrentCore(nn.Module):
 
     def initial_state(self, batch_size: int) -> Tree:
         """Zeros, on the device and in the dtype of the weights."""
-        zeros = self.rnn.weight_hh_l0.new_zeros(self.rnn.num_layers, batch_size, self.rnn.hidden_size)
+        weight = next(self.rnn.parameters())
+        zeros = weight.new_zeros(self.rnn.num_layers, batch_size, self.rnn.hidden_size)
         return LSTMState(zeros, zeros.clone()) if self.kind == "lstm" else zeros
 
     def forward(self, inputs: Tensor, state: Tree) -> tuple[Tensor, Tree]:
@@ -200,8 +201,3 @@ class SequenceModel(nn.Module):
             return None
         with torch.no_grad():
             return self.embedding(boundary.next_input)
-
-
-def batch_size(state: Tree) -> int:
-    """Number of rows of a state (layers, B, H)."""
-    return cast(int, flatten(state)[0][0].shape[-2])

@@ -6,7 +6,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dni_rnn.errors import UsageError
 from dni_rnn.estimators import Window
@@ -79,14 +78,13 @@ class TokenStream:
     def _boundary(self, position: int, context: int) -> Boundary:
         if position == self.length or position == 0:
             # The end of one pass and the start of the next are one boundary: nothing is known beyond it.
-            return Boundary(self._padding(context), self._tokens[0], self._end)
+            nothing = self._tokens.new_full((context, self.batch_size), -1) if context else None
+            return Boundary(nothing, self._tokens[0], self._end)
         following = self._tokens[position : position + context]
         if len(following) < context:
-            following = torch.cat([following, self._padding(context - len(following))])
+            padding = self._tokens.new_full((context - len(following), self.batch_size), -1)
+            following = torch.cat([following, padding])
         return Boundary(following if context else None, self._tokens[position], None)
-
-    def _padding(self, steps: int) -> Tensor | None:
-        return self._tokens.new_full((steps, self.batch_size), -1) if steps else None
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}

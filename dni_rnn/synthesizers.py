@@ -155,7 +155,9 @@ class MLPSynthesizer(nn.Module):
     def forward(self, message: Tree, context: Any = None) -> Tree:
         leaves, spec = flatten(message)
         x = flatten_rows(message, self.batch_dim)
-        x = self.mlp(torch.tanh(x) if self.bounded else x, context)
+        if self.bounded:
+            x = torch.sigmoid(2.0 * x).mul(2.0).sub(1.0)  # tanh; several times faster than it on a CPU
+        x = self.mlp(x, context)
         parts = x.split([leaf.numel() // leaf.shape[self.batch_dim] for leaf in leaves], dim=1)
         return unflatten([self._shape(part, leaf) for part, leaf in zip(parts, leaves, strict=True)], spec)
 

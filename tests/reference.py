@@ -110,7 +110,7 @@ def window_loss(p: Parameters, window: Window, outputs: Sequence[Tensor]) -> Ten
 
 def total_loss(kind: str, p: Parameters, windows: Sequence[Window], state: State) -> tuple[Tensor, State]:
     """Loss summed over consecutive windows, and the state after them."""
-    total = state[0].new_zeros(())
+    total = (0.0 * state[0]).sum()  # differentiable even when nothing is scored
     for window in windows:
         outputs, state = unroll(kind, p, window, reset(state, window.done))
         total = total + window_loss(p, window, outputs)
@@ -138,11 +138,7 @@ def leaves(p: Parameters) -> Parameters:
 
 
 def _gradients(total: Tensor, p: Parameters) -> Parameters:
-    found = torch.autograd.grad(total, list(p.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(tensor) if g is None else g
-        for (name, tensor), g in zip(p.items(), found, strict=True)
-    }
+    return dict(zip(p, torch.autograd.grad(total, list(p.values()), materialize_grads=True), strict=True))
 
 
 def add(*terms: Parameters) -> Parameters:
@@ -192,8 +188,9 @@ def future_gradient(problem: Problem, number: int, state: State) -> State:
     rest = problem.windows[number:]
     if not rest:
         return tuple(torch.zeros_like(s) for s in start)
-    total = total_loss(problem.kind, problem.parameters, rest, start)[0]
-    return torch.autograd.grad(total, start)
+    with torch.enable_grad():
+        total = total_loss(problem.kind, problem.parameters, rest, start)[0]
+    return torch.autograd.grad(total, start, materialize_grads=True)
 
 
 def state_gradients(problem: Problem) -> list[State]:
@@ -262,6 +259,7 @@ def random_problem(
         windows.append(Window(inputs[first : first + window], targets[first : first + window], done))
     count = 2 if kind == "lstm" else 1
     state = tuple(
-        0.5 * torch.randn(layers, rows, hidden, dtype=torch.float64, generator=generator) for _ in range(count)
+        0.5 * torch.randn(layers, rows, hidden, dtype=torch.float64, generator=generator)
+        for _ in range(count)
     )
     return Problem(kind, parameters, windows, state)

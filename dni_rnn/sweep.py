@@ -1,0 +1,165 @@
+"""Sweeps: a grid of training commands with seeds, run to completion across interruptions.
+
+A sweep is a folder with a `sweep.toml`:
+
+    train = "ptb --hidden 256 --threads 1"     # what every cell shares
+    seeds = [0, 1, 2]
+
+    [cells]                                    # a name, and what the cell adds
+    "bptt T=2" = "--bptt 2"
+    "dni T=2" = "--bptt 2 --dni"
+
+Each (cell, seed) is one process `dni-rnn train ... --seed S --resume --out WORK/...`, so a killed sweep
+goes on where its runs stood. A finished one becomes a row of `rows.jsonl` in the same folder and is
+never run again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dni_rnn.errors import UsageError
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    Attributes:
+      name: of the cell, without the seed.
+      seed: of the run.
+      arguments: of `dni-rnn train`, without `--seed`, `--resume` and `--out`.
+    """
+
+    name: str
+    seed: int
+    arguments: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^A-Za-z0-9.]+", "-", self.name) + f"-seed{self.seed}"
+
+    @property
+    def command(self) -> str:
+        """What a reader types to get this row again."""
+        return shlex.join(["dni-rnn", "train", *self.arguments, "--seed", str(self.seed)])
+
+
+def read_sweep(folder: Path) -> list[Cell]:
+    """The cells of `folder/sweep.toml`, all cells of one seed before the next seed.
+
+    Raises:
+      UsageError: there is no such file, or it does not say what a sweep needs.
+    """
+    path = folder / "sweep.toml"
+    try:
+        values = tomllib.loads(path.read_text())
+        shared, seeds, cells = values["train"], values["seeds"], values["cells"]
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no sweep there") from None
+    except (tomllib.TOMLDecodeError, KeyError) as error:
+        raise UsageError(f"{path}: not a sweep ({error}); it needs train, seeds and [cells]") from None
+    return [
+        Cell(name, seed, tuple(shlex.split(f"{shared} {added}")))
+        for seed in seeds
+        for name, added in cells.items()
+    ]
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The finished rows of a sweep."""
+    path = folder / "rows.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def make_row(cell: Cell, run: Path) -> dict[str, Any]:
+    """One finished run as one row: what was asked, what came out, and the validation curve."""
+    config = json.loads((run / "config.json").read_text())
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    curve = [
+        {"symbols": m["symbols"], "seconds": m["seconds"], "valid_bpc": round(m["valid_bpc"], 5)}
+        for m in metrics
+        if "valid_bpc" in m
+    ]
+    about = {key: config[key] for key in ("versions", "python", "commit", "device", "threads")}
+    return {
+        "cell": cell.name,
+        "seed": cell.seed,
+        "command": cell.command,
+        **json.loads((run / "summary.json").read_text()),
+        "config": config["config"] | {"task_options": config["task_options"]},
+        "curve": curve,
+        **about,
+    }
+
+
+def run_sweep(folder: Path, work: Path, parallel: int, minutes: float | None = None) -> int:
+    """Run the cells that have no row yet, `parallel` at a time; returns how many failed.
+
+    A cell that fails is tried once more; its output is in `WORK/CELL.log`. After `minutes` no further
+    cell is started and the running ones are stopped with a checkpoint.
+    """
+    done = {(row["cell"], row["seed"]) for row in read_rows(folder)}
+    waiting = [cell for cell in read_sweep(folder) if (cell.name, cell.seed) not in done]
+    print(f"{folder}: {len(done)} rows there, {len(waiting)} to run", flush=True)
+    work.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+    running: dict[Cell, subprocess.Popen[bytes]] = {}
+    attempts: dict[Cell, int] = {}
+    failed = 0
+    try:
+        while (waiting and time.monotonic() < deadline) or running:
+            while waiting and len(running) < parallel and time.monotonic() < deadline:
+                cell = waiting.pop(0)
+                attempts[cell] = attempts.get(cell, 0) + 1
+                running[cell] = _start(cell, work)
+            for cell, process in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    if time.monotonic() >= deadline:
+                        process.terminate()
+                    continue
+                del running[cell]
+                if code == 0:
+                    row = make_row(cell, work / cell.folder)
+                    with open(folder / "rows.jsonl", "a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    outcome = f"test {row['test_bpc']:.4f} bpc in {row['seconds']:.0f} s"
+                elif time.monotonic() >= deadline:
+                    outcome = "stopped, saved"
+                elif attempts[cell] < 2:
+                    waiting.append(cell)
+                    outcome = f"failed with exit code {code}, will be tried again"
+                else:
+                    failed += 1
+                    outcome = f"failed with exit code {code}, see {work / (cell.folder + '.log')}"
+                print(f"{cell.name}, seed {cell.seed}: {outcome}; {len(waiting)} waiting", flush=True)
+            time.sleep(POLL_SECONDS)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    return failed
+
+
+def _start(cell: Cell, work: Path) -> subprocess.Popen[bytes]:
+    words = [*cell.arguments, "--seed", str(cell.seed), "--resume", "--out", str(work / cell.folder)]
+    with open(work / f"{cell.folder}.log", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dni_rnn", "train", *words],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+        )
