@@ -80,12 +80,18 @@ class TrainConfig:
     """Put a synthetic gradient at each truncation boundary."""
     synthesizer: str = "mlp"
     """linear, mlp (one hidden layer as wide as the core), mlp:WIDTH or mlp:WIDTH,WIDTH."""
+    synthesizer_reads: Literal["hidden", "state"] = "hidden"
+    """The synthesizer reads the hidden state, which is the core's output, or the whole state."""
     context: str = "none"
     """What the synthesizer is told of what comes: none, next-tokens:W or next-tokens:W:EMBEDDING."""
     reading: Literal["boundary", "next-output"] = "boundary"
     """The synthesizer reads the boundary state, or the state after one more input."""
     scale: float = 0.1
     """Weight of the synthetic gradient; also the discount of the future at each boundary."""
+    centre: bool = False
+    """Subtract the batch mean from the synthetic gradient."""
+    restore: float = 0.0
+    """Restoring force on a state beyond ±3, in units of the real gradients; stops it from running away."""
     aux: bool = False
     """Auxiliary task: predict the synthetic gradient one window ahead."""
     aux_weight: float = 0.1
@@ -136,14 +142,17 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"--{name.replace('_', '-')} must be positive, not {value}")
-        for name in ("clip", "scale", "save_every"):
+        for name in ("clip", "scale", "restore", "save_every"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative")
         if sum(budget is not None for budget in (self.chars, self.minutes, self.steps)) > 1:
             raise UsageError("give one of --chars, --minutes and --steps, not several")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         if not self.dni:
-            for name in ("synthesizer", "context", "reading", "scale", "aux", "synthesizer_lr"):
+            for name in (
+                "synthesizer", "synthesizer_reads", "context", "reading", "scale", "centre", "restore", "aux",
+                "synthesizer_lr",
+            ):  # fmt: skip
                 if getattr(self, name) != defaults[name]:
                     raise UsageError(f"--{name.replace('_', '-')} does nothing without --dni; add --dni")
         if not self.aux and self.aux_weight != defaults["aux_weight"]:

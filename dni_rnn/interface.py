@@ -12,6 +12,7 @@ arXiv:1608.05343.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dni_rnn.trees import Tree, detach, flatten, map_tree, per_row, unflatten
+
+RESTORE_BEYOND = 3.0
+"""tanh is flat beyond it: a cell state gains nothing there."""
 
 
 class _Edge(torch.autograd.Function):
@@ -33,19 +37,18 @@ class _Edge(torch.autograd.Function):
         ctx.interface, ctx.done = interface, done
         ctx.passes_on = any(ctx.needs_input_grad[3 : 3 + count])
         # The size as it is now: backward moves it.
-        ctx.save_for_backward(interface.size(), *predictions)
+        ctx.factor = interface.scale * interface.size() if ctx.passes_on else None
+        ctx.save_for_backward(*predictions)
         return tuple(message.view_as(message) for message in messages)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        size, *predictions = ctx.saved_tensors
-        interface: Interface = ctx.interface
+        predictions = list(ctx.saved_tensors)
         onward: list[Tensor | None] = [None] * len(gradients)
         if ctx.passes_on:
-            factor = interface.scale * size
-            onward = [(factor * p).to(g.dtype) for p, g in zip(predictions, gradients, strict=True)]
-        return None, None, None, *onward, *interface._regress(predictions, gradients, ctx.done)
+            onward = [(ctx.factor * p).to(g.dtype) for p, g in zip(predictions, gradients, strict=True)]
+        return None, None, None, *onward, *ctx.interface._regress(predictions, gradients, ctx.done)
 
 
 class _Send(torch.autograd.Function):
@@ -83,7 +86,7 @@ class Interface(nn.Module):
     units of the running size of its target, so that it and its learning rate do not depend on the
     scale of the loss:
 
-        size² = running mean of g² over rows and features (bias-corrected, decay `decay`)
+        size² = running mean of g² over rows and features
         ĝ     = scale · size · M(message, context)
         loss of M = mean over rows and features of (M(message, context) − g / size)²
 
@@ -97,9 +100,19 @@ class Interface(nn.Module):
 
     Args:
       synthesizer: M, any module.
+      centre: subtract from ĝ its mean over the rows (those that are not done). What is the same in
+        every row of a batch is mostly M's own bias, and a consistent push is what drives a cell state
+        away: Adam turns it into full steps, and the bootstrapped target then confirms it.
+      restore: strength of a force that turns back a message that runs away. It adds
+
+            restore · size · (message − message clamped to ±RESTORE_BEYOND)
+
+        to what `send` injects: nothing inside the bound, so it cannot shut a cell down, and it
+        grows without limit outside.
       scale: factor on ĝ. 0 makes the interface a plain detach that trains M. Published: 0.1.
       normalize: keep M in units of the running size of its target. Without it size is 1.
-      decay: of the running size, per backward pass.
+      decay: of the running size, per backward pass: the mean of all targets until there are
+        1 / (1 − decay) of them, exponential from then on.
       batch_dim: where the rows of a message lie: -2 for the states of recurrent cores, (layers, B, H)
         or (B, H), and for vectors (B, F); 0 for feature maps (B, C, height, width).
 
@@ -107,7 +120,7 @@ class Interface(nn.Module):
     """
 
     target_square: Tensor
-    target_weight: Tensor
+    target_count: Tensor
     regression_loss: Tensor
 
     def __init__(
@@ -115,6 +128,8 @@ class Interface(nn.Module):
         synthesizer: nn.Module,
         *,
         scale: float = 1.0,
+        centre: bool = False,
+        restore: float = 0.0,
         normalize: bool = True,
         decay: float = 0.99,
         batch_dim: int = -2,
@@ -123,20 +138,17 @@ class Interface(nn.Module):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must lie in [0, 1), not {decay}")
         self.synthesizer = synthesizer
-        self.scale = scale
+        self.scale, self.centre, self.restore = scale, centre, restore
         self.normalize = normalize
         self.decay = decay
         self.batch_dim = batch_dim
         self.register_buffer("target_square", torch.zeros(()))
-        self.register_buffer("target_weight", torch.zeros(()))
+        self.register_buffer("target_count", torch.zeros(()))
         self.register_buffer("regression_loss", torch.ones(()), persistent=False)
 
     def size(self) -> Tensor:
         """Running root mean square of M's targets (a scalar); 0 before the first one."""
-        if not self.normalize:
-            return torch.ones_like(self.target_square)
-        tiny = torch.finfo(self.target_weight.dtype).tiny
-        return (self.target_square / self.target_weight.clamp_min(tiny)).sqrt()
+        return self.target_square.sqrt() if self.normalize else torch.ones_like(self.target_square)
 
     def receive(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
         """Take a message over from its producer: the same values, cut from its history.
@@ -178,8 +190,19 @@ class Interface(nn.Module):
 
     def synthetic_gradient(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
         """ĝ as `send` injects it: a tree like `message`, in the units of the loss, 0 in rows of `done`."""
-        factor = self.scale * self.size()
-        return map_tree(lambda p: (factor * p).to(p.dtype), self.predict(message, context, done))
+        size = self.size()
+        predictions, spec = flatten(self.predict(message, context, done))
+        synthetic = []
+        for prediction, leaf in zip(predictions, flatten(message)[0], strict=True):
+            if self.centre:
+                prediction = self._centred(prediction, done)
+            gradient = (self.scale * size) * prediction
+            if self.restore:
+                excess = leaf - leaf.clamp(-RESTORE_BEYOND, RESTORE_BEYOND)
+                gradient = gradient + (self.restore * size) * excess
+                gradient = gradient if done is None else self._without(done, gradient)
+            synthetic.append(gradient.to(leaf.dtype))
+        return unflatten(synthetic, spec)
 
     @torch.no_grad()
     def predict(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
@@ -208,32 +231,43 @@ class Interface(nn.Module):
     def _regress(
         self, predictions: list[Tensor], gradients: tuple[Tensor, ...], done: Tensor | None
     ) -> list[Tensor]:
-        """The gradient of M's loss with respect to its outputs. Moves the running size on the way."""
-        dtype = self.target_square.dtype
-        targets = [gradient.to(dtype) for gradient in gradients]
+        """The gradient of M's loss with respect to its outputs. Moves the running size on the way.
+
+        Few and small tensor operations, none that waits for a device: this runs at every boundary.
+        """
+        targets = [gradient.to(self.target_square.dtype) for gradient in gradients]
         elements = sum(target.numel() for target in targets)
-        count: Tensor | float = elements
-        trained: Tensor | bool = True
+        count: Tensor | float = float(elements)
         if done is not None:
             targets = [self._without(done, target) for target in targets]
-            count = ((~done).sum() * (elements / done.numel())).clamp_min(1.0)
-            trained = ~done.all()
-        square = _square_sum(targets) / count
+            count = ((~done).sum() * (elements / done.numel())).to(self.target_square.dtype)
+        square = _square_sum(targets) / count  # not a number when no row is left
         # A loss scaler lets a non-finite gradient through now and then; M must not see it.
-        finite = torch.isfinite(square)
-        pull = torch.where(finite & trained, 1.0 - self.decay, 0.0).to(dtype)
-        self.target_square.lerp_(torch.where(finite, square, 0.0), pull)
-        self.target_weight.lerp_(torch.ones_like(pull), pull)
-        size = self.size()
-        # All targets zero so far (a net cut everywhere starts so): the target in M's units is zero.
-        inverse = torch.where(size > 0, 1.0 / size, 0.0)
-        residuals = []
-        for prediction, target in zip(predictions, targets, strict=True):
-            residual = torch.addcmul(prediction.to(dtype), target, inverse, value=-1.0)
-            residual = torch.where(finite, residual, 0.0)
-            residuals.append(residual if done is None else self._without(done, residual))
-        self.regression_loss.copy_(_square_sum(residuals) / count)
-        return [(r * (2.0 / count)).to(p.dtype) for r, p in zip(residuals, predictions, strict=True)]
+        trained = (square < torch.inf).to(square.dtype)
+        self.target_count.add_(trained)
+        rate = trained / self.target_count.clamp(1.0, 1.0 / (1.0 - self.decay))
+        self.target_square.lerp_(square.nan_to_num(0.0, 0.0), rate)
+        # The floor is for targets that were all zero so far (a net cut everywhere starts so).
+        inverse = self.size().clamp_min(torch.finfo(square.dtype).tiny).reciprocal()
+        residuals = [
+            torch.addcmul(prediction.to(square.dtype), target, inverse, value=-1.0)
+            for prediction, target in zip(predictions, targets, strict=True)
+        ]
+        if done is not None:
+            residuals = [self._without(done, residual) for residual in residuals]
+        torch.div(_square_sum(residuals), count, out=self.regression_loss)
+        factor = (2.0 * trained) / count
+        return [
+            (residual * factor).nan_to_num_(0.0, 0.0, 0.0).to(prediction.dtype)
+            for residual, prediction in zip(residuals, predictions, strict=True)
+        ]
+
+    def _centred(self, leaf: Tensor, done: Tensor | None) -> Tensor:
+        """Minus the mean over the rows that are not done; zero in the others, where `leaf` is zero too."""
+        if done is None:
+            return leaf - leaf.mean(self.batch_dim, keepdim=True)
+        mean = leaf.sum(self.batch_dim, keepdim=True) / (~done).sum().clamp_min(1)
+        return self._without(done, leaf - mean)
 
     def _without(self, done: Tensor, leaf: Tensor) -> Tensor:
         """Zero in the rows of `done`."""
@@ -245,4 +279,5 @@ class Interface(nn.Module):
 
 def _square_sum(tensors: list[Tensor]) -> Tensor:
     """Sum of squares over all elements of all tensors."""
-    return torch.stack([torch.linalg.vector_norm(t) for t in tensors]).square().sum()
+    flat = [t.flatten() for t in tensors]
+    return functools.reduce(torch.add, [torch.dot(t, t) for t in flat])

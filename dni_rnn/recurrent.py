@@ -67,7 +67,7 @@ class RecurrentCore(nn.Module):
       reading: which state M reads. "boundary": the state that crosses the boundary, as in the paper's
         equations. "next-output": the state one step on, after the first input of the next window, as
         the paper's figures suggest (one more step of the core per boundary, without gradient).
-      scale: factor on ĝ (see `Interface`).
+      scale, centre, restore: see `Interface`.
 
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §2.1 and Fig. 4.
     """
@@ -82,6 +82,8 @@ class RecurrentCore(nn.Module):
         synthesizer: nn.Module | None = None,
         reading: Reading = "boundary",
         scale: float = 1.0,
+        centre: bool = False,
+        restore: float = 0.0,
     ) -> None:
         super().__init__()
         self.kind, self.reading = kind, reading
@@ -89,7 +91,7 @@ class RecurrentCore(nn.Module):
         self.interface: Interface | None = None
         if synthesizer is not None:
             m = _NextState(synthesizer) if reading == "next-output" else synthesizer
-            self.interface = Interface(m, scale=scale)
+            self.interface = Interface(m, scale=scale, centre=centre, restore=restore)
 
     def initial_state(self, batch_size: int) -> Tree:
         """Zeros, on the device and in the dtype of the weights."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from dni_rnn.errors import UsageError
-from dni_rnn.estimators import Window
+from dni_rnn.estimators import UNSCORED, Window
 from dni_rnn.recurrent import Boundary
 
 
@@ -91,3 +92,76 @@ class TokenStream:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
+
+
+class Block(NamedTuple):
+    """A stretch of a generated stream; the first axis is time.
+
+    Attributes:
+      inputs: (L, B) symbols.
+      targets: (L, B) symbols, `UNSCORED` where a step does not count.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+class GeneratedStream:
+    """An endless stream made block by block, so that its position alone says where it stands.
+
+    The context at a boundary before step t is the targets of steps t, t + 1, ..., t + W − 1, -1 where
+    a step is not scored: what the loss to come depends on.
+
+    Args:
+      generate: block number -> the block; the same number gives the same block.
+      batch_size: B.
+      size: symbols that one evaluation reads.
+    """
+
+    def __init__(self, generate: Callable[[int], Block], batch_size: int, size: int) -> None:
+        self.batch_size, self.size, self.position = batch_size, size, 0
+        self._generate, self._device = generate, torch.device("cpu")
+        self._block = len(generate(0).inputs)
+        self._first = -1  # number of the first of the two blocks held
+
+    def to(self, device: torch.device) -> GeneratedStream:
+        self._device, self._first = device, -1
+        return self
+
+    def window(self, steps: int, context: int) -> Window:
+        self._hold(self.position // self._block, steps + context)
+        first = self.position - self._first * self._block
+        last = first + steps
+        self.position += steps
+        scored = int(np.count_nonzero(self._scored[first:last]))
+        return Window(
+            self._inputs[first:last],
+            self._targets[first:last],
+            self._boundary(first, context),
+            self._boundary(last, context),
+            scored,
+        )
+
+    def _boundary(self, at: int, context: int) -> Boundary:
+        coming = self._targets[at : at + context]
+        known = torch.where(coming == UNSCORED, -1, coming) if context else None
+        return Boundary(known, self._inputs[at], None)
+
+    def _hold(self, number: int, ahead: int) -> None:
+        """Have the block `number` and enough of what follows in memory."""
+        if number == self._first:
+            return
+        count = 2 + ahead // self._block
+        blocks = [self._generate(number + i) for i in range(count)]
+        inputs, targets = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+        self._scored = targets != UNSCORED
+        self._inputs, self._targets = (
+            torch.from_numpy(part.astype(np.int64)).to(self._device) for part in (inputs, targets)
+        )
+        self._first = number
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position, self._first = state["position"], -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ class ContextMLP(nn.Module):
 class MLPSynthesizer(nn.Module):
     """M as a `ContextMLP` on one row of the message, after a bounded nonlinearity.
 
-        M(message, context) = MLP(tanh(message row, all its tensors side by side), context)
+        M(message, context) = MLP(tanh(message row, its tensors side by side), context)
 
     The tanh keeps M's input bounded when a cell state is not. M ≡ 0 at the start, so the first update
     is that of truncated BPTT.
@@ -132,6 +132,8 @@ class MLPSynthesizer(nn.Module):
     Args:
       message: an example; only its structure and the shapes of its rows are used.
       hidden, context: see `ContextMLP`.
+      reads: "all" the tensors of the message, or the "first" alone (of an LSTM's state the hidden one,
+        which is its output, as published), which halves the cost of the first layer.
       bounded: apply the tanh. Without it the message enters as it is.
       batch_dim: where the rows lie (see `Interface`).
 
@@ -144,22 +146,26 @@ class MLPSynthesizer(nn.Module):
         hidden: Sequence[int] = (),
         *,
         context: ContextEncoder | None = None,
+        reads: Literal["all", "first"] = "all",
         bounded: bool = True,
         batch_dim: int = -2,
     ) -> None:
         super().__init__()
-        self.bounded, self.batch_dim = bounded, batch_dim
+        self.reads, self.bounded, self.batch_dim = reads, bounded, batch_dim
         features = flatten_rows(message, batch_dim).shape[1]
-        self.mlp = ContextMLP(features, hidden, features, context)
+        self.mlp = ContextMLP(self._input(message).shape[1], hidden, features, context)
 
     def forward(self, message: Tree, context: Any = None) -> Tree:
         leaves, spec = flatten(message)
-        x = flatten_rows(message, self.batch_dim)
+        x = self._input(message)
         if self.bounded:
             x = torch.sigmoid(2.0 * x).mul(2.0).sub(1.0)  # tanh; several times faster than it on a CPU
         x = self.mlp(x, context)
         parts = x.split([leaf.numel() // leaf.shape[self.batch_dim] for leaf in leaves], dim=1)
         return unflatten([self._shape(part, leaf) for part, leaf in zip(parts, leaves, strict=True)], spec)
+
+    def _input(self, message: Tree) -> Tensor:
+        return flatten_rows(message if self.reads == "all" else flatten(message)[0][0], self.batch_dim)
 
     def _shape(self, part: Tensor, leaf: Tensor) -> Tensor:
         """Rows (B, features) back into the shape of `leaf`."""

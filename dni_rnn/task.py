@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
@@ -108,6 +109,15 @@ class Corpus:
 
 
 def installed_tasks() -> dict[str, type]:
-    """Every task registered by an installed package, by name, in alphabetical order."""
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
-    return {name: found[name].load() for name in sorted(found)}
+    """Every task registered by an installed package, by name, in alphabetical order.
+
+    One that cannot be imported is left out, with a line on standard error: somebody else's broken
+    package must not take the other tasks away.
+    """
+    tasks = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        try:
+            tasks[entry.name] = entry.load()
+        except (ImportError, AttributeError) as error:
+            print(f"dni-rnn: task {entry.name!r} is registered but cannot be used: {error}", file=sys.stderr)
+    return tasks

@@ -37,7 +37,12 @@ def build_model(config: TrainConfig, data: Data) -> SequenceModel:
     synthesizer = None
     if config.dni:
         example = RecurrentCore(config.core, 1, config.hidden, config.layers).initial_state(1)
-        synthesizer = MLPSynthesizer(example, _hidden(config), context=_context_encoder(config, data))
+        synthesizer = MLPSynthesizer(
+            example,
+            _hidden(config),
+            context=_context_encoder(config, data),
+            reads="first" if config.synthesizer_reads == "hidden" else "all",
+        )
     core = RecurrentCore(
         config.core,
         config.embedding,
@@ -46,6 +51,8 @@ def build_model(config: TrainConfig, data: Data) -> SequenceModel:
         synthesizer=synthesizer,
         reading=config.reading,
         scale=config.scale,
+        centre=config.centre,
+        restore=config.restore,
     )
     return SequenceModel(data.input_symbols, data.target_symbols, config.embedding, core)
 
@@ -71,8 +78,8 @@ def _context_encoder(config: TrainConfig, data: Data) -> ContextEncoder | None:
     if not spec.window:
         return None
     if spec.embedding:
-        return EmbeddedTokens(data.input_symbols, spec.window, spec.embedding)
-    return OneHotTokens(data.input_symbols, spec.window)
+        return EmbeddedTokens(data.target_symbols, spec.window, spec.embedding)
+    return OneHotTokens(data.target_symbols, spec.window)
 
 
 def choose_device(name: str) -> torch.device:
@@ -331,7 +338,7 @@ class _Loop:
         total, unit = self._total()
         self.bar = tqdm(
             total=total, initial=self._done(), desc=run.path.name, unit=unit, unit_scale=True, disable=quiet,
-            dynamic_ncols=True, mininterval=0.5, leave=False,
+            dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30.0, leave=False,
         )  # fmt: skip
 
     def close(self) -> None:

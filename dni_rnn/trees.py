@@ -68,4 +68,5 @@ def where_rows(rows: Tensor, chosen: Tree, other: Tree, batch_dim: int = -2) -> 
 
 def flatten_rows(tree: Tree, batch_dim: int = -2) -> Tensor:
     """All tensors of `tree` side by side, one row per row: (B, features)."""
-    return torch.cat([leaf.movedim(batch_dim, 0).flatten(1) for leaf in flatten(tree)[0]], dim=1)
+    rows = [leaf.movedim(batch_dim, 0).flatten(1) for leaf in flatten(tree)[0]]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
