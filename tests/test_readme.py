@@ -1,0 +1,90 @@
+"""The README and the examples do what they say: their commands and code are run here."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from dni_rnn.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+DATA = ROOT.parent / "shared" / "data"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [line.split("#")[0].strip() for line in lines if line.startswith("dni-rnn")]
+
+
+def test_commands_of_the_readme_run_in_the_order_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not (DATA / "ptb").is_dir():
+        pytest.skip("skipped: the README's commands, because the Penn Treebank files are not there")
+    monkeypatch.chdir(tmp_path)
+    assert len(commands()) >= 6
+    for command in commands():
+        words = [str(DATA) if word == "DATA" else word for word in shlex.split(command)[1:]]
+        if words[0] == "train":
+            # The published command with a budget of moments; everything else is as typed.
+            words += ["--steps", "3", "--hidden", "8", "--threads", "1"]
+        if words[0] == "sample":
+            words += ["--chars", "20"]
+        assert main(words) == 0, command
+    written = capsys.readouterr().out
+    assert "the company said" in written
+    assert "ptb/char test:" in written
+    assert (tmp_path / "runs" / "a" / "summary.json").exists()
+
+
+def test_python_of_the_readme_runs() -> None:
+    whole = [block for block in blocks("python") if "import torch" in block]
+    assert whole
+    for block in whole:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_every_task_is_in_the_readme() -> None:
+    from dni_rnn.task import installed_tasks
+
+    for name in installed_tasks():
+        assert f"| `{name}` |" in README
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("name", ["char_model_before.py", "char_model_after.py"])
+def test_examples_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    monkeypatch.setattr(sys, "argv", [name, str(text), "--steps", "200"])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    bits = [float(b) for b in re.findall(r"([\d.]+) bits", capsys.readouterr().out)]
+    assert len(bits) == 2
+    assert bits[1] < 0.8 * bits[0], "the example learns"
+
+
+def test_two_lines_of_the_example_loop_change() -> None:
+    before, after = (
+        (ROOT / "examples" / f"char_model_{when}.py").read_text().split("for step in", 1)[1]
+        for when in ("before", "after")
+    )
+    difference = difflib.ndiff(before.splitlines(), after.splitlines())
+    added = [line for line in difference if line.startswith("+ ")]
+    assert len(added) == 2
