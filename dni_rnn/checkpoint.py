@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dni_rnn.errors import UsageError
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary file beside `path`, flush it to the disk, then rename it over `path`.
-
-    Killed at any moment, or on a full disk, `path` is what it was before or whole.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+from dni_rnn.files import write_atomically
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ class TrainConfig:
     data_dir: Path | None = None
     """Folder that holds the data files."""
     out: Path | None = None
-    """Run directory. The default is runs/TASK-METHOD-seedN."""
+    """Run directory. The default is runs/TASK-METHOD-TT-seedN."""
     resume: bool = False
     """Go on with the run in --out from its last checkpoint."""
     log_every: int = 50

@@ -105,8 +105,8 @@ class DNI(TruncatedBPTT):
         window gradient = ∂/∂θ weight·loss(window) + (∂state_end/∂θ)ᵀ ĝ(state_end)
         target of M     = ∂/∂state_start weight·loss(window) + (∂state_end/∂state_start)ᵀ ĝ(state_end)
 
-    M and the scale of ĝ belong to the model's core (`RecurrentCore`). With M ≡ 0 this is
-    `TruncatedBPTT`; with M exact it is `FullBPTT`, whatever T.
+    (with `aux`, both also hold the gradient of its term). M and the scale of ĝ belong to the model's core
+    (`RecurrentCore`). With M ≡ 0 this is `TruncatedBPTT`; with M exact it is `FullBPTT`, whatever T.
 
     Args:
       aux: the auxiliary task: a module A called as `A(output, context)` on the core's first output of

@@ -92,7 +92,9 @@ class Interface(nn.Module):
 
     so a loss of 1 is what predicting zero gives, and 0 is a perfect prediction. g is in the units
     of the scalar on which backward is called (for a loss that is a mean over a batch, it shrinks
-    with the batch), and so is ĝ.
+    with the batch), and so is ĝ. Keep the interface itself in float32 or float64 (autocast is fine): its
+    running size moves by small steps. M is called twice for every message, by `send` and by `receive`, so
+    one with dropout draws twice.
 
     The same backward that brings ĝ to the parameters carries it on to the previous boundary, where it
     is part of M's next target. So `scale` is the weight of ĝ and, with it, the factor by which the
@@ -100,7 +102,7 @@ class Interface(nn.Module):
 
     Args:
       synthesizer: M, any module.
-      centre: subtract from ĝ its mean over the rows (those that are not done). What is the same in
+      centre: subtract from what `send` injects its mean over the rows that are not done. What is the same in
         every row of a batch is mostly M's own bias, and a consistent push is what drives a cell state
         away: Adam turns it into full steps, and the bootstrapped target then confirms it.
       restore: strength of a force that turns back a message that runs away. It adds
@@ -188,6 +190,7 @@ class Interface(nn.Module):
             return message
         return self._edge(message, context, None)
 
+    @torch.no_grad()
     def synthetic_gradient(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
         """ĝ as `send` injects it: a tree like `message`, in the units of the loss, 0 in rows of `done`."""
         size = self.size()
@@ -247,15 +250,17 @@ class Interface(nn.Module):
         self.target_count.add_(trained)
         rate = trained / self.target_count.clamp(1.0, 1.0 / (1.0 - self.decay))
         self.target_square.lerp_(square.nan_to_num(0.0, 0.0), rate)
-        # The floor is for targets that were all zero so far (a net cut everywhere starts so).
-        inverse = self.size().clamp_min(torch.finfo(square.dtype).tiny).reciprocal()
+        size = self.size()
+        # Targets may all have been zero so far: a net that is cut everywhere starts so.
+        inverse = torch.where(size > 0, size.reciprocal(), 0.0)
         residuals = [
             torch.addcmul(prediction.to(square.dtype), target, inverse, value=-1.0)
             for prediction, target in zip(predictions, targets, strict=True)
         ]
         if done is not None:
             residuals = [self._without(done, residual) for residual in residuals]
-        torch.div(_square_sum(residuals), count, out=self.regression_loss)
+        loss = _square_sum(residuals) / count
+        self.regression_loss.copy_(torch.where(trained > 0, loss, self.regression_loss))
         factor = (2.0 * trained) / count
         return [
             (residual * factor).nan_to_num_(0.0, 0.0, 0.0).to(prediction.dtype)

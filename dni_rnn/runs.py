@@ -21,9 +21,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dni_rnn.checkpoint import write_atomically
 from dni_rnn.config import NOT_OF_THE_TRAJECTORY, TrainConfig, from_json, to_json
 from dni_rnn.errors import UsageError
+from dni_rnn.files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.task import Task, installed_tasks
 
 REPORTED_PACKAGES = ("dni-rnn", "torch", "numpy", "safetensors")
@@ -138,15 +138,12 @@ class Run:
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line that a crash cut short is left out."""
-        if not self.metrics.exists():
-            return []
-        whole = [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        return [json.loads(line) for line in whole]
+        return read_jsonl(self.metrics) if self.metrics.exists() else []
 
     def keep_rows(self, step: int) -> None:
         """Drop the rows after update `step`: a resumed run will write them again."""
         rows = [row for row in self.rows() if row["step"] <= step]
-        write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_jsonl(self.metrics, rows)
 
 
 class MetricsLog:

@@ -149,9 +149,9 @@ class GeneratedStream:
 
     def _hold(self, number: int, ahead: int) -> None:
         """Have the block `number` and enough of what follows in memory."""
-        if number == self._first:
-            return
         count = 2 + ahead // self._block
+        if number == self._first and count * self._block <= len(self._inputs):
+            return
         blocks = [self._generate(number + i) for i in range(count)]
         inputs, targets = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
         self._scored = targets != UNSCORED

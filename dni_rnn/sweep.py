@@ -28,8 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from dni_rnn.errors import UsageError
+from dni_rnn.files import read_jsonl, write_jsonl
 
 POLL_SECONDS = 0.5
+
+OF_THE_MACHINE = ("out", "data_dir", "resume")
+"""Settings that say where a run was made, not what it did: left out of its row."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def read_sweep(folder: Path) -> list[Cell]:
     """
     path = folder / "sweep.toml"
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
         shared, seeds, cells = values["train"], values["seeds"], values["cells"]
     except FileNotFoundError:
         raise UsageError(f"{path}: no sweep there") from None
@@ -78,15 +82,15 @@ def read_sweep(folder: Path) -> list[Cell]:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The finished rows of a sweep."""
+    """The finished rows of a sweep; a last line that a crash cut short is left out."""
     path = folder / "rows.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_jsonl(path) if path.exists() else []
 
 
 def make_row(cell: Cell, run: Path) -> dict[str, Any]:
     """One finished run as one row: what was asked, what came out, and the validation curve."""
     config = json.loads((run / "config.json").read_text())
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_jsonl(run / "metrics.jsonl")
     curve = [
         {"symbols": m["symbols"], "seconds": m["seconds"], "valid_bpc": round(m["valid_bpc"], 5)}
         for m in metrics
@@ -98,7 +102,10 @@ def make_row(cell: Cell, run: Path) -> dict[str, Any]:
         "seed": cell.seed,
         "command": cell.command,
         **json.loads((run / "summary.json").read_text()),
-        "config": config["config"] | {"task_options": config["task_options"]},
+        "config": {
+            **{name: value for name, value in config["config"].items() if name not in OF_THE_MACHINE},
+            "task_options": config["task_options"],
+        },
         "curve": curve,
         **about,
     }
@@ -133,8 +140,8 @@ def run_sweep(folder: Path, work: Path, parallel: int, minutes: float | None = N
                 del running[cell]
                 if code == 0:
                     row = make_row(cell, work / cell.folder)
-                    with open(folder / "rows.jsonl", "a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    rows = [*read_rows(folder), row]
+                    write_jsonl(folder / "rows.jsonl", rows)
                     outcome = f"test {row['test_bpc']:.4f} bpc in {row['seconds']:.0f} s"
                 elif time.monotonic() >= deadline:
                     outcome = "stopped, saved"

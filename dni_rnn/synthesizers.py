@@ -47,8 +47,6 @@ class OneHotTokens(ContextEncoder):
         rows = self.symbols * self.window
         self.table = nn.EmbeddingBag(rows + 1, width, mode="sum", padding_idx=rows)
         nn.init.normal_(self.table.weight, std=0.0 if zero else self.window**-0.5)
-        with torch.no_grad():
-            self.table.weight[rows].zero_()
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens.reshape(self.window, -1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import signal
 import sys
 import time
@@ -358,9 +357,7 @@ class _Loop:
                 with self.clock.paused():
                     self._validate()
                     self._save()
-            elif (
-                time.perf_counter() - self.saved > config.save_every and learner.step % config.log_every == 0
-            ):
+            elif learner.step % config.log_every == 0 and self._due():
                 with self.clock.paused():
                     self._save()
         if stop:
@@ -460,9 +457,13 @@ class _Loop:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Largest memory in bytes: allocated on a CUDA device, or resident in this process."""
+    """Largest memory in bytes: allocated on a CUDA device, or resident in this process; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -6,8 +6,9 @@ step. Names of parameters, order of gates and orientation of weights are torch's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def unroll(kind: str, p: Parameters, window: Window, state: State) -> tuple[list
 
 def window_loss(p: Parameters, window: Window, outputs: Sequence[Tensor]) -> Tensor:
     """Sum over scored targets of −log p(target), in nats."""
-    total = outputs[0].new_zeros(())
+    total = (0.0 * outputs[0]).sum()  # differentiable even when nothing is scored
     for output, targets in zip(outputs, window.targets, strict=True):
         logits = output @ p["readout.weight"].T + p["readout.bias"]
         for row, target in enumerate(targets.tolist()):
@@ -110,7 +111,7 @@ def window_loss(p: Parameters, window: Window, outputs: Sequence[Tensor]) -> Ten
 
 def total_loss(kind: str, p: Parameters, windows: Sequence[Window], state: State) -> tuple[Tensor, State]:
     """Loss summed over consecutive windows, and the state after them."""
-    total = (0.0 * state[0]).sum()  # differentiable even when nothing is scored
+    total = state[0].new_zeros(())
     for window in windows:
         outputs, state = unroll(kind, p, window, reset(state, window.done))
         total = total + window_loss(p, window, outputs)
@@ -161,13 +162,19 @@ def truncated_bptt(problem: Problem) -> Parameters:
 
 
 def injected(
-    problem: Problem, number: int, state: State, end_gradient: State, weight: float = 1.0
+    problem: Problem,
+    number: int,
+    state: State,
+    end_gradient: State,
+    weight: float = 1.0,
+    extra: Callable[[list[Tensor]], Tensor] | None = None,
 ) -> tuple[Parameters, State]:
     """Of window `number`, begun in `state` (already reset), with `end_gradient` at the state it ends in:
 
         ∂/∂θ weight·loss + (∂end/∂θ)ᵀ end_gradient,   ∂/∂state weight·loss + (∂end/∂state)ᵀ end_gradient
 
-    The second is what a synthesizer is to learn at the window's start.
+    The second is what a synthesizer is to learn at the window's start. `extra` is a term of the
+    objective beside the loss, a function of the outputs.
     """
     p, start = leaves(problem.parameters), tuple(leaf(s) for s in state)
     window = problem.windows[number]
@@ -175,6 +182,8 @@ def injected(
     total = weight * window_loss(p, window, outputs)
     for e, g in zip(end, end_gradient, strict=True):
         total = total + (e * g.detach()).sum()
+    if extra is not None:
+        total = total + extra(outputs)
     target = torch.autograd.grad(total, start, retain_graph=True)
     return _gradients(total, p), target
 
@@ -198,6 +207,60 @@ def state_gradients(problem: Problem) -> list[State]:
     return [future_gradient(problem, number, state) for number, state in enumerate(states(problem))]
 
 
+def running_size(squares: Sequence[float], decay: float = 0.99) -> float:
+    """√ of the running mean of a target's mean squares: plain at first, exponential later."""
+    running = 0.0
+    for number, square in enumerate(squares, start=1):
+        rate = 1.0 / number if number * (1.0 - decay) < 1.0 else 1.0 - decay
+        running = (1.0 - rate) * running + rate * square
+    return math.sqrt(running)
+
+
+# Tools of the tests.
+
+
+def close(got: Any, wanted: Any, rtol: float = 1e-9, atol: float = 1e-11) -> None:
+    """Equal to rounding in float64; the defaults of torch allow 1e-7."""
+    torch.testing.assert_close(got, wanted, rtol=rtol, atol=atol)
+
+
+def distance(a: Parameters, b: Parameters) -> float:
+    """‖a − b‖ / ‖b‖."""
+    difference = sum(float((a[name] - b[name]).detach().square().sum()) for name in b)
+    return math.sqrt(difference / sum(float(tensor.detach().square().sum()) for tensor in b.values()))
+
+
+def mean_square(tensors: Sequence[Tensor]) -> float:
+    """Over all elements of all tensors."""
+    return float(torch.cat([t.detach().flatten() for t in tensors]).square().mean())
+
+
+def grad(tensor: Tensor) -> Tensor:
+    """Its gradient, which must be there."""
+    assert tensor.grad is not None
+    return tensor.grad
+
+
+def gradients(module: torch.nn.Module) -> Parameters:
+    """By name; zero where nothing arrived."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in module.named_parameters()
+    }
+
+
+def random(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def randomize(module: torch.nn.Module, generator: torch.Generator, std: float = 0.3) -> torch.nn.Module:
+    """Give all parameters random values, those that start at zero too."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(std * random(generator, *parameter.shape))
+    return module
+
+
 # A problem whose gradient through time is worth the name.
 
 
@@ -207,22 +270,19 @@ def random_parameters(
     """Recurrent weights are scaled orthogonal matrices and LSTM forget gates are open, so that the
     gradient survives the way back; in a net of small weights it dies in a few steps."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
     p = {
-        "embedding.weight": normal(symbols, embedding),
-        "readout.weight": normal(symbols, hidden),
-        "readout.bias": normal(symbols),
+        "embedding.weight": random(generator, symbols, embedding),
+        "readout.weight": random(generator, symbols, hidden),
+        "readout.bias": random(generator, symbols),
     }
     gates = GATES[kind]
     for layer in range(layers):
         width = hidden if layer else embedding
-        blocks = [torch.linalg.qr(normal(hidden, hidden))[0] for _ in range(gates)]
+        blocks = [torch.linalg.qr(random(generator, hidden, hidden))[0] for _ in range(gates)]
         p[f"rnn.weight_hh_l{layer}"] = (1.0 if kind == "rnn" else 1.5) * torch.cat(blocks)
-        p[f"rnn.weight_ih_l{layer}"] = 0.5 * normal(gates * hidden, width)
-        p[f"rnn.bias_ih_l{layer}"] = 0.1 * normal(gates * hidden)
-        p[f"rnn.bias_hh_l{layer}"] = 0.1 * normal(gates * hidden)
+        p[f"rnn.weight_ih_l{layer}"] = 0.5 * random(generator, gates * hidden, width)
+        p[f"rnn.bias_ih_l{layer}"] = 0.1 * random(generator, gates * hidden)
+        p[f"rnn.bias_hh_l{layer}"] = 0.1 * random(generator, gates * hidden)
         if kind == "lstm":
             p[f"rnn.bias_ih_l{layer}"][hidden : 2 * hidden] += 2.0
         if kind == "gru":
@@ -258,8 +318,5 @@ def random_problem(
         done = torch.rand(rows, generator=generator) < 0.4 if resets else None
         windows.append(Window(inputs[first : first + window], targets[first : first + window], done))
     count = 2 if kind == "lstm" else 1
-    state = tuple(
-        0.5 * torch.randn(layers, rows, hidden, dtype=torch.float64, generator=generator)
-        for _ in range(count)
-    )
+    state = tuple(0.5 * random(generator, layers, rows, hidden) for _ in range(count))
     return Problem(kind, parameters, windows, state)

@@ -1,0 +1,122 @@
+"""Runs side by side, finished or not, read from what they have written so far."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dni_rnn.config import TrainConfig, from_json
+from dni_rnn.errors import UsageError
+from dni_rnn.plots import Curve, Point, check_format, save_curves
+from dni_rnn.report import BPC, DIGITS, markdown_table
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as far as it got.
+
+    Attributes:
+      name: what tables and plots call it.
+      data, method, bptt: what was trained on what.
+      symbols, seconds: trained on so far, and for how long.
+      points: its validations.
+      test: the metric on the test split; None while the run is unfinished.
+    """
+
+    name: str
+    data: str
+    method: str
+    bptt: int
+    symbols: int
+    seconds: float
+    points: list[Point]
+    test: float | None
+
+    @property
+    def best(self) -> float | None:
+        """The best validation; None before the first."""
+        return BPC.best(point.value for point in self.points) if self.points else None
+
+
+def read_record(path: Path, name: str) -> Record:
+    """Read a run directory; the record is called `name`.
+
+    Raises:
+      UsageError: there is no run, or its files cannot be read.
+    """
+    try:
+        about = json.loads((path / "config.json").read_text())
+        rows = _whole_lines(path / "metrics.jsonl")
+        summary = path / "summary.json"
+        ended = json.loads(summary.read_text()) if summary.exists() else None
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no run there (config.json is missing)") from None
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from None
+    last = rows[-1] if rows else {"symbols": 0, "seconds": 0.0}
+    if ended is not None and last["symbols"] > ended["symbols"]:
+        ended = None  # resumed with a larger budget: the summary is that of the smaller one
+    config = from_json(TrainConfig, about["config"])
+    return Record(
+        name,
+        about["data"],
+        config.method,
+        config.bptt,
+        last["symbols"],
+        last["seconds"],
+        BPC.points(rows),
+        None if ended is None else ended[f"test_{BPC.key}"],
+    )
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that may still be written to: a last line without its end is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def render_comparison(records: Sequence[Record]) -> str:
+    """A table of runs. Characters/s is of training alone, validation not counted."""
+    header = [
+        "run", "data", "method", "T", "characters", f"best valid {BPC.label}", f"test {BPC.label}",
+        "characters/s", "seconds",
+    ]  # fmt: skip
+    lines = [
+        [
+            record.name,
+            record.data,
+            record.method,
+            str(record.bptt),
+            f"{record.symbols:,}",
+            "–" if record.best is None else f"{record.best:.{DIGITS}f}",
+            "unfinished" if record.test is None else f"{record.test:.{DIGITS}f}",
+            f"{record.symbols / record.seconds:,.0f}" if record.seconds else "–",
+            f"{record.seconds:,.1f}",
+        ]
+        for record in records
+    ]
+    return markdown_table(header, lines)
+
+
+def plot_records(records: Sequence[Record], out: Path) -> bool:
+    """Overlay the validation curves; False, and no plot, when no run has been validated yet."""
+    curves = [Curve(record.name, record.method, record.bptt, [record.points]) for record in records]
+    if not any(record.points for record in records):
+        return False
+    save_curves([out], curves, f"validation {BPC.label} ({BPC.meaning})")
+    return True
+
+
+def compare_runs(paths: Sequence[Path], out: Path) -> None:
+    """Print a table of runs and save the plot of their validation curves."""
+    check_format(out)
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    records = [read_record(path, name) for path, name in zip(paths, names, strict=True)]
+    print(render_comparison(records), end="")
+    print(f"validation curves: {out}" if plot_records(records, out) else "no validation yet: no plot")

@@ -1,0 +1,42 @@
+"""Files that are replaced whole or not at all, and files of JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary file beside `path`, flush it to the disk, then rename it over `path`.
+
+    Killed at any moment, or on a full disk, `path` is what it was before or whole.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines; a last line that a crash cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace a file of JSON lines, whole or not at all."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

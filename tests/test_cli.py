@@ -1,0 +1,544 @@
+"""The command line: help, errors of one line and exit code 2, and what reads a finished run.
+
+The help texts are kept in tests/golden/help_*.txt. To renew them after a change that was meant:
+
+    DNI_RNN_RENEW=1 pytest tests/test_cli.py tests/test_golden.py
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from dni_rnn import cli, task
+from dni_rnn.checkpoint import load_checkpoint, save_checkpoint
+from dni_rnn.cli import main
+from dni_rnn.config import NOT_OF_THE_TRAJECTORY, TrainConfig, from_json, to_json
+from dni_rnn.errors import UsageError
+from dni_rnn.inference import load_run, sample
+from dni_rnn.task import installed_tasks
+
+GOLDEN = Path(__file__).parent / "golden"
+RENEW = os.environ.get("DNI_RNN_RENEW") == "1"
+BUNDLED = ("ptb", "recall", "text")
+COMMANDS = ("train", "eval", "sample", "compare", "demo", "sweep", "report", "tasks")
+SMALL = "--hidden 8 --embedding 4 --batch-size 4 --bptt 5 --log-every 5 --eval-every 400 --threads 1".split()
+
+
+def make_text(path, characters=2000, words=("the", "cat", "sat", "on", "a", "mat")):
+    """Random words; the same on every machine."""
+    random = Random(0)
+    text = " ".join(words[int(random.random() * len(words))] for _ in range(characters))
+    path.write_text(text[:characters])
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A text and a small run over it."""
+    folder = tmp_path_factory.mktemp("trained")
+    text, out = make_text(folder / "words.txt"), folder / "run"
+    assert main(["train", "text", str(text), *SMALL, "--steps", "60", "--lr", "0.02", "--out", str(out)]) == 0
+    return text, out
+
+
+def failing(capsys, arguments, code=2):
+    """What a failing command says: one line on standard error, nothing on standard output."""
+    assert main([str(argument) for argument in arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.split("\r")[-1].splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("dni-rnn: ")
+    return lines[0]
+
+
+# Help
+
+
+def helped(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--help"])
+    assert stop.value.code == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+HELPS = [
+    [],
+    ["train"],
+    *(["train", name] for name in BUNDLED),
+    *([name] for name in COMMANDS if name != "train"),
+]
+
+
+@pytest.mark.parametrize("arguments", HELPS, ids=" ".join)
+def test_help(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(cli, "TASKS", {name: cli.TASKS[name] for name in BUNDLED})
+    text = helped(arguments, capsys)
+    assert "\x1b" not in text
+    path = GOLDEN / f"help_{'_'.join(arguments) or 'dni-rnn'}.txt"
+    written_by = f"tyro {version('tyro')}\n"
+    if RENEW:
+        path.write_text(written_by + text)
+    first, expected = path.read_text().split("\n", 1)
+    if first + "\n" != written_by:
+        pytest.skip(f"the help texts were written with {first}; the layout of this tyro was not compared")
+    assert text == expected, "help has changed; if that was meant: DNI_RNN_RENEW=1 pytest tests/test_cli.py"
+
+
+def test_every_command_has_a_golden_help(capsys):
+    listed = re.search(r"\{(\S+)\}", helped([], capsys))
+    assert listed
+    assert tuple(listed[1].split(",")) == COMMANDS
+    assert {f"help_{'_'.join(a) or 'dni-rnn'}.txt" for a in HELPS} == {p.name for p in GOLDEN.glob("help_*")}
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_every_setting_is_in_the_help_with_an_explanation(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    text = helped(["train", name], capsys)
+    for field in TrainConfig.__dataclass_fields__:
+        flag = f"--{field.replace('_', '-')}"
+        line = re.search(rf"{flag}[ ,].*(\n.*)?\(default: ", text)
+        assert line, flag
+        assert len(re.sub(rf"{flag}\S*|\W|default", "", line[0])) > 20, flag
+
+
+def test_no_torch_for_help():
+    """Help, tasks, version and mistakes answer at once: they must not wait for torch."""
+    code = """
+import sys
+from dni_rnn.cli import main
+for arguments in {commands}:
+    try:
+        assert main(arguments) in (0, 2)
+    except SystemExit as stop:
+        assert stop.code in (0, 2), stop.code
+    heavy = [name for name in ("torch", "numpy", "matplotlib", "safetensors") if name in sys.modules]
+    assert not heavy, (arguments, heavy)
+print("light")
+"""
+    commands = [
+        *([*a, "--help"] for a in HELPS),
+        ["--version"],
+        ["tasks"],
+        ["train", "text", "--bptt", "0"],
+        ["train", "text", "--unknown"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(commands=commands)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.endswith("light\n"), done.stderr
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dni-rnn {version('dni-rnn')}\n"
+
+
+def test_tasks(capsys):
+    assert main(["tasks"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(cli.TASKS)
+    assert set(BUNDLED) <= set(cli.TASKS)
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+def test_as_a_module():
+    """`python -m dni_rnn` is the command, with its exit codes."""
+    good, bad = (
+        subprocess.run([sys.executable, "-m", "dni_rnn", *words], capture_output=True, text=True, check=False)
+        for words in (["--version"], ["train", "text", "--bptt", "0"])
+    )
+    assert (good.returncode, good.stdout) == (0, f"dni-rnn {version('dni-rnn')}\n")
+    assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "dni-rnn: --bptt must be positive, not 0\n")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "{train,eval"),
+        (["trian"], "trian"),
+        (["train"], "{ptb,recall,text}"),
+        (["train", "nope"], "nope"),
+        (["train", "text", "--nope"], "--nope"),
+        (["train", "text", "--bptt", "many"], "many"),
+        (["train", "text", "--core", "transformer"], "transformer"),
+        (["eval"], "PATH"),
+        (["eval", "run", "--split", "train"], "train"),
+    ],
+)
+def test_unknown_words_are_refused(arguments, named, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "TASKS", {name: cli.TASKS[name] for name in BUNDLED})
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert named in captured.err
+    assert "Traceback" not in captured.err
+
+
+POSITIVE = (
+    "hidden", "layers", "embedding", "bptt", "accumulate", "batch_size", "lr", "synthesizer_lr", "chars",
+    "minutes", "steps", "threads", "log_every", "eval_every", "state_limit", "aux_weight",
+)  # fmt: skip
+NOT_NEGATIVE = ("clip", "scale", "restore", "save_every")
+ONLY_WITH_DNI = {
+    "synthesizer": "linear",
+    "synthesizer-reads": "state",
+    "context": "next-tokens:3",
+    "reading": "next-output",
+    "scale": "0.5",
+    "centre": None,
+    "restore": "1.0",
+    "aux": None,
+    "synthesizer-lr": "0.01",
+}
+MISTAKES = [
+    *((["--dni", "--aux", f"--{name.replace('_', '-')}", "0"], f"--{name.replace('_', '-')} must be positive, not 0")
+      for name in POSITIVE),
+    *((["--dni", f"--{name.replace('_', '-')}", "-1"], f"--{name.replace('_', '-')} must not be negative")
+      for name in NOT_NEGATIVE),
+    (["--lr", "nan"], "--lr must be positive, not nan"),
+    (["--clip", "nan"], "--clip must not be negative"),
+    (["--steps", "-3"], "--steps must be positive, not -3"),
+    *(([f"--{name}", *([] if value is None else [value])], f"--{name} does nothing without --dni; add --dni")
+      for name, value in ONLY_WITH_DNI.items()),
+    (["--dni", "--aux-weight", "0.5"], "--aux-weight does nothing without --aux; add --aux"),
+    (["--aux-weight", "0.5"], "--aux-weight does nothing without --aux; add --aux"),
+    *(([f"--{a}", "1", f"--{b}", "1"], "give one of --chars, --minutes and --steps, not several")
+      for a, b in (("chars", "minutes"), ("chars", "steps"), ("minutes", "steps"))),
+    *((["--dni", "--synthesizer", text], f"--synthesizer {text}: give linear, mlp, mlp:WIDTH or mlp:WIDTH,WIDTH")
+      for text in ("", "mpl", "mlp:", "mlp:0", "mlp:-1", "mlp:a", "mlp:1,2,3", "mlp:1,", "linear:5", "mlp:1.5")),
+    *((["--dni", "--context", text], f"--context {text}: give none, next-tokens:W or next-tokens:W:EMBEDDING")
+      for text in ("", "all", "next-tokens", "next-tokens:", "next-tokens:0", "next-tokens:-2", "next-tokens:2:-1",
+                   "next-tokens:a", "next-tokens:2:", "next-tokens:2:3:4", "none:3", "next-token:2")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "said"), MISTAKES, ids=[" ".join(wrong) for wrong, _ in MISTAKES])
+def test_settings_that_make_no_sense(wrong, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert said in failing(capsys, ["train", "recall", *wrong])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["text", "--valid-fraction", "2"], "valid_fraction is 2.0"),
+        (["recall", "--delay", "0"], "--delay must lie between 1 and 1024, not 0"),
+        (["recall", "--symbols", "1"], "--symbols must be at least 2, not 1"),
+    ],
+)
+def test_options_of_a_task_that_make_no_sense(arguments, said, capsys):
+    assert said in failing(capsys, ["train", *arguments])
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="torch takes 64 bits and nothing checks")
+def test_a_seed_of_more_than_64_bits(tmp_path, capsys):
+    assert "--seed" in failing(capsys, ["train", "recall", "--seed", 2**70, "--out", tmp_path / "run"])
+
+
+def test_settings_survive_json():
+    config = TrainConfig(
+        dni=True, context="next-tokens:3:4", out=Path("a/b"), data_dir=Path("c"), minutes=0.5
+    )
+    assert from_json(TrainConfig, json.loads(json.dumps(to_json(config)))) == config
+    assert from_json(TrainConfig, {"hidden": 3}) == TrainConfig(hidden=3)  # written before a setting existed
+    with pytest.raises(UsageError, match="another version: unknown setting wings"):
+        from_json(TrainConfig, {"wings": 2})
+    assert set(to_json(config)) > NOT_OF_THE_TRAJECTORY
+
+
+def test_the_names_of_methods():
+    dni = {"dni": True, "context": "next-tokens:8"}
+    names = [TrainConfig(**settings).method for settings in ({}, {"dni": True}, dni, {**dni, "aux": True})]
+    assert names == ["bptt", "dni", "dni+next-tokens:8", "dni+next-tokens:8+aux"]
+
+
+def test_where_a_run_goes_without_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = make_text(tmp_path / "words.txt")
+    arguments = [
+        "train",
+        "text",
+        text,
+        *SMALL,
+        "--steps",
+        5,
+        "--dni",
+        "--context",
+        "next-tokens:2",
+        "--seed",
+        7,
+    ]
+    assert main([str(a) for a in arguments]) == 0
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["text-dni+next-tokens2-T5-seed7"]
+    assert capsys.readouterr().out.endswith("-> runs/text-dni+next-tokens2-T5-seed7\n")
+    assert "--resume" in failing(capsys, arguments)
+
+
+# Tasks of other people's packages
+
+
+def install(folder, name, source):
+    """Put a package with one task into `folder`, as an installer would."""
+    (folder / f"{name}.py").write_text(source)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{task.GROUP}]\n{name} = {name}:Theirs\n")
+
+
+def test_a_task_of_another_package(tmp_path, monkeypatch, capsys):
+    source = (
+        "from dataclasses import dataclass\nfrom dni_rnn_tasks.recall import Recall\n\n"
+        '@dataclass(frozen=True, kw_only=True)\nclass Theirs(Recall):\n    """What they do."""\n\n'
+        '    twist: int = 1\n    """How far."""\n'
+    )
+    install(tmp_path, "theirs_works", source)
+    monkeypatch.syspath_prepend(tmp_path)
+    tasks = installed_tasks()
+    assert set(tasks) >= {*BUNDLED, "theirs_works"}
+    monkeypatch.setattr(cli, "TASKS", tasks)
+    assert main(["tasks"]) == 0
+    assert "What they do." in capsys.readouterr().out
+    out = tmp_path / "run"
+    words = ["--delay", "1", "--twist", "2", *SMALL, "--steps", "1", "--out", str(out)]
+    assert main(["train", "theirs_works", *words]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("recall/1 test: ")
+    assert json.loads((out / "config.json").read_text())["task_options"]["twist"] == 2
+    monkeypatch.undo()
+    assert "its task 'theirs_works' is not installed; known: " in failing(capsys, ["eval", out])
+
+
+ESCAPES = pytest.mark.xfail(strict=True, reason="only ImportError and AttributeError are caught")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param("import no_such_module_anywhere", id="missing dependency"),
+        pytest.param("Ours = 1", id="missing name"),
+        pytest.param("def broken(:", id="syntax error", marks=ESCAPES),
+        pytest.param("raise RuntimeError('no licence')", id="runtime error", marks=ESCAPES),
+        pytest.param("Theirs = undefined", id="name error", marks=ESCAPES),
+    ],
+)
+def test_a_broken_package_takes_no_other_task_away(source, tmp_path, monkeypatch, capsys):
+    install(tmp_path, "theirs_broken", source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "theirs_broken", raising=False)
+    tasks = installed_tasks()
+    assert set(tasks) >= set(BUNDLED)
+    assert "theirs_broken" not in tasks
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "theirs_broken" in captured.err
+
+
+# Evaluate
+
+
+def test_eval_is_exact_and_repeatable(trained, capsys):
+    """The printed number is what summary.json holds, wherever the text is read from."""
+    _, out = trained
+    said = []
+    for split in ("test", "valid"):
+        assert main(["eval", str(out), "--split", split]) == 0
+        said.append(capsys.readouterr().out)
+    summary = json.loads((out / "summary.json").read_text())
+    symbols = f"after {summary['best_symbols']:,} training characters"
+    assert said == [
+        f"text/words.txt test: {summary['test_bpc']:.4f} bpc {symbols}\n",
+        f"text/words.txt valid: {summary['best_valid_bpc']:.4f} bpc {symbols}\n",
+    ]
+
+
+def copied(trained, folder):
+    """The run and its text elsewhere, to be damaged."""
+    text, out = trained
+    (folder / "run").mkdir()
+    for path in out.iterdir():
+        (folder / "run" / path.name).write_bytes(path.read_bytes())
+    (folder / "words.txt").write_bytes(text.read_bytes())
+    config = json.loads((folder / "run" / "config.json").read_text())
+    config["task_options"]["path"] = str(folder / "words.txt")
+    (folder / "run" / "config.json").write_text(json.dumps(config))
+    return folder / "words.txt", folder / "run"
+
+
+CONFIG = pytest.mark.xfail(strict=True, reason="a config.json with other contents is not caught")
+VOCABULARY = pytest.mark.xfail(
+    strict=True, reason="the vocabulary of a run is not compared with that of the data"
+)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text, run: (run / "config.json").unlink(), "no run there (config.json is missing)"),
+        (lambda text, run: (run / "config.json").write_text("{"), "config.json: cannot be read"),
+        pytest.param(lambda text, run: (run / "config.json").write_text("{}"), "config.json", marks=CONFIG),
+        pytest.param(lambda text, run: (run / "config.json").write_text("[1]"), "config.json", marks=CONFIG),
+        (lambda text, run: (run / "best.safetensors").unlink(), "no checkpoint there"),
+        (lambda text, run: (run / "best.safetensors").write_bytes(b"not"), "not a checkpoint"),
+        (lambda text, run: text.unlink(), "no such file or folder"),
+        pytest.param(
+            lambda text, run: make_text(text, words=("zebra", "x")), "words.txt", marks=VOCABULARY, id="other symbols"
+        ),
+        pytest.param(
+            lambda text, run: make_text(text, words=("theca", "sonm", " ")), "words.txt", marks=VOCABULARY,
+            id="more symbols",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["eval", "sample"])
+def test_a_damaged_run(command, damage, said, trained, tmp_path, capsys):
+    text, run = copied(trained, tmp_path)
+    damage(text, run)
+    assert said in failing(capsys, [command, run])
+
+
+def test_no_run_there(tmp_path, capsys):
+    assert "no run there" in failing(capsys, ["eval", tmp_path / "nothing"])
+
+
+def test_no_cuda_device(trained, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "use --device cpu or auto" in failing(capsys, ["eval", trained[1], "--device", "cuda"])
+
+
+# Sample
+
+
+def sampled(capsys, *arguments):
+    assert main(["sample", *map(str, arguments)]) == 0
+    text = capsys.readouterr().out
+    assert text.endswith("\n")
+    return text[:-1]
+
+
+def test_sampling_is_decided_by_its_seed(trained, capsys):
+    _, out = trained
+    torch.manual_seed(1)
+    first = sampled(capsys, out, "--seed", 3, "--chars", 50)
+    torch.manual_seed(2)
+    assert sampled(capsys, out, "--seed", 3, "--chars", 50) == first
+    assert sampled(capsys, out, "--seed", 4, "--chars", 50) != first
+    assert set(first) <= set("the cat sat on a mat")
+
+
+@pytest.mark.parametrize("prompt", ["the cat", "t"])
+@pytest.mark.parametrize("chars", [1, 40])
+def test_length_and_prompt_of_a_sample(prompt, chars, trained, capsys):
+    text = sampled(capsys, trained[1], "--prompt", prompt, "--chars", chars)
+    assert text.startswith(prompt)
+    assert len(text) == len(prompt) + chars
+    assert len(sampled(capsys, trained[1], "--chars", chars)) == 1 + chars
+
+
+def test_low_temperature_takes_the_likeliest(trained, capsys):
+    """At a temperature near 0 the seed decides nothing, and each character is the model's first choice."""
+    texts = {
+        sampled(
+            capsys, trained[1], "--prompt", "the ", "--temperature", "1e-6", "--seed", seed, "--chars", 30
+        )
+        for seed in range(3)
+    }
+    assert len(texts) == 1
+    (text,) = texts
+    run = load_run(trained[1], torch.device("cpu"))
+    symbols = sorted(set(trained[0].read_text()))
+    ids = torch.tensor([symbols.index(c) for c in text]).unsqueeze(1)
+    with torch.no_grad():
+        logits, _ = run.model(ids, run.model.initial_state(1))
+    choices = "".join(symbols[int(i)] for i in logits[:, 0].argmax(dim=1))
+    assert choices[3:-1] == text[4:]
+
+
+def test_samples_follow_the_models_distribution(trained):
+    """First characters after a prompt, at temperature 1, against the model's own probabilities."""
+    run = load_run(trained[1], torch.device("cpu"))
+    with torch.no_grad():
+        symbols = sorted(set(trained[0].read_text()))
+        logits, _ = run.model(torch.tensor([[symbols.index("t")]]), run.model.initial_state(1))
+        expected = torch.softmax(logits[-1, 0], dim=0)
+    draws = [sample(run, "t", 1, 1.0, seed)[1] for seed in range(400)]
+    counts = torch.tensor([draws.count(symbol) for symbol in symbols]) / len(draws)
+    assert (counts - expected).abs().max() < 4 * math.sqrt(0.25 / len(draws))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompt", "the dog"], "'d' does not occur in the training text"),
+        (["--prompt", "té"], "'é' does not occur"),
+        (["--temperature", "0"], "--temperature must be positive, not 0.0"),
+        (["--temperature", "-1"], "--temperature must be positive, not -1.0"),
+        (["--temperature", "nan"], "--temperature must be positive, not nan"),
+        pytest.param(
+            ["--temperature", "1e-310"], "--temperature",
+            marks=pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the logits overflow"),
+        ),
+        pytest.param(
+            ["--chars", "-1"], "--chars", marks=pytest.mark.xfail(strict=True, reason="not checked: prints the prompt")
+        ),
+    ],
+)  # fmt: skip
+def test_samples_that_cannot_be_written(arguments, said, trained, capsys):
+    assert said in failing(capsys, ["sample", trained[1], *arguments])
+
+
+def test_no_sample_of_what_is_not_text(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "recall", *SMALL, "--steps", "1", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert "recall/8 is not text" in failing(capsys, ["sample", out])
+
+
+def test_spaces_of_the_treebank(tmp_path, capsys):
+    """Where `_` stands for a space, prompts and samples have spaces."""
+    text = make_text(tmp_path / "words.txt")
+    text.write_text(text.read_text().replace(" ", "_"))
+    out = tmp_path / "run"
+    assert main(["train", "text", str(text), *SMALL, "--steps", "40", "--lr", "0.02", "--out", str(out)]) == 0
+    capsys.readouterr()
+    written = sampled(capsys, out, "--prompt", "the cat ", "--chars", 100)
+    assert written.startswith("the cat ")
+    assert "_" not in written
+    assert " " in written[8:]
+
+
+def test_the_best_weights_are_used(trained, tmp_path, capsys):
+    """Not those of checkpoint.safetensors; and the number of characters is theirs."""
+    _, run = copied(trained, tmp_path)
+    tensors, values = load_checkpoint(run / "best.safetensors")
+    tensors["readout.weight"].zero_()
+    tensors["readout.bias"].zero_()
+    save_checkpoint(run / "best.safetensors", tensors, {**values, "symbols": 1234567})
+    assert main(["eval", str(run)]) == 0
+    bits = math.log2(len(tensors["readout.bias"]))
+    assert (
+        capsys.readouterr().out
+        == f"text/words.txt test: {bits:.4f} bpc after 1,234,567 training characters\n"
+    )

@@ -1,0 +1,49 @@
+"""The demo, end to end on a little text, and the sentence it ends with."""
+
+import pytest
+
+from dni_rnn.cli import main
+from dni_rnn.compare import Record
+from dni_rnn.demo import METHODS, SAMPLED, verdict
+
+
+def record(test, seconds, bptt=2):
+    return Record("", "", "", bptt, 1000, seconds, [], test)
+
+
+@pytest.mark.parametrize(
+    ("tests", "told"),
+    [
+        ((2.0, 1.95, 1.8), "lowered the test BPC of T=2 by 0.050, at 1.5 times its training time; "
+                           "that is 25% of what T=20 gains (0.200)."),
+        ((2.0, 2.05, 1.8), "did not help: they raised the test BPC of T=2 by 0.050, at 1.5 times its "
+                           "training time; T=20 lowered it by 0.200."),
+        ((2.0, 2.004, 1.8), "made no clear difference to the test BPC of T=2 (+0.004), at 1.5 times its "
+                            "training time; T=20 lowered it by 0.200."),
+        ((2.0, 1.996, 2.1), "made no clear difference to the test BPC of T=2 (-0.004), at 1.5 times its "
+                            "training time; T=20 was no better than T=2 itself (+0.100)."),
+        ((2.0, 1.9, 2.0), "lowered the test BPC of T=2 by 0.100, at 1.5 times its training time; "
+                          "T=20 was no better than T=2 itself (+0.000)."),
+    ],
+)  # fmt: skip
+def test_the_verdict_follows_the_numbers(tests, told):
+    short, synthetic, long = tests
+    sentence = verdict(record(short, 20.0), record(synthetic, 30.0), record(long, 5.0, bptt=20))
+    assert sentence == f"In these runs, one seed each, synthetic gradients {told}"
+
+
+def test_a_demo_and_a_second_one_in_the_same_place(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--chars", "2000"]) == 0
+    printed = capsys.readouterr().out
+    table = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
+    assert [line[0].strip() for line in table[2:]] == list(METHODS)
+    assert "unfinished" not in printed
+    assert "In these runs, one seed each, synthetic gradients" in printed
+    assert len(printed.partition(" writes:\n")[2]) > SAMPLED
+    assert sorted(path.name for path in out.iterdir()) == sorted(["demo.png", *METHODS])
+
+    (out / "mine.txt").write_text("not the demo's")
+    assert main(["demo", "--out", str(out), "--chars", "1000"]) == 0
+    assert (out / "mine.txt").read_text() == "not the demo's"
+    assert "1,280 |" in capsys.readouterr().out

@@ -1,0 +1,339 @@
+"""Reports and comparisons: numbers that can be worked out by hand, and tables that are not stale."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dni_rnn.cli import main
+from dni_rnn.config import TrainConfig, to_json
+from dni_rnn.errors import UsageError
+from dni_rnn.plots import COLOURS, Curve, Point, mean_curve, save_curves
+from dni_rnn.report import (
+    BPC,
+    About,
+    Metric,
+    mean_sd,
+    read_about,
+    render_csv,
+    render_table,
+    seconds_to,
+    write_report,
+)
+from dni_rnn.sweep import read_rows, read_sweep
+
+RESULTS = Path(__file__).parents[1] / "results"
+ACCURACY = Metric("accuracy", "accuracy", "share of right answers", lower_is_better=False)
+
+SWEEP = """
+train = "ptb --hidden 8"
+seeds = [0, 1]
+title = "A made-up sweep"
+note = "Nothing here was trained."
+reference = "bptt T=20"
+
+[cells]
+"bptt T=2" = "--bptt 2"
+"bptt T=20" = "--bptt 20"
+"dni T=2" = "--bptt 2 --dni"
+"dni T=4" = "--bptt 4 --dni"
+
+[published]
+"bptt T=20" = "1.42 | theirs"
+"""
+
+# Of each seed: characters, seconds and validation BPC.
+CURVES = {
+    "bptt T=20": [[(100, 10, 3.0), (200, 20, 1.0)], [(100, 10, 3.0), (200, 24, 2.0)]],
+    "dni T=2": [[(100, 30, 2.0), (200, 60, 1.6)]],
+    "bptt T=2": [[(100, 20, 2.0), (200, 40, 1.0)], [(100, 20, 3.0), (200, 60, 1.0)]],
+}
+
+# The reference ends at (1.0 + 2.0) / 2 = 1.5, after 20 and 24 s. bptt T=2 is there half-way from 20 to 40 s
+# and three quarters of the way from 20 to 60 s: 30 and 50 s, mean 40, sample sd √200 = 14.
+TABLE = """\
+| cell      |      n | best valid BPC |      test BPC | characters/s | seconds |     seconds to 1.500 |      published |
+| --------- | -----: | -------------: | ------------: | -----------: | ------: | -------------------: | -------------: |
+| bptt T=2  |      2 |  1.000 ± 0.000 | 1.500 ± 0.000 |            4 |      50 |              40 ± 14 |                |
+| bptt T=20 |      2 |  1.500 ± 0.707 | 2.000 ± 0.707 |            9 |      22 |               22 ± 3 | 1.42 \\| theirs |
+| dni T=2   | 1 of 2 |      1.600 ± – |     2.100 ± – |            3 |      60 | not reached (1 of 1) |                |
+| dni T=4   | 0 of 2 |    no rows yet |               |              |         |                      |                |
+"""  # noqa: E501
+
+
+def made_up_row(cell, curve):
+    values = [value for _, _, value in curve]
+    symbols, seconds, final = curve[-1]
+    return {
+        "cell": cell.name,
+        "seed": cell.seed,
+        "command": cell.command,
+        "method": cell.name.partition(" ")[0],
+        "symbols": symbols,
+        "seconds": seconds,
+        "symbols_per_second": round(symbols / seconds),
+        "valid_bpc": final,
+        "best_valid_bpc": min(values),
+        "test_bpc": min(values) + 0.5,
+        "config": {"bptt": int(cell.name.partition("=")[2])},
+        "curve": [{"symbols": n, "seconds": s, "valid_bpc": v} for n, s, v in curve],
+        "versions": {"torch": "2.13.0", "numpy": "2.3.0"},
+        "python": "3.12.0",
+        "commit": "abc",
+        "device": "cpu",
+        "threads": 1,
+    }
+
+
+def points(*numbers):
+    return [Point(*each) for each in numbers]
+
+
+def cells_of(text):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A sweep with rows of three of its four cells, not in the order of the cells."""
+    (tmp_path / "sweep.toml").write_text(SWEEP)
+    cells = {(cell.name, cell.seed): cell for cell in read_sweep(tmp_path)}
+    rows = [
+        made_up_row(cells[name, seed], curve)
+        for name, curves in CURVES.items()
+        for seed, curve in reversed(list(enumerate(curves)))
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def render(folder, rows=None):
+    cells = read_sweep(folder)
+    return render_table(cells, read_rows(folder) if rows is None else rows, read_about(folder, cells))
+
+
+@pytest.mark.parametrize("rows", sorted(RESULTS.glob("*/rows.jsonl")), ids=lambda path: path.parent.name)
+def test_committed_tables_are_what_their_rows_say(rows):
+    folder, stale = rows.parent, f"stale: run dni-rnn report {rows.parent}"
+    if not (folder / "table.md").exists() and len(read_rows(folder)) < len(read_sweep(folder)):
+        pytest.skip("a sweep that is still running and was never reported")
+    assert (folder / "table.md").read_text(encoding="utf-8") == render(folder), stale
+    table = (folder / "table.csv").read_text(encoding="utf-8")
+    assert table == render_csv(read_sweep(folder), read_rows(folder)), stale
+    assert (folder / "bpc.png").exists(), stale
+    assert (folder / "bpc.svg").exists(), stale
+
+
+def test_the_numbers_of_a_table(folder):
+    text = render(folder)
+    assert TABLE in text
+    assert text.startswith("# A made-up sweep\n\nNothing here was trained.\n\n![Validation BPC](bpc.svg)\n")
+    assert "- bptt T=2: `dni-rnn train ptb --hidden 8 --bptt 2 --seed 0`\n" in text
+    assert "- dni T=4: `dni-rnn train ptb --hidden 8 --bptt 4 --dni --seed 0`\n" in text
+    made = "numpy 2.3.0; torch 2.13.0; Python 3.12.0; commit abc; device cpu; threads 1."
+    assert f"5 rows, made with {made}" in text
+
+
+def test_without_the_optional_keys(folder):
+    cells = SWEEP[SWEEP.index("[cells]") : SWEEP.index("[published]")]
+    (folder / "sweep.toml").write_text(f'train = "ptb"\nseeds = [0, 1]\n{cells}')
+    assert read_about(folder, read_sweep(folder)) == About(folder.name)
+    text = render(folder)
+    header = ["cell", "n", "best valid BPC", "test BPC", "characters/s", "seconds"]
+    assert cells_of(text)[0] == header
+    assert text.startswith(f"# {folder.name}\n\n![")
+    assert "Seconds to" not in text
+
+
+def test_the_order_of_the_rows_changes_nothing(folder):
+    rows = read_rows(folder)
+    assert render(folder, rows[::-1]) == render(folder, rows)
+    assert render_csv(read_sweep(folder), rows[::-1]) == render_csv(read_sweep(folder), rows)
+
+
+def test_what_differs_between_rows_is_told(folder):
+    rows = read_rows(folder)
+    rows[0] |= {"commit": "def+", "threads": 2}
+    rows[1] |= {"command": rows[1]["command"] + " --lr 0.1"}
+    text = render(folder, rows)
+    assert "commit abc (4 rows), def+ (1 rows); device cpu; threads 1 (4 rows), 2 (1 rows)" in text
+    assert "(+: with uncommitted changes)" in text
+    assert text.count("\n- bptt T=20: ") == 2
+
+
+def test_the_csv_holds_every_row(folder):
+    lines = list(csv.DictReader(io.StringIO(render_csv(read_sweep(folder), read_rows(folder)))))
+    assert [(line["cell"], line["seed"]) for line in lines] == [
+        ("bptt T=2", "0"),
+        ("bptt T=2", "1"),
+        ("bptt T=20", "0"),
+        ("bptt T=20", "1"),
+        ("dni T=2", "0"),
+    ]
+    assert lines[1]["command"] == "dni-rnn train ptb --hidden 8 --bptt 2 --seed 1"
+    assert (lines[4]["test_bpc"], lines[4]["torch version"]) == ("2.1", "2.13.0")
+
+
+def test_no_rows_no_report(folder):
+    (folder / "rows.jsonl").unlink()
+    with pytest.raises(UsageError, match="no rows yet; run dni-rnn sweep"):
+        write_report(folder)
+    assert render(folder).count("no rows yet") == 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('reference = "bptt T=20"', 'reference = "bptt T=21"'), ('"bptt T=20" = "1.42', '"bptt T=21" = "1.42')],
+)
+def test_a_cell_that_is_only_spoken_of(folder, old, new):
+    (folder / "sweep.toml").write_text(SWEEP.replace(old, new))
+    with pytest.raises(UsageError, match="'bptt T=21' is not one of its cells"):
+        write_report(folder)
+
+
+def test_a_row_of_no_cell(folder):
+    (folder / "sweep.toml").write_text(SWEEP.replace('"dni T=2"', '"dni T=3"'))
+    with pytest.raises(UsageError, match="a row of 'dni T=2', which is no cell"):
+        write_report(folder)
+
+
+def test_mean_and_sample_standard_deviation():
+    assert mean_sd([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
+    assert mean_sd([1.25], 2) == "1.25 ± –"
+    assert mean_sd([1000.0, 3000.0], 0) == "2,000 ± 1,414"
+
+
+@pytest.mark.parametrize(
+    ("target", "seconds"),
+    [(3.0, 10.0), (2.5, 15.0), (2.0, 20.0), (1.5, 40.0), (1.0, 45.0), (0.9, None), (4.0, 10.0)],
+)
+def test_seconds_to_a_target(target, seconds):
+    # Down, up again, and down: what counts is the first time.
+    curve = points((1, 10.0, 3.0), (2, 20.0, 2.0), (3, 30.0, 2.5), (4, 40.0, 1.5), (5, 45.0, 1.0))
+    assert seconds_to(curve, target, BPC) == seconds
+
+
+def test_a_metric_that_rises():
+    curve = points((1, 10.0, 0.5), (2, 20.0, 0.75))
+    assert seconds_to(curve, 0.625, ACCURACY) == 15.0
+    assert seconds_to(curve, 0.8, ACCURACY) is None
+    assert ACCURACY.best([0.5, 0.75]) == 0.75
+
+
+def test_an_upper_bound_is_marked(folder):
+    rows = read_rows(folder)
+    for row in rows:
+        if row["cell"] == "dni T=2":
+            row["curve"][0]["valid_bpc"] = 1.25
+    assert cells_of(render(folder, rows))[4][6] == "≤ 30 ± –"
+
+
+def test_the_mean_of_curves():
+    # Only the first run was validated after 150 characters, only the second after 300.
+    first = points((100, 10.0, 3.0), (150, 15.0, 2.0), (200, 20.0, 1.0))
+    second = points((100, 14.0, 3.0), (200, 24.0, 2.0), (300, 30.0, 1.0))
+    assert mean_curve([first, second]) == [(100, 12.0, 3.0, 0.0), (200, 22.0, 1.5, pytest.approx(0.5**0.5))]
+    assert mean_curve([second]) == [(100, 14.0, 3.0, 0.0), (200, 24.0, 2.0, 0.0), (300, 30.0, 1.0, 0.0)]
+
+
+def test_a_report_is_the_same_file_every_time(folder, capsys):
+    names = ("table.md", "table.csv", "bpc.svg", "bpc.png")
+    assert main(["report", str(folder)]) == 0
+    first = {name: (folder / name).read_bytes() for name in names}
+    assert main(["report", str(folder)]) == 0
+    assert {name: (folder / name).read_bytes() for name in names} == first
+    assert first["table.md"].decode() == render(folder)
+    assert "5 of 8 rows" in capsys.readouterr().out
+
+
+def test_a_plot_of_alike_curves_and_one_of_a_single_validation(tmp_path):
+    line, dot = points((100, 10.0, 3.0), (200, 20.0, 1.0)), points((100, 10.0, 2.0))
+    curves = [Curve(f"run {i}", "bptt", 2, [line]) for i in range(9)]
+    curves += [Curve("dot", "dni", 20, [dot]), Curve("not begun", "dni", 20, [[]])]
+    save_curves([tmp_path / "a.svg"], curves, "BPC")
+    drawn = (tmp_path / "a.svg").read_text()
+    assert COLOURS[0].lower() in drawn
+    assert COLOURS[1].lower() in drawn
+    assert "run 8" in drawn
+    assert "not begun" not in drawn
+
+
+def test_plots_that_cannot_be_written(tmp_path):
+    curves = [Curve("run", "bptt", 2, [points((100, 10.0, 3.0))])]
+    with pytest.raises(UsageError, match=r"must end in \.png, \.svg or \.pdf"):
+        save_curves([tmp_path / "plot.bmp"], curves, "BPC")
+    with pytest.raises(UsageError, match="cannot be written"):
+        save_curves([tmp_path / "nowhere" / "plot.png"], curves, "BPC")
+
+
+def write_run(path, validations, *, test=None, tail="", **options):
+    """A run directory as `dni-rnn train` leaves it, or as it looks when it is stopped before its end."""
+    path.mkdir(parents=True)
+    config = {"data": "text/made-up", "config": to_json(TrainConfig(**options))}
+    (path / "config.json").write_text(json.dumps(config))
+    rows = [{"symbols": n, "seconds": s, "valid_bpc": v} for n, s, v in validations]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    if test is not None:
+        (path / "summary.json").write_text(json.dumps({"symbols": 200, "test_bpc": test}))
+    return path
+
+
+def test_compare_runs_that_ended_and_that_did_not(tmp_path, capsys):
+    curve = [(100, 10.0, 3.0), (200, 20.0, 1.5)]
+    runs = [
+        write_run(tmp_path / "ended", curve, test=1.25),
+        write_run(tmp_path / "stopped", curve[:1], tail='{"symbols": 1', bptt=2, dni=True),
+        write_run(tmp_path / "resumed", [*curve, (300, 30.0, 1.75)], test=1.25),
+        write_run(tmp_path / "begun", []),
+    ]
+    plot = tmp_path / "compare.svg"
+    assert main(["compare", *map(str, runs), "--out", str(plot)]) == 0
+    printed = capsys.readouterr().out
+    assert cells_of(printed)[0][:5] == ["run", "data", "method", "T", "characters"]
+    assert cells_of(printed)[2:] == [
+        ["ended", "text/made-up", "bptt", "20", "200", "1.500", "1.250", "10", "20.0"],
+        ["stopped", "text/made-up", "dni", "2", "100", "3.000", "unfinished", "10", "10.0"],
+        ["resumed", "text/made-up", "bptt", "20", "300", "1.500", "unfinished", "10", "30.0"],
+        ["begun", "text/made-up", "bptt", "20", "0", "–", "unfinished", "–", "0.0"],
+    ]
+    assert str(plot) in printed
+    drawn = plot.read_text()
+    assert "stopped" in drawn
+    assert "begun" not in drawn
+
+
+def test_compare_tells_runs_of_one_name_apart(tmp_path, capsys):
+    runs = [write_run(tmp_path / parent / "run", [(100, 10.0, 3.0)]) for parent in ("a", "b")]
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "compare.png")]) == 0
+    assert [line[0] for line in cells_of(capsys.readouterr().out)[2:]] == [str(run) for run in runs]
+
+
+def test_compare_what_cannot_be_compared(tmp_path, capsys):
+    run, plot = write_run(tmp_path / "begun", []), tmp_path / "compare.png"
+    assert main(["compare", str(run), "--out", str(plot)]) == 0
+    assert "no validation yet: no plot" in capsys.readouterr().out
+    assert not plot.exists()
+    assert main(["compare", str(run), "--out", str(tmp_path / "plot.bmp")]) == 2
+    assert main(["compare", str(tmp_path / "nothing"), "--out", str(plot)]) == 2
+    (run / "config.json").write_text("{")
+    assert main(["compare", str(run), "--out", str(plot)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert "must end in" in told[0]
+    assert "no run there (config.json is missing)" in told[1]
+    assert "cannot be read" in told[2]
+
+
+def test_neither_report_nor_compare_imports_torch(folder):
+    run = write_run(folder / "run", [(100, 10.0, 3.0)])
+    code = f"""
+import sys
+from dni_rnn.cli import main
+assert main(["report", {str(folder)!r}]) == 0
+assert main(["compare", {str(run)!r}, "--out", {str(folder / "compare.png")!r}]) == 0
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,287 @@
+"""Synthesizers and the encoders of their context, against explicit sums and products."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from reference import close, grad, random, randomize
+from torch import Tensor, nn
+
+from dni_rnn.interface import Interface
+from dni_rnn.synthesizers import ContextEncoder, ContextMLP, EmbeddedTokens, MLPSynthesizer, OneHotTokens
+from dni_rnn.trees import LSTMState, Tree, flatten, map_tree
+
+SYMBOLS, WINDOW, ROWS, WIDTH = 5, 3, 4, 6
+
+
+def tokens(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(SYMBOLS, shape or (WINDOW, ROWS), generator=generator)
+
+
+def encoder(kind: str, window: int = WINDOW) -> ContextEncoder:
+    return OneHotTokens(SYMBOLS, window) if kind == "one-hot" else EmbeddedTokens(SYMBOLS, window, 2)
+
+
+either_encoder = pytest.mark.parametrize("kind", ["one-hot", "embedded"])
+
+
+def built(kind: str, generator: torch.Generator, window: int = WINDOW) -> ContextEncoder:
+    """With weights all of which count, but for the padding's, which is the encoder's business."""
+    made = encoder(kind, window)
+    made.build(WIDTH, zero=False)
+    made.double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            factor = random(generator, *parameter.shape)
+            parameter.copy_(torch.where(parameter == 0, parameter, factor))
+    return made
+
+
+def messages(generator: torch.Generator) -> dict[str, tuple[Tree, int]]:
+    """A message of every shape, and where its rows lie."""
+    return {
+        "LSTM": (LSTMState(random(generator, 2, ROWS, 3), random(generator, 2, ROWS, 3)), -2),
+        "GRU": (random(generator, 2, ROWS, 3), -2),
+        "vector": (random(generator, ROWS, 7), -2),
+        "maps": (random(generator, ROWS, 2, 3, 5), 0),
+        "dict": ({"a": random(generator, ROWS, 2), "b": random(generator, 3, ROWS, 2)}, -2),
+    }
+
+
+every_message = pytest.mark.parametrize("shape", ["LSTM", "GRU", "vector", "maps", "dict"])
+
+
+# Encoders.
+
+
+@pytest.mark.parametrize("window", [1, WINDOW])
+def test_one_hot_tokens_are_a_product_with_one_hot_rows(window, generator):
+    made = built("one-hot", generator, window)
+    given = tokens(generator, window, ROWS)
+    one_hot = torch.zeros(ROWS, window, SYMBOLS, dtype=torch.float64)
+    for position, row in itertools.product(range(window), range(ROWS)):
+        one_hot[row, position, given[position, row]] = 1.0
+    close(made(given), one_hot.flatten(1) @ made.get_parameter("table.weight")[: window * SYMBOLS])
+    assert len(made(given).unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize("window", [1, WINDOW])
+def test_embedded_tokens_are_a_product_with_their_embeddings(window, generator):
+    made = built("embedded", generator, window)
+    given = tokens(generator, window, ROWS)
+    embed, project = made.get_parameter("embed.weight"), made.get_parameter("project.weight")
+    for row in range(ROWS):
+        side_by_side = torch.cat([embed[given[position, row]] for position in range(window)])
+        close(made(given)[row], project @ side_by_side)
+    assert len(made(given).unique(dim=0)) > 1
+
+
+@either_encoder
+def test_an_unknown_token_adds_nothing(kind, generator):
+    """What is left is the sum over the positions that are known."""
+    made = built(kind, generator)
+    given = tokens(generator)
+    nothing = torch.full_like(given, -1)
+    assert not made(nothing).any()
+    alone = []
+    for position in range(WINDOW):
+        part = nothing.clone()
+        part[position] = given[position]
+        alone.append(made(part))
+    close(made(given), alone[0] + alone[1] + alone[2])
+    given[1, 2] = -1
+    close(made(given)[2], (alone[0] + alone[2])[2])
+    close(made(given)[0], (alone[0] + alone[1] + alone[2])[0])
+
+
+@either_encoder
+def test_an_unknown_token_still_adds_nothing_after_learning(kind, generator):
+    made = built(kind, generator)
+    optimizer = torch.optim.SGD(made.parameters(), lr=1.0)
+    given = tokens(generator)
+    given[1] = -1
+    before = [p.detach().clone() for p in made.parameters()]
+    made(given).square().sum().backward()
+    optimizer.step()
+    assert any(not torch.equal(b, p) for b, p in zip(before, made.parameters(), strict=True))
+    assert not made(torch.full_like(given, -1)).any()
+
+
+@either_encoder
+def test_labels_are_a_window_of_one(kind, generator):
+    made = built(kind, generator, window=1)
+    labels = tokens(generator, ROWS)
+    assert torch.equal(made(labels), made(labels.unsqueeze(0)))
+    assert made(labels).shape == (ROWS, WIDTH)
+
+
+@either_encoder
+def test_integers_of_any_width_will_do(kind, generator):
+    made, given = built(kind, generator), tokens(generator)
+    assert torch.equal(made(given.to(torch.int32)), made(given))
+
+
+# The perceptron.
+
+
+@pytest.mark.parametrize("hidden", [(), (7,), (7, 5)], ids=str)
+@pytest.mark.parametrize("kind", [None, "one-hot", "embedded"])
+def test_context_mlp_is_its_equation(hidden, kind, generator):
+    mlp = ContextMLP(3, hidden, 2, encoder(kind) if kind else None).double()
+    randomize(mlp, generator)
+    x, context = random(generator, ROWS, 3), tokens(generator)
+    weights = [
+        (mlp.get_parameter(f"layers.{i}.weight"), mlp.get_parameter(f"layers.{i}.bias"))
+        for i in range(len(hidden) + 1)
+    ]
+    a = x @ weights[0][0].T + weights[0][1]
+    if mlp.context is not None:
+        a = a + mlp.context(context)
+        assert mlp.context(context).any()
+    for weight, bias in weights[1:]:
+        a = torch.clamp(a, min=0.0) @ weight.T + bias
+    close(mlp(x, context), a)
+
+
+@either_encoder
+def test_a_missing_context_is_refused(kind):
+    mlp = ContextMLP(3, [4], 2, encoder(kind))
+    with pytest.raises(ValueError, match="must be called with a context"):
+        mlp(torch.zeros(ROWS, 3))
+    synthesizer = MLPSynthesizer(torch.zeros(ROWS, 3), [4], context=encoder(kind))
+    with pytest.raises(ValueError, match="must be called with a context"):
+        synthesizer(torch.zeros(ROWS, 3))
+
+
+def test_without_an_encoder_a_context_is_not_looked_at(generator):
+    mlp = ContextMLP(3, [4], 2).double()
+    randomize(mlp, generator)
+    x = random(generator, ROWS, 3)
+    assert torch.equal(mlp(x, "anything"), mlp(x))
+
+
+def test_an_encoder_of_ones_own(generator):
+    class Ones(ContextEncoder):
+        def build(self, width: int, *, zero: bool) -> None:
+            self.asked = width, zero
+            self.weight = nn.Parameter(torch.ones(width, dtype=torch.float64))
+
+        def forward(self, context: Any) -> Tensor:
+            return context * self.weight
+
+    own = Ones()
+    mlp = ContextMLP(3, [], 2, own).double()
+    assert own.asked == (2, True)
+    close(mlp(random(generator, ROWS, 3), 5.0), torch.full((ROWS, 2), 5.0, dtype=torch.float64))
+    other = Ones()
+    ContextMLP(3, [7, 9], 2, other)
+    assert other.asked == (7, False)
+
+
+# The synthesizer.
+
+
+@every_message
+@pytest.mark.parametrize("hidden", [(), (7,), (7, 5)], ids=str)
+@pytest.mark.parametrize("kind", [None, "one-hot", "embedded"])
+def test_it_starts_by_saying_zero_and_can_learn(shape, hidden, kind, generator):
+    message, batch_dim = messages(generator)[shape]
+    context = encoder(kind) if kind else None
+    synthesizer = MLPSynthesizer(message, hidden, context=context, batch_dim=batch_dim).double()
+    interface = Interface(synthesizer, normalize=False, batch_dim=batch_dim).double()
+    told = tokens(generator)
+    for leaf in flatten(interface.synthetic_gradient(message, told))[0]:
+        assert not leaf.any()
+    # Not because it is all zero: where there is a hidden layer, one step of its last layer is enough.
+    received = flatten(interface.receive(message, told))[0]
+    torch.stack([leaf.square().sum() for leaf in received]).sum().backward()
+    with torch.no_grad():
+        for parameter in synthesizer.parameters():
+            parameter -= 0.1 * grad(parameter)
+    for leaf in flatten(interface.synthetic_gradient(message, told))[0]:
+        assert leaf.any()
+    if kind:
+        other = (told + 1) % SYMBOLS
+        said = [flatten(synthesizer(message, each))[0] for each in (told, other)]
+        assert not any(torch.equal(a, b) for a, b in zip(*said, strict=True))
+
+
+@every_message
+def test_what_it_says_lies_where_the_message_lies(shape, generator):
+    """With W = 1 and b = 0, it says the message itself."""
+    message, batch_dim = messages(generator)[shape]
+    synthesizer = MLPSynthesizer(message, bounded=False, batch_dim=batch_dim).double()
+    weight = synthesizer.mlp.get_parameter("layers.0.weight")
+    with torch.no_grad():
+        weight.copy_(torch.eye(len(weight)))
+    said = synthesizer(message)
+    assert type(said) is type(message)
+    close(said, message)
+
+
+@every_message
+@pytest.mark.parametrize("hidden", [(), (7,)], ids=str)
+def test_a_row_depends_on_its_own_row_alone(shape, hidden, generator):
+    message, batch_dim = messages(generator)[shape]
+    synthesizer = MLPSynthesizer(message, hidden, batch_dim=batch_dim).double()
+    randomize(synthesizer, generator)
+    changed = map_tree(torch.clone, message)
+    for leaf in flatten(changed)[0]:
+        leaf.select(batch_dim, 1).add_(1.0)
+    for before, after in zip(flatten(synthesizer(message))[0], flatten(synthesizer(changed))[0], strict=True):
+        moved = (before - after).abs().movedim(batch_dim, 0).flatten(1).amax(1) > 1e-6
+        assert moved.tolist() == [False, True, False, False]
+
+
+def test_the_number_of_rows_is_free(generator):
+    example, message = random(generator, 2, 1, 3), random(generator, 2, ROWS, 3)
+    synthesizer = MLPSynthesizer(example, [4]).double()
+    randomize(synthesizer, generator)
+    rows = [synthesizer(message[:, row : row + 1]) for row in range(ROWS)]
+    close(synthesizer(message), torch.cat(rows, dim=1))
+
+
+def test_it_reads_the_tanh_of_the_message(generator):
+    message = LSTMState(random(generator, 2, ROWS, 3), 3.0 * random(generator, 2, ROWS, 3))
+    bounded = MLPSynthesizer(message, [4]).double()
+    randomize(bounded, generator)
+    unbounded = copy.deepcopy(bounded)
+    unbounded.bounded = False
+    close(bounded(message), unbounded(map_tree(torch.tanh, message)))
+    assert not torch.allclose(bounded(message).cell, unbounded(message).cell)
+
+
+@pytest.mark.parametrize("runaway", [1e6, -1e6, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_cell_that_ran_away_does_not_reach_the_perceptron(runaway, dtype, generator):
+    hidden = random(generator, 1, ROWS, 3).to(dtype)
+    message = LSTMState(hidden, torch.full_like(hidden, runaway))
+    synthesizer = MLPSynthesizer(message, [4]).to(dtype)
+    with torch.no_grad():
+        for parameter in synthesizer.parameters():
+            parameter.copy_(random(generator, *parameter.shape))
+    seen = []
+    synthesizer.mlp.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    said = synthesizer(message)
+    assert float(seen[0].abs().max()) <= 1.0
+    at_the_bound = synthesizer(LSTMState(hidden, torch.full_like(hidden, 30.0 if runaway > 0 else -30.0)))
+    close(said, at_the_bound, rtol=1e-5)
+
+
+def test_reading_the_first_tensor_it_does_not_see_the_others(generator):
+    message = LSTMState(random(generator, 2, ROWS, 3), random(generator, 2, ROWS, 3))
+    synthesizer = MLPSynthesizer(message, [4], reads="first").double()
+    randomize(synthesizer, generator)
+    assert synthesizer.mlp.get_parameter("layers.0.weight").shape == (4, 2 * 3)
+    said = synthesizer(message)
+    assert isinstance(said, LSTMState)
+    assert said.hidden.shape == said.cell.shape == (2, ROWS, 3)
+    assert said.cell.any()
+    other_cell = LSTMState(message.hidden, random(generator, 2, ROWS, 3))
+    close(synthesizer(other_cell), said, rtol=0, atol=0)
+    other_hidden = LSTMState(random(generator, 2, ROWS, 3), message.cell)
+    assert not torch.allclose(synthesizer(other_hidden).cell, said.cell)
