@@ -90,6 +90,26 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Diagnose:
+    """Measure a run's gradients, and its synthetic ones, against full BPTT on held-out text."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory; diagnostics.json and diagnostics.png go there too."""
+    bptt: str = "1,2,4,8,20,40"
+    """The T to measure, separated by commas."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    data_dir: Path | None = None
+    """Folder that holds the data files; the default is the run's."""
+
+    def __call__(self) -> None:
+        from dni_rnn.diagnostics import diagnose_run
+        from dni_rnn.training import choose_device
+
+        diagnose_run(self.run, self.bptt, choose_device(self.device), self.data_dir)
+
+
+@dataclass(frozen=True)
 class Sweep:
     """Run a grid of training commands with seeds; can be stopped and started again at any point."""
 
@@ -200,6 +220,7 @@ def _parser() -> Any:
             "eval": Eval,
             "sample": Sample,
             "compare": Compare,
+            "diagnose": Diagnose,
             "demo": Demo,
             "sweep": Sweep,
             "report": Report,

@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dni_rnn.config import TrainConfig, from_json
 from dni_rnn.errors import UsageError
+from dni_rnn.files import read_jsonl
 from dni_rnn.plots import Curve, Point, check_format, save_curves
 from dni_rnn.report import BPC, DIGITS, markdown_table
 
@@ -49,7 +49,8 @@ def read_record(path: Path, name: str) -> Record:
     """
     try:
         about = json.loads((path / "config.json").read_text())
-        rows = _whole_lines(path / "metrics.jsonl")
+        metrics = path / "metrics.jsonl"
+        rows = read_jsonl(metrics) if metrics.exists() else []
         summary = path / "summary.json"
         ended = json.loads(summary.read_text()) if summary.exists() else None
     except FileNotFoundError:
@@ -70,13 +71,6 @@ def read_record(path: Path, name: str) -> Record:
         BPC.points(rows),
         None if ended is None else ended[f"test_{BPC.key}"],
     )
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that may still be written to: a last line without its end is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def render_comparison(records: Sequence[Record]) -> str:

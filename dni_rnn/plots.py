@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -67,6 +67,14 @@ class MeanPoint(NamedTuple):
     sd: float  # of the values, n - 1 below the fraction; 0 for a single run
 
 
+class Panel(NamedTuple):
+    """One of the panels of `save_lines`; the horizontal axis is logarithmic."""
+
+    x: str
+    y: str
+    lines: dict[str, list[tuple[float, float]]]  # by label
+
+
 def mean_curve(runs: Sequence[Sequence[Point]]) -> list[MeanPoint]:
     """Average runs wherever all of them were validated after the same number of symbols."""
     by_symbols = [{point.symbols: point for point in run} for run in runs]
@@ -98,12 +106,34 @@ def save_curves(paths: Sequence[Path], curves: Sequence[Curve], label: str) -> N
     Raises:
       UsageError: a file has another ending or cannot be written.
     """
+    _save(paths, lambda: _draw([curve for curve in curves if mean_curve(curve.runs)], label))
+
+
+def save_lines(path: Path, panels: Sequence[Panel]) -> None:
+    """Draw panels of plain lines side by side and save them as `path` (see `save_curves`)."""
+
+    def draw() -> Figure:
+        figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for number, (label, points) in enumerate(panel.lines.items()):
+                x, y = zip(*points, strict=True)
+                style = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 4}
+                axes.plot(x, y, label=label, **style)
+            axes.set(xlabel=panel.x, ylabel=panel.y, xscale="log")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.legend(frameon=False)
+        return figure
+
+    _save([path], draw)
+
+
+def _save(paths: Sequence[Path], draw: Callable[[], Figure]) -> None:
     for path in paths:
         check_format(path)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever style the user has configured
         matplotlib.rcParams.update(SETTINGS)
-        figure = _draw([curve for curve in curves if mean_curve(curve.runs)], label)
+        figure = draw()
         for path in paths:
             # Neither dates nor versions, which would change the file although the picture is the same.
             nothing = {"Software": None} if path.suffix == ".png" else {"Creator": None}

@@ -180,7 +180,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the source, with `+` behind it when files were changed; None for an installed wheel."""
+    """The commit of the source, with `+` behind it when code was changed; None for an installed wheel."""
     here = Path(__file__).resolve().parent
     if not (here.parent / ".git").exists():
         return None

@@ -24,14 +24,20 @@ GROUP = "dni_rnn.tasks"
 class Data(Protocol):
     """What a loaded task offers to the training loop: symbols, and streams of them."""
 
-    name: str
-    """What was loaded, as results call it: `ptb/char`, `text/default`, `recall/8`."""
+    @property
+    def name(self) -> str:
+        """What was loaded, as results call it: `ptb/char`, `text/default`, `recall/8`."""
+        ...
 
-    input_symbols: int
-    """Number of distinct input symbols."""
+    @property
+    def input_symbols(self) -> int:
+        """Number of distinct input symbols."""
+        ...
 
-    target_symbols: int
-    """Number of distinct target symbols."""
+    @property
+    def target_symbols(self) -> int:
+        """Number of distinct target symbols."""
+        ...
 
     def stream(self, split: Split, batch_size: int, seed: int) -> Stream:
         """Open a stream of windows over `split`, `batch_size` rows side by side."""

@@ -1,0 +1,114 @@
+"""Gradient quality: the measure itself is right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dni_rnn.cli import main
+from dni_rnn.config import TrainConfig
+from dni_rnn.diagnostics import core_gradient, diagnose, state_gradients
+from dni_rnn.errors import UsageError
+from dni_rnn.estimators import DNI, FullBPTT, TruncatedBPTT, Window
+from dni_rnn.recurrent import Boundary, SequenceModel
+from dni_rnn.task import Corpus, Data
+from dni_rnn.training import build_model
+from dni_rnn.trees import LSTMState, flatten_rows
+
+
+def text(generator: torch.Generator, length: int = 1000) -> Corpus:
+    letters = "".join("abcd"[int(i)] for i in torch.randint(4, (length,), generator=generator))
+    return Corpus.from_texts("made up", letters, letters, letters)
+
+
+def make(data: Data) -> SequenceModel:
+    torch.manual_seed(0)
+    config = TrainConfig(hidden=6, embedding=3, dni=True, scale=1.0)
+    model = build_model(config, data).double()
+    for parameter in model.core.rnn.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)  # gradients that reach far
+    return model
+
+
+def windows(generator: torch.Generator, count: int, steps: int) -> list[Window]:
+    symbols = torch.randint(4, (count * steps + 1, 3), generator=generator)
+    cut = [slice(k * steps, (k + 1) * steps) for k in range(count)]
+    nothing = Boundary()
+    return [Window(symbols[:-1][c], symbols[1:][c], nothing, nothing, 3 * steps) for c in cut]
+
+
+def test_one_window_is_exact_and_several_are_not(generator: torch.Generator) -> None:
+    model = make(text(generator))
+    state = model.initial_state(3)
+    one, six = windows(generator, 1, 12), windows(generator, 6, 2)
+    full = core_gradient(model, FullBPTT(), one, state, 0.1)
+    torch.testing.assert_close(core_gradient(model, TruncatedBPTT(), one, state, 0.1), full)
+    full = core_gradient(model, FullBPTT(), six, state, 0.1)
+    short = core_gradient(model, TruncatedBPTT(), six, state, 0.1)
+    assert (short - full).norm() > 0.05 * full.norm()
+
+
+def test_the_model_is_left_as_it_was(generator: torch.Generator) -> None:
+    model = make(text(generator))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    core_gradient(model, DNI(), windows(generator, 3, 2), model.initial_state(3), 0.1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all((parameter.grad == 1).all() for parameter in model.parameters())
+
+
+def test_state_gradients_are_those_of_finite_differences(generator: torch.Generator) -> None:
+    model = make(text(generator))
+    stretch = windows(generator, 3, 2)
+    zeros = model.initial_state(3)
+    state = LSTMState(*(0.3 * torch.randn(s.shape, generator=generator, dtype=s.dtype) for s in zeros))
+    found = state_gradients(model, stretch, state, 0.5, (0, 1))
+
+    @torch.no_grad()
+    def loss(cell: torch.Tensor, count: int) -> torch.Tensor:
+        inputs = torch.cat([w.inputs for w in stretch[:count]])
+        targets = torch.cat([w.targets for w in stretch[:count]])
+        logits, _ = model(inputs, LSTMState(state.hidden, cell))
+        return -0.5 * logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).sum()
+
+    for horizon, count in ((0, 3), (1, 1)):
+        for row, unit in ((0, 0), (2, 5)):
+            step = torch.zeros_like(state.cell)
+            step[0, row, unit] = 1e-6
+            slope = (loss(state.cell + step, count) - loss(state.cell - step, count)) / 2e-6
+            assert abs(slope) > 1e-6
+            torch.testing.assert_close(found[horizon][row, 6 + unit], slope, rtol=1e-5, atol=1e-9)
+    assert found[0].shape == flatten_rows(state).shape
+
+
+def test_a_synthesizer_that_says_nothing_is_truncated_bptt(generator: torch.Generator) -> None:
+    data = text(generator)
+    with pytest.raises(UsageError, match="too short"):
+        diagnose(make(data), data, context=0, weight=0.01, bptts=[4])
+    data = text(generator, 9000)
+    found = diagnose(make(data), data, context=0, weight=0.01, bptts=[4, 20])
+    quality = {(q.estimator, q.bptt): q for q in found.parameters}
+    for bptt in (4, 20):
+        assert quality["synthetic", bptt].relative_error == quality["truncated", bptt].relative_error
+    assert quality["truncated", 4].relative_error > quality["truncated", 20].relative_error > 0
+    assert {(b.cosine, b.explained) for b in found.boundaries} == {(0.0, 0.0)}
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, run = tmp_path / "text.txt", tmp_path / "run"
+    source.write_text("to be or not to be, that is the question\n" * 800)
+    options = ["--hidden", "6", "--steps", "20", "--batch-size", "4", "--threads", "1", "--out", str(run)]
+    assert main(["train", "text", str(source), "--bptt", "4", "--dni", *options]) == 0
+    assert main(["diagnose", str(run), "--bptt", "4,20"]) == 0
+    assert "relative error" in capsys.readouterr().out
+    saved = json.loads((run / "diagnostics.json").read_text())
+    assert {(q["estimator"], q["bptt"]) for q in saved["parameters"]} == {
+        (name, bptt) for name in ("truncated", "synthetic") for bptt in (4, 20)
+    }
+    assert (run / "diagnostics.png").stat().st_size > 1000
+    assert main(["diagnose", str(run), "--bptt", "0,4"]) == 2
+    assert "--bptt 0,4" in capsys.readouterr().err
