@@ -48,12 +48,11 @@ def dni_step(hidden: int, batch: int, bptt: int, layers: list[int], context: boo
     """The same with a synthetic gradient at the boundary."""
     example = RecurrentCore("lstm", 1, hidden).initial_state(1)
     encoder = OneHotTokens(SYMBOLS, CONTEXT) if context else None
-    synthesizer = MLPSynthesizer(example, layers, context=encoder, reads="first")
+    synthesizer = MLPSynthesizer(example, layers, context=encoder, reads="first", bounded=False)
     core = RecurrentCore("lstm", EMBEDDING, hidden, synthesizer=synthesizer, scale=0.1)
     model, estimator = SequenceModel(SYMBOLS, SYMBOLS, EMBEDDING, core), DNI()
     net = model.net_parameters()
-    groups = [{"params": net}, {"params": model.synthesizer_parameters()}]
-    optimizer = torch.optim.Adam(groups, 1e-3, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
     inputs = torch.randint(SYMBOLS, (bptt + 1, batch))
     boundary = Boundary(torch.randint(SYMBOLS, (CONTEXT, batch)) if context else None)
     window = Window(inputs[:-1], inputs[1:], boundary, boundary, bptt * batch)

@@ -86,7 +86,7 @@ class TruncatedBPTT(nn.Module):
             objective.backward()
             losses.append(loss.detach())
             state = detach(state)
-        return Estimate(torch.stack(losses).sum(), state)
+        return Estimate(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), state)
 
     def enter(self, model: SequenceModel, state: Tree, start: Boundary) -> Tree:
         """The state as the window takes it over."""

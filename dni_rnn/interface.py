@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dni_rnn.trees import Tree, detach, flatten, map_tree, per_row, unflatten
+from dni_rnn.trees import Spec, Tree, detach, flatten, per_row, unflatten
 
 RESTORE_BEYOND = 3.0
 """tanh is flat beyond it: a cell state gains nothing there."""
@@ -178,10 +178,10 @@ class Interface(nn.Module):
           context: what M may know besides the message, for example the next symbols.
           done: boolean (B,). Rows whose sequence ends here: they have no future, so ĝ is 0.
         """
-        leaves, _ = flatten(message)
+        leaves, spec = flatten(message)
         if not torch.is_grad_enabled():
             return leaves[0].new_zeros(())
-        synthetic, _ = flatten(self.synthetic_gradient(message, context, done))
+        synthetic = self._synthesize(leaves, spec, context, done)
         return _Send.apply(len(leaves), *synthetic, *leaves)  # type: ignore[return-value]
 
     def forward(self, message: Tree, context: Any = None) -> Tree:
@@ -190,46 +190,52 @@ class Interface(nn.Module):
             return message
         return self._edge(message, context, None)
 
-    @torch.no_grad()
     def synthetic_gradient(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
         """ĝ as `send` injects it: a tree like `message`, in the units of the loss, 0 in rows of `done`."""
+        leaves, spec = flatten(message)
+        return unflatten(self._synthesize(leaves, spec, context, done), spec)
+
+    def predict(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
+        """M's output in units of `size`: a tree like `message`, in its dtypes, 0 in rows of `done`."""
+        leaves, spec = flatten(message)
+        return unflatten(self._predict(leaves, spec, context, done), spec)
+
+    @torch.no_grad()
+    def _synthesize(
+        self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None
+    ) -> list[Tensor]:
         size = self.size()
-        predictions, spec = flatten(self.predict(message, context, done))
+        factor = self.scale * size
         synthetic = []
-        for prediction, leaf in zip(predictions, flatten(message)[0], strict=True):
-            if self.centre:
-                prediction = self._centred(prediction, done)
-            gradient = (self.scale * size) * prediction
+        for prediction, leaf in zip(self._predict(leaves, spec, context, done), leaves, strict=True):
+            gradient = factor * (self._centred(prediction, done) if self.centre else prediction)
             if self.restore:
                 excess = leaf - leaf.clamp(-RESTORE_BEYOND, RESTORE_BEYOND)
                 gradient = gradient + (self.restore * size) * excess
                 gradient = gradient if done is None else self._without(done, gradient)
             synthetic.append(gradient.to(leaf.dtype))
-        return unflatten(synthetic, spec)
+        return synthetic
 
     @torch.no_grad()
-    def predict(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
-        """M's output in units of `size`: a tree like `message`, in its dtypes, 0 in rows of `done`."""
-        predictions, spec = self._call(message, context)
-        leaves, _ = flatten(message)
+    def _predict(self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None) -> list[Tensor]:
+        predictions = self._call(leaves, spec, context)
         predictions = [p.to(leaf.dtype) for p, leaf in zip(predictions, leaves, strict=True)]
-        if done is not None:
-            predictions = [self._without(done, p) for p in predictions]
-        return unflatten(predictions, spec)
+        return predictions if done is None else [self._without(done, p) for p in predictions]
 
     def _edge(self, message: Tree, context: Any, done: Tensor | None) -> Tree:
         leaves, spec = flatten(message)
-        predictions, _ = self._call(message, context)
-        return unflatten(list(_Edge.apply(self, done, len(leaves), *leaves, *predictions)), spec)  # type: ignore[arg-type]
+        predictions = self._call(leaves, spec, context)
+        return unflatten(_Edge.apply(self, done, len(leaves), *leaves, *predictions), spec)  # type: ignore[arg-type]
 
-    def _call(self, message: Tree, context: Any) -> tuple[list[Tensor], Any]:
+    def _call(self, leaves: list[Tensor], spec: Spec, context: Any) -> list[Tensor]:
         """M's output for a detached message, checked to be a tree like it."""
-        leaves, spec = flatten(message)
-        predictions, _ = flatten(self.synthesizer(map_tree(torch.Tensor.detach, message), context))
-        got, wanted = [tuple(p.shape) for p in predictions], [tuple(leaf.shape) for leaf in leaves]
-        if got != wanted:
+        predictions, _ = flatten(
+            self.synthesizer(unflatten([leaf.detach() for leaf in leaves], spec), context)
+        )
+        if [p.shape for p in predictions] != [leaf.shape for leaf in leaves]:
+            got, wanted = [tuple(p.shape) for p in predictions], [tuple(leaf.shape) for leaf in leaves]
             raise ValueError(f"the synthesizer must return tensors like the message, {wanted}, not {got}")
-        return predictions, spec
+        return predictions
 
     def _regress(
         self, predictions: list[Tensor], gradients: tuple[Tensor, ...], done: Tensor | None

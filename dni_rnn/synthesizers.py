@@ -132,7 +132,8 @@ class MLPSynthesizer(nn.Module):
       hidden, context: see `ContextMLP`.
       reads: "all" the tensors of the message, or the "first" alone (of an LSTM's state the hidden one,
         which is its output, as published), which halves the cost of the first layer.
-      bounded: apply the tanh. Without it the message enters as it is.
+      bounded: apply the tanh. Without it the message enters as it is: good for hidden states, which are
+        within ±1 anyway.
       batch_dim: where the rows lie (see `Interface`).
 
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §A.1 (zero start), §A.3 (one hidden layer).
@@ -150,21 +151,21 @@ class MLPSynthesizer(nn.Module):
     ) -> None:
         super().__init__()
         self.reads, self.bounded, self.batch_dim = reads, bounded, batch_dim
-        features = flatten_rows(message, batch_dim).shape[1]
-        self.mlp = ContextMLP(self._input(message).shape[1], hidden, features, context)
+        read = message if reads == "all" else flatten(message)[0][0]
+        inputs, outputs = (flatten_rows(tree, batch_dim).shape[1] for tree in (read, message))
+        self.mlp = ContextMLP(inputs, hidden, outputs, context)
 
     def forward(self, message: Tree, context: Any = None) -> Tree:
         leaves, spec = flatten(message)
-        x = self._input(message)
+        x = flatten_rows(leaves if self.reads == "all" else leaves[0], self.batch_dim)
         if self.bounded:
             x = torch.sigmoid(2.0 * x).mul(2.0).sub(1.0)  # tanh; several times faster than it on a CPU
         x = self.mlp(x, context)
         parts = x.split([leaf.numel() // leaf.shape[self.batch_dim] for leaf in leaves], dim=1)
         return unflatten([self._shape(part, leaf) for part, leaf in zip(parts, leaves, strict=True)], spec)
 
-    def _input(self, message: Tree) -> Tensor:
-        return flatten_rows(message if self.reads == "all" else flatten(message)[0][0], self.batch_dim)
-
     def _shape(self, part: Tensor, leaf: Tensor) -> Tensor:
         """Rows (B, features) back into the shape of `leaf`."""
+        if leaf.dim() == 3 and leaf.shape[0] == 1 and self.batch_dim == -2:
+            return part.unsqueeze(0)  # one layer: the same, in one step
         return part.reshape(leaf.movedim(self.batch_dim, 0).shape).movedim(0, self.batch_dim)

@@ -41,6 +41,7 @@ def build_model(config: TrainConfig, data: Data) -> SequenceModel:
             _hidden(config),
             context=_context_encoder(config, data),
             reads="first" if config.synthesizer_reads == "hidden" else "all",
+            bounded=config.synthesizer_reads == "state",
         )
     core = RecurrentCore(
         config.core,
