@@ -87,7 +87,9 @@ class TrainConfig:
     reading: Literal["boundary", "next-output"] = "boundary"
     """The synthesizer reads the boundary state, or the state after one more input."""
     scale: float = 0.1
-    """Weight of the synthetic gradient; also the discount of the future at each boundary."""
+    """Weight of the synthetic gradient; as it is bootstrapped, also a discount at each boundary."""
+    discount: float = 1.0
+    """Discount of the future per step: a boundary after T steps weighs by scale × discount^T."""
     centre: bool = False
     """Subtract the batch mean from the synthetic gradient."""
     restore: float = 0.0
@@ -131,8 +133,8 @@ class TrainConfig:
     """Training symbols between validations."""
     save_every: float = 30.0
     """Seconds between checkpoints."""
-    state_limit: float = 100.0
-    """Stop when the root mean square of the recurrent state exceeds this: it has run away."""
+    state_limit: float = 1000.0
+    """Stop when the root mean square of the recurrent state exceeds this; in health it is a few units."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -145,13 +147,15 @@ class TrainConfig:
         for name in ("clip", "scale", "restore", "save_every"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative")
+        if not 0 < self.discount <= 1:
+            raise UsageError(f"--discount must lie above 0 and at most at 1, not {self.discount}")
         if sum(budget is not None for budget in (self.chars, self.minutes, self.steps)) > 1:
             raise UsageError("give one of --chars, --minutes and --steps, not several")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         if not self.dni:
             for name in (
-                "synthesizer", "synthesizer_reads", "context", "reading", "scale", "centre", "restore", "aux",
-                "synthesizer_lr",
+                "synthesizer", "synthesizer_reads", "context", "reading", "scale", "discount", "centre",
+                "restore", "aux", "synthesizer_lr",
             ):  # fmt: skip
                 if getattr(self, name) != defaults[name]:
                     raise UsageError(f"--{name.replace('_', '-')} does nothing without --dni; add --dni")
@@ -178,8 +182,11 @@ class TrainConfig:
 
 
 NOT_OF_THE_TRAJECTORY = frozenset(
-    {"chars", "minutes", "steps", "device", "threads", "data_dir", "out", "resume", "log_every", "save_every"}
-)
+    {
+        "chars", "minutes", "steps", "device", "threads", "data_dir", "out", "resume", "log_every",
+        "save_every", "state_limit",
+    }
+)  # fmt: skip
 """Fields that may change when a run is resumed: they do not change what any one update does."""
 
 

@@ -50,7 +50,7 @@ def build_model(config: TrainConfig, data: Data) -> SequenceModel:
         config.layers,
         synthesizer=synthesizer,
         reading=config.reading,
-        scale=config.scale,
+        scale=config.scale * config.discount**config.bptt,
         centre=config.centre,
         restore=config.restore,
     )
@@ -140,17 +140,17 @@ class Learner:
 
     def metrics(self) -> dict[str, float]:
         """Averages since `reset_metrics`: training bits per scored symbol, and how things go inside."""
-        state = flatten_rows(self.state)
-        row = {
-            "bpc": float(self.loss) * BITS / max(self.scored, 1),
-            "state_rms": float(state.square().mean().sqrt()),
-        }
+        row = {"bpc": float(self.loss) * BITS / max(self.scored, 1), "state_rms": self.state_rms()}
         if self.config.clip:
             row["gradient_norm"] = float(self.norm) / self.updates
         if self.model.core.interface is not None:
             row["synthesizer_loss"] = float(self.model.core.interface.regression_loss)
             row["target_size"] = float(self.model.core.interface.size())
         return row
+
+    def state_rms(self) -> float:
+        """Root mean square of the recurrent state, over rows and features."""
+        return float(flatten_rows(self.state).square().mean().sqrt())
 
     def check(self, row: dict[str, float]) -> None:
         """Raises `DivergedError` when `metrics` are not those of a healthy run."""
@@ -449,6 +449,7 @@ class _Loop:
             "best_valid_bpc": best["valid_bpc"],
             "best_symbols": best["symbols"],
             "test_bpc": test,
+            "state_rms": learner.state_rms(),
             "net_parameters": sum(p.numel() for p in learner.net),
             "synthesizer_parameters": sum(p.numel() for p in learner.synthesizer),
             "peak_memory_mb": round(_peak_memory(learner.device) / 1e6, 1),
