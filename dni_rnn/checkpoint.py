@@ -29,9 +29,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(  # noqa: SIM118
-                file.metadata()["values"]
-            )
+            # Cloned, because where a tensor lies in the file decides its alignment in memory, and that the
+            # order in which vectorised kernels add: without it, a resumed run would differ in the last bits.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["values"])
     except FileNotFoundError:
         raise UsageError(f"{path}: no checkpoint there") from None
     except (SafetensorError, KeyError, TypeError, OSError, ValueError) as error:

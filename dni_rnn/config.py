@@ -147,6 +147,8 @@ class TrainConfig:
         for name in ("clip", "scale", "restore", "save_every"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed must lie between 0 and 2^63 - 1, not {self.seed}")
         if not 0 < self.discount <= 1:
             raise UsageError(f"--discount must lie above 0 and at most at 1, not {self.discount}")
         if sum(budget is not None for budget in (self.chars, self.minutes, self.steps)) > 1:

@@ -32,6 +32,7 @@ def load_run(path: Path, device: torch.device, data_dir: Path | None = None) -> 
     """
     run = Run.open(path)
     data = run.task.load(data_dir or run.config.data_dir)
+    run.check_symbols(data)
     tensors, values = checkpoint.load_checkpoint(run.best)
     model = build_model(run.config, data)
     model.load_state_dict(tensors)
@@ -53,6 +54,8 @@ def sample(run: LoadedRun, prompt: str, characters: int, temperature: float, see
         raise UsageError(f"{run.data.name} is not text: there is nothing to sample")
     if not temperature > 0:
         raise UsageError(f"--temperature must be positive, not {temperature}")
+    if characters < 0:
+        raise UsageError(f"--chars must not be negative, not {characters}")
     symbols = run.data.symbols
     underscored = " " not in symbols and "_" in symbols
     text = prompt.replace(" ", "_") if underscored else prompt
@@ -67,7 +70,8 @@ def sample(run: LoadedRun, prompt: str, characters: int, temperature: float, see
     ids = [number[symbol] for symbol in text]
     logits, state = run.model(torch.tensor(ids).unsqueeze(1), run.model.initial_state(1))
     for _ in range(characters):
-        probabilities = torch.softmax(logits[-1, 0].double() / temperature, dim=0)
+        scores = logits[-1, 0].double()
+        probabilities = torch.softmax((scores - scores.max()) / temperature, dim=0)
         ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
         logits, state = run.model(torch.tensor([[ids[-1]]]), state)
     written = "".join(symbols[i] for i in ids)

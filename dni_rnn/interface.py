@@ -146,7 +146,7 @@ class Interface(nn.Module):
         self.batch_dim = batch_dim
         self.register_buffer("target_square", torch.zeros(()))
         self.register_buffer("target_count", torch.zeros(()))
-        self.register_buffer("regression_loss", torch.ones(()), persistent=False)
+        self.register_buffer("regression_loss", torch.ones(()))
 
     def size(self) -> Tensor:
         """Running root mean square of M's targets (a scalar); 0 before the first one."""

@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 from dni_rnn.config import NOT_OF_THE_TRAJECTORY, TrainConfig, from_json, to_json
 from dni_rnn.errors import UsageError
 from dni_rnn.files import read_jsonl, write_atomically, write_jsonl
-from dni_rnn.task import Task, installed_tasks
+from dni_rnn.task import Data, Task, installed_tasks
 
 REPORTED_PACKAGES = ("dni-rnn", "torch", "numpy", "safetensors")
 
@@ -64,17 +65,25 @@ class Run:
           UsageError: there is none, or its task is not installed.
         """
         try:
-            values = json.loads((path / "config.json").read_text())
+            values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            name, options, config = values["task"], values["task_options"], values["config"]
         except FileNotFoundError:
             raise UsageError(f"{path}: no run there (config.json is missing)") from None
-        except (ValueError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise UsageError(f"{path / 'config.json'}: cannot be read ({error})") from None
         tasks = installed_tasks()
-        name = values["task"]
         if name not in tasks:
             raise UsageError(f"{path}: its task {name!r} is not installed; known: {', '.join(tasks)}")
-        task = from_json(tasks[name], values["task_options"])
-        return cls(path, name, task, from_json(TrainConfig, values["config"]))
+        return cls(path, name, from_json(tasks[name], options), from_json(TrainConfig, config))
+
+    def check_symbols(self, data: Data) -> None:
+        """Raises `UsageError` when `data` has other symbols than those the run was started with."""
+        started = json.loads((self.path / "config.json").read_text(encoding="utf-8")).get("symbols")
+        if started != _symbols(data):
+            raise UsageError(
+                f"{self.path} was trained on other symbols than those of {data.name}: the data have changed; "
+                "put the old ones back"
+            )
 
     def prepare(self, needed_bytes: int) -> None:
         """Make sure that the directory can be written to and is not taken, before any training.
@@ -115,12 +124,13 @@ class Run:
                     "resume it with the same settings or give another --out"
                 )
 
-    def write_config(self, data_name: str, device: str, threads: int) -> None:
+    def write_config(self, data: Data, device: str, threads: int) -> None:
         """Write config.json."""
         values = {
             "task": self.task_name,
             "task_options": to_json(self.task),
-            "data": data_name,
+            "data": data.name,
+            "symbols": _symbols(data),
             "config": to_json(self.config),
             "command": ["dni-rnn", *sys.argv[1:]],
             "versions": {name: _version(name) for name in REPORTED_PACKAGES},
@@ -167,9 +177,16 @@ class MetricsLog:
                     self._events.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        self._file.close()
+        # What could not be written has been reported; closing tries, and fails, once more.
+        with suppress(OSError):
+            self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def _symbols(data: Data) -> list[str] | int:
+    """The symbols of a text in the order of their numbers, or how many there are."""
+    return list(getattr(data, "symbols", ())) or data.input_symbols
 
 
 def _version(package: str) -> str | None:

@@ -17,12 +17,15 @@ never run again.
 from __future__ import annotations
 
 import json
+import operator
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
 import tomllib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,15 +73,20 @@ def read_sweep(folder: Path) -> list[Cell]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
         shared, seeds, cells = values["train"], values["seeds"], values["cells"]
+        found = [
+            Cell(name, operator.index(seed), tuple(shlex.split(f"{shared} " + added)))
+            for seed in seeds
+            for name, added in cells.items()
+        ]
     except FileNotFoundError:
         raise UsageError(f"{path}: no sweep there") from None
-    except (tomllib.TOMLDecodeError, KeyError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"{path}: not a sweep ({error}); it needs train, seeds and [cells]") from None
-    return [
-        Cell(name, seed, tuple(shlex.split(f"{shared} {added}")))
-        for seed in seeds
-        for name, added in cells.items()
-    ]
+    folders = Counter(cell.folder for cell in found)
+    for folder_name, times in folders.items():
+        if times > 1:
+            raise UsageError(f"{path}: {times} runs would share the folder {folder_name}; rename a cell")
+    return found
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -115,8 +123,10 @@ def run_sweep(folder: Path, work: Path, parallel: int, minutes: float | None = N
     """Run the cells that have no row yet, `parallel` at a time; returns how many failed.
 
     A cell that fails is tried once more; its output is in `WORK/CELL.log`. After `minutes` no further
-    cell is started and the running ones are stopped with a checkpoint.
+    cell is started and the running ones are stopped with a checkpoint, as on SIGINT and SIGTERM.
     """
+    if parallel < 1:
+        raise UsageError(f"--parallel must be at least 1, not {parallel}")
     done = {(row["cell"], row["seed"]) for row in read_rows(folder)}
     waiting = [cell for cell in read_sweep(folder) if (cell.name, cell.seed) not in done]
     print(f"{folder}: {len(done)} rows there, {len(waiting)} to run", flush=True)
@@ -124,7 +134,9 @@ def run_sweep(folder: Path, work: Path, parallel: int, minutes: float | None = N
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
     running: dict[Cell, subprocess.Popen[bytes]] = {}
     attempts: dict[Cell, int] = {}
+    stopped: set[Cell] = set()
     failed = 0
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         while (waiting and time.monotonic() < deadline) or running:
             while waiting and len(running) < parallel and time.monotonic() < deadline:
@@ -134,8 +146,9 @@ def run_sweep(folder: Path, work: Path, parallel: int, minutes: float | None = N
             for cell, process in list(running.items()):
                 code = process.poll()
                 if code is None:
-                    if time.monotonic() >= deadline:
-                        process.terminate()
+                    if time.monotonic() >= deadline and cell not in stopped:
+                        stopped.add(cell)
+                        process.terminate()  # once: a second signal would not wait for the checkpoint
                     continue
                 del running[cell]
                 if code == 0:
@@ -154,8 +167,10 @@ def run_sweep(folder: Path, work: Path, parallel: int, minutes: float | None = N
                 print(f"{cell.name}, seed {cell.seed}: {outcome}; {len(waiting)} waiting", flush=True)
             time.sleep(POLL_SECONDS)
     finally:
-        for process in running.values():
-            process.terminate()
+        signal.signal(signal.SIGTERM, before)
+        for cell, process in running.items():
+            if cell not in stopped:
+                process.terminate()
         for process in running.values():
             process.wait()
     return failed

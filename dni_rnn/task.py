@@ -124,6 +124,7 @@ def installed_tasks() -> dict[str, type]:
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         try:
             tasks[entry.name] = entry.load()
-        except (ImportError, AttributeError) as error:
-            print(f"dni-rnn: task {entry.name!r} is registered but cannot be used: {error}", file=sys.stderr)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            print(f"dni-rnn: task {entry.name!r} is registered but cannot be used: {reason}", file=sys.stderr)
     return tasks

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -156,6 +156,8 @@ class Learner:
         """Raises `DivergedError` when `metrics` are not those of a healthy run."""
         if not math.isfinite(row["bpc"]):
             raise DivergedError("the loss is not finite")
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            raise DivergedError("a weight is not finite")
         if not row["state_rms"] <= self.config.state_limit:
             raise DivergedError(
                 f"the recurrent state has run away (root mean square {row['state_rms']:.3g}, "
@@ -281,15 +283,17 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     run.prepare(needed_bytes=12 * size)
     seconds, best = 0.0, None
     if config.resume and run.checkpoint.exists():
+        run.check_symbols(data)
         tensors, values = checkpoint.load_checkpoint(run.checkpoint)
         learner.load_state_dict(tensors, values)
         seconds, best = values["seconds"], values["best"]
-    run.write_config(data.name, _device_name(device), torch.get_num_threads())
-    run.keep_rows(learner.step)
-    loop = _Loop(run, learner, seconds, best, quiet)
-    with _stop_requests() as stop:
+    with ExitStack() as stack:
         try:
-            return loop.fit(stop)
+            run.write_config(data, _device_name(device), torch.get_num_threads())
+            run.keep_rows(learner.step)
+            loop = _Loop(run, learner, seconds, best, quiet)
+            stack.callback(loop.close)
+            return loop.fit(stack.enter_context(_stop_requests()))
         except OSError as error:
             raise UsageError(
                 f"{run.path}: writing failed at update {learner.step} ({error.strerror}); "
@@ -300,8 +304,6 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
                 f"last good checkpoint: {run.checkpoint}" if run.checkpoint.exists() else "no checkpoint yet"
             )
             raise DivergedError(f"update {learner.step}: {error}; {kept}") from None
-        finally:
-            loop.close()
 
 
 class _Stopwatch:
@@ -348,7 +350,8 @@ class _Loop:
     def fit(self, stop: list[int]) -> dict[str, Any]:
         learner, config = self.learner, self.config
         next_eval = (learner.symbols // config.eval_every + 1) * config.eval_every
-        while not self._finished() and not stop:
+        last = self._finished()
+        while not last and not stop:
             learner.update()
             last = self._finished()
             if learner.step % config.log_every == 0 or last:
@@ -433,10 +436,10 @@ class _Loop:
         tensors, best = checkpoint.load_checkpoint(self.run.best)
         valid = [row["valid_bpc"] for row in self.run.rows() if "valid_bpc" in row][-1]
         final = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
+        seconds = self.clock.read()
         learner.model.load_state_dict(tensors)
         test = learner.evaluate("test")
         learner.model.load_state_dict(final)
-        seconds = self.clock.read()
         summary = {
             "task": self.run.task_name,
             "data": learner.data.name,
