@@ -18,9 +18,9 @@ from dni_rnn.checkpoint import (
     optimizer_state,
     save_checkpoint,
     under,
-    write_atomically,
 )
 from dni_rnn.errors import UsageError
+from dni_rnn.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,6 +77,16 @@ def test_views_parameters_and_shared_memory(tmp_path):
     tensors, _ = load_checkpoint(tmp_path / "c")
     same(tensors, {name: tensor.detach().contiguous() for name, tensor in held.items()})
     assert not tensors["p"].requires_grad
+
+
+def test_loaded_tensors_lie_in_memory_as_new_ones_do(tmp_path):
+    """Not inside the mapped file, at any address: there, matrix products may round differently."""
+    odd = {f"{length}": torch.ones(length, dtype=torch.uint8) for length in (1, 3, 7)}
+    save_checkpoint(tmp_path / "c", {**odd, "x": torch.ones(5), "y": torch.ones(4, 4)}, VALUES)
+    tensors, _ = load_checkpoint(tmp_path / "c")
+    aligned = {name: tensor.data_ptr() % 64 == 0 for name, tensor in tensors.items()}
+    assert all(torch.ones(n).data_ptr() % 64 == 0 for n in (1, 5, 16))
+    assert aligned == dict.fromkeys(tensors, True)
 
 
 @settings(max_examples=15)
