@@ -140,7 +140,7 @@ def test_a_killed_sweep_goes_on(finished, tmp_path):
             command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True
         )
     second = work / "grid" / "dni-T-5-seed1"
-    wait_for(lambda: last_step(second) >= 50, process, log)
+    wait_for(lambda: last_step(second) >= 30, process, log)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert [row["cell"] for row in read_rows(folder)] == ["bptt T=5"]

@@ -328,8 +328,8 @@ def long_run(tmp_path_factory):
 @pytest.mark.parametrize(
     "kills",
     [
-        pytest.param([(signal.SIGKILL, 10), (signal.SIGKILL, 130), (signal.SIGKILL, 280)], id="kill -9"),
-        pytest.param([(signal.SIGINT, 60), (signal.SIGTERM, 250)], id="ctrl-c and kill"),
+        pytest.param([(signal.SIGKILL, 10), (signal.SIGKILL, 120), (signal.SIGKILL, 220)], id="kill -9"),
+        pytest.param([(signal.SIGINT, 60), (signal.SIGTERM, 200)], id="ctrl-c and kill"),
     ],
 )
 def test_a_process_is_killed_and_its_run_resumed(kills, long_run, tmp_path):
