@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dni_rnn.errors import UsageError
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary file beside `path`, flush it to the disk, then rename it over `path`.
@@ -32,9 +34,19 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines; a last line that a crash cut short is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of a file of JSON lines; a last line that a crash cut short is left out.
+
+    Raises:
+      UsageError: another line is not JSON.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        if line.endswith("\n"):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise UsageError(f"{path}, line {number}: not JSON; remove it") from None
+    return rows
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

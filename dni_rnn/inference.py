@@ -35,8 +35,12 @@ def load_run(path: Path, device: torch.device, data_dir: Path | None = None) -> 
     run.check_symbols(data)
     tensors, values = checkpoint.load_checkpoint(run.best)
     model = build_model(run.config, data)
-    model.load_state_dict(tensors)
-    return LoadedRun(model.to(device), data, device, values["symbols"])
+    try:
+        model.load_state_dict(tensors)
+        symbols = values["symbols"]
+    except (KeyError, RuntimeError):
+        raise UsageError(f"{run.best}: not the weights of this run") from None
+    return LoadedRun(model.to(device), data, device, symbols)
 
 
 @torch.no_grad()

@@ -71,6 +71,8 @@ class Run:
             raise UsageError(f"{path}: no run there (config.json is missing)") from None
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UsageError(f"{path / 'config.json'}: cannot be read ({error})") from None
+        if not isinstance(options, dict) or not isinstance(config, dict):
+            raise UsageError(f"{path / 'config.json'}: not a configuration of this program")
         tasks = installed_tasks()
         if name not in tasks:
             raise UsageError(f"{path}: its task {name!r} is not installed; known: {', '.join(tasks)}")
@@ -92,6 +94,10 @@ class Run:
           UsageError: it cannot be made or written, holds another run, or the disk is too full.
         """
         there = (self.path / "config.json").exists()
+        if self.checkpoint.exists() and not there:
+            raise UsageError(
+                f"{self.path} holds a checkpoint but no config.json; put it back or give another --out"
+            )
         if there and not self.config.resume:
             raise UsageError(
                 f"{self.path} already holds a run; add --resume to go on with it, or give another --out"

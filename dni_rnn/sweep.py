@@ -131,7 +131,7 @@ def run_sweep(folder: Path, work: Path, parallel: int, minutes: float | None = N
     waiting = [cell for cell in read_sweep(folder) if (cell.name, cell.seed) not in done]
     print(f"{folder}: {len(done)} rows there, {len(waiting)} to run", flush=True)
     work.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+    deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
     running: dict[Cell, subprocess.Popen[bytes]] = {}
     attempts: dict[Cell, int] = {}
     stopped: set[Cell] = set()

@@ -285,8 +285,13 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     if config.resume and run.checkpoint.exists():
         run.check_symbols(data)
         tensors, values = checkpoint.load_checkpoint(run.checkpoint)
-        learner.load_state_dict(tensors, values)
-        seconds, best = values["seconds"], values["best"]
+        try:
+            learner.load_state_dict(tensors, values)
+            seconds, best = values["seconds"], values["best"]
+        except (KeyError, RuntimeError, ValueError):
+            raise UsageError(
+                f"{run.checkpoint}: not a checkpoint of this run; remove it to start anew"
+            ) from None
     with ExitStack() as stack:
         try:
             run.write_config(data, _device_name(device), torch.get_num_threads())
@@ -435,11 +440,9 @@ class _Loop:
         learner = self.learner
         tensors, best = checkpoint.load_checkpoint(self.run.best)
         valid = [row["valid_bpc"] for row in self.run.rows() if "valid_bpc" in row][-1]
-        final = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
         seconds = self.clock.read()
         learner.model.load_state_dict(tensors)
         test = learner.evaluate("test")
-        learner.model.load_state_dict(final)
         summary = {
             "task": self.run.task_name,
             "data": learner.data.name,
