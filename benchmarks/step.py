@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -118,6 +119,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, {args.threads} thread(s), batch {args.batch_size}, T {args.bptt}")
     print(f"medians of {args.processes} processes\n")
     print("| hidden | step | ms | ratio to plain | of the processes |\n|---|---|---|---|---|")
+    # Left to itself the allocator maps and unmaps the larger tensors at every step, in some processes and
+    # not in others, which costs as much as what is measured here. Processes read this when they start.
+    os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**32))
     context = multiprocessing.get_context("spawn")
     for hidden in args.hidden:
         found: dict[str, list[tuple[float, float]]] = {}
