@@ -175,6 +175,11 @@ class TrainConfig:
         return ContextSpec.parse(self.context)
 
     @property
+    def weight(self) -> float:
+        """Of one symbol in an update: 1 / (T·accumulate·B), also where a window is shorter than T."""
+        return 1.0 / (self.bptt * self.accumulate * self.batch_size)
+
+    @property
     def method(self) -> str:
         """What tables call it: `bptt`, `dni`, `dni+aux`, `dni+next-tokens:8`."""
         if not self.dni:

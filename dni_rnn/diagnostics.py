@@ -179,7 +179,7 @@ def diagnose(
 
     Args:
       context: how many symbols the synthesizer is told.
-      weight: of a symbol's loss, as in training (`Learner.weight`).
+      weight: of a symbol's loss, as in training (`TrainConfig.weight`).
       bptts: the T to measure.
 
     Raises:
@@ -253,9 +253,8 @@ def diagnose_run(path: Path, bptts: str, device: torch.device, data_dir: Path | 
     if not 1 <= lengths[0] <= lengths[-1] <= STRETCH // 2:
         raise UsageError(f"--bptt {bptts}: give lengths from 1 to {STRETCH // 2}, separated by commas")
     run, config = load_run(path, device, data_dir), Run.open(path).config
-    weight = 1.0 / (config.bptt * config.accumulate * config.batch_size)
     context = config.context_spec.window
-    found = diagnose(run.model, run.data, context=context, weight=weight, bptts=lengths)
+    found = diagnose(run.model, run.data, context=context, weight=config.weight, bptts=lengths)
     print(f"{path}: {run.data.name}, {config.method}, trained with T={config.bptt}, validation split")
     print(
         markdown_table(

@@ -111,7 +111,6 @@ class Learner:
         self.optimizer = torch.optim.Adam(groups, fused=True)
         self.stream = data.stream("train", config.batch_size, config.seed).to(device)
         self.state = self.model.initial_state(config.batch_size)
-        self.weight = 1.0 / (config.bptt * config.accumulate * config.batch_size)
         self.context = config.context_spec.window
         self.step, self.symbols = 0, 0
         self.reset_metrics()
@@ -127,7 +126,7 @@ class Learner:
         config = self.config
         windows = [self.stream.window(config.bptt, self.context) for _ in range(config.accumulate)]
         self.optimizer.zero_grad()
-        estimate = self.estimator(self.model, windows, self.state, self.weight)
+        estimate = self.estimator(self.model, windows, self.state, config.weight)
         if config.clip:
             self.norm = self.norm + nn.utils.clip_grad_norm_(self.net, config.clip)
         self.optimizer.step()

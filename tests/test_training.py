@@ -890,7 +890,7 @@ def saved_bytes(learner, windows, estimator):
 
     stretch = [learner.stream.window(learner.config.bptt, learner.context) for _ in range(windows)]
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
-        estimator(learner.model, stretch, learner.state, learner.weight)
+        estimator(learner.model, stretch, learner.state, learner.config.weight)
     assert now == 0
     return peak
 
