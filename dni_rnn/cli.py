@@ -7,12 +7,13 @@ import sys
 from dataclasses import dataclass
 from functools import reduce
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from dni_rnn.config import TrainConfig
+from dni_rnn.config import BUDGETS, Preset, TrainConfig
 from dni_rnn.errors import DivergedError, UsageError
 from dni_rnn.task import Task, installed_tasks
 
@@ -37,7 +38,7 @@ class Eval:
         from dni_rnn.training import choose_device, evaluate
 
         loaded = load_run(self.run, choose_device(self.device), self.data_dir)
-        bits = evaluate(loaded.model, loaded.data, self.split, loaded.device)
+        bits = evaluate(loaded.model, loaded.data, self.split, loaded.device, loaded.level)
         print(f"{loaded.data.name} {self.split}: {bits:.4f} bpc after {loaded.symbols:,} training characters")
 
 
@@ -188,17 +189,39 @@ def _train(self: Any) -> None:
     )
 
 
-def _train_command(name: str, task: type[Task]) -> type:
-    """`train NAME`: the task's options and the run's, side by side."""
+def _train_command(name: str, task: type[Task], arguments: list[str]) -> type:
+    """`train NAME`: the task's options and the run's, side by side, with the defaults of a preset."""
+    presets = {"default": Preset(), **getattr(task, "presets", {})}
+    chosen = presets.get(_preset(arguments), Preset())
+    settings = dict(chosen.run)
+    if "--dni" in arguments:
+        settings |= {"dni": True, **chosen.dni}
+    if any(word.partition("=")[0] in ("--chars", "--minutes", "--steps") for word in arguments):
+        settings = {name: value for name, value in settings.items() if name not in BUDGETS}
     return dataclasses.make_dataclass(
         f"Train{task.__name__}",
         [
-            ("task", tyro.conf.OmitArgPrefixes[task]),
-            ("config", tyro.conf.OmitArgPrefixes[TrainConfig]),
+            ("task", tyro.conf.OmitArgPrefixes[task], task(**chosen.task)),
+            ("config", tyro.conf.OmitArgPrefixes[TrainConfig], TrainConfig(**settings)),
+            ("preset", Annotated[Literal[tuple(presets)], tyro.conf.arg(help=PRESET_HELP)], "default"),
         ],
         namespace={"name": name, "__call__": _train, "__doc__": task.__doc__},
         frozen=True,
     )
+
+
+PRESET_HELP = "Defaults of all other options, by name; paper: the size and the method as published."
+
+
+def _preset(arguments: list[str]) -> str:
+    """What the last `--preset` names: it decides the defaults of all other options, so it is read first."""
+    name = "default"
+    for word, following in pairwise([*arguments, ""]):
+        if word == "--preset":
+            name = following
+        elif word.startswith("--preset="):
+            name = word.removeprefix("--preset=")
+    return name
 
 
 def _union(commands: dict[str, type]) -> Any:
@@ -206,8 +229,8 @@ def _union(commands: dict[str, type]) -> Any:
     return reduce(lambda a, b: Union[a, b], named)  # noqa: UP007
 
 
-def _parser() -> Any:
-    train = _union({name: _train_command(name, task) for name, task in TASKS.items()})
+def _parser(arguments: list[str]) -> Any:
+    train = _union({name: _train_command(name, task, arguments) for name, task in TASKS.items()})
     train_group = dataclasses.make_dataclass(
         "Train",
         [("command", train)],
@@ -231,7 +254,7 @@ def _parser() -> Any:
 
 def _parse(arguments: list[str]) -> Any:
     return tyro.cli(
-        _parser(),
+        _parser(arguments),
         prog="dni-rnn",
         description="Truncated backpropagation through time with synthetic gradients.",
         args=arguments,

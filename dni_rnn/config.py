@@ -6,7 +6,8 @@ Nothing here imports torch: `dni-rnn --help` reads this module.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +60,27 @@ class ContextSpec:
         return cls(window=window, embedding=embedding)
 
 
+@dataclass(frozen=True)
+class Preset:
+    """Defaults of one task under a name.
+
+    Attributes:
+      run: values for fields of `TrainConfig`.
+      dni: more of them, when `--dni` is given.
+      task: values for fields of the task.
+    """
+
+    run: Mapping[str, Any] = field(default_factory=dict)
+    dni: Mapping[str, Any] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+
+
+PUBLISHED_DNI: Mapping[str, Any] = {
+    "context": "none", "synthesizer": "mlp", "scale": 0.1, "centre": False, "restore": 0.0
+}  # fmt: skip
+"""The method as published: one hidden layer on the core's output, scaled by 0.1, nothing that grounds it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that decides what a training run does, beside the options of its task."""
@@ -82,17 +104,17 @@ class TrainConfig:
     """linear, mlp (one hidden layer as wide as the core), mlp:WIDTH or mlp:WIDTH,WIDTH."""
     synthesizer_reads: Literal["hidden", "state"] = "hidden"
     """The synthesizer reads the hidden state, which is the core's output, or the whole state."""
-    context: str = "none"
+    context: str = "next-tokens:8"
     """What the synthesizer is told of what comes: none, next-tokens:W or next-tokens:W:EMBEDDING."""
     reading: Literal["boundary", "next-output"] = "boundary"
     """The synthesizer reads the boundary state, or the state after one more input."""
-    scale: float = 0.1
+    scale: float = 0.9
     """Weight of the synthetic gradient; as it is bootstrapped, also a discount at each boundary."""
     discount: float = 1.0
     """Discount of the future per step: a boundary after T steps weighs by scale × discount^T."""
-    centre: bool = False
+    centre: bool = True
     """Subtract the batch mean from the synthetic gradient."""
-    restore: float = 0.0
+    restore: float = 0.1
     """Restoring force on a state beyond ±3, in units of the real gradients; stops it from running away."""
     aux: bool = False
     """Auxiliary task: predict the synthetic gradient one window ahead."""
@@ -151,7 +173,7 @@ class TrainConfig:
             raise UsageError(f"--seed must lie between 0 and 2^63 - 1, not {self.seed}")
         if not 0 < self.discount <= 1:
             raise UsageError(f"--discount must lie above 0 and at most at 1, not {self.discount}")
-        if sum(budget is not None for budget in (self.chars, self.minutes, self.steps)) > 1:
+        if sum(getattr(self, name) is not None for name in BUDGETS) > 1:
             raise UsageError("give one of --chars, --minutes and --steps, not several")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         if not self.dni:
@@ -181,16 +203,19 @@ class TrainConfig:
 
     @property
     def method(self) -> str:
-        """What tables call it: `bptt`, `dni`, `dni+aux`, `dni+next-tokens:8`."""
+        """What tables call it: `bptt`, `dni-online` (told nothing of what comes), `dni+next-tokens:8`."""
         if not self.dni:
             return "bptt"
-        context = "" if self.context == "none" else f"+{self.context}"
+        context = "-online" if self.context == "none" else f"+{self.context}"
         return f"dni{context}{'+aux' if self.aux else ''}"
 
 
+BUDGETS = ("chars", "minutes", "steps")
+"""Fields that say when to stop; at most one is given."""
+
 NOT_OF_THE_TRAJECTORY = frozenset(
     {
-        "chars", "minutes", "steps", "device", "threads", "data_dir", "out", "resume", "log_every",
+        *BUDGETS, "device", "threads", "data_dir", "out", "resume", "log_every",
         "save_every", "state_limit",
     }
 )  # fmt: skip

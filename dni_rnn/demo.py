@@ -23,9 +23,7 @@ SHARED = TrainConfig(hidden=128, batch_size=32, lr=3e-3, device="cpu", threads=1
 # Every update is made of 20 steps of text, so that only the length of backpropagation differs.
 METHODS = {
     "bptt-T2": dataclasses.replace(SHARED, bptt=2, accumulate=10),
-    "dni-T2": dataclasses.replace(
-        SHARED, bptt=2, accumulate=10, dni=True, context="next-tokens:8", scale=0.9, centre=True, restore=0.1
-    ),
+    "dni-T2": dataclasses.replace(SHARED, bptt=2, accumulate=10, dni=True),
     "bptt-T20": dataclasses.replace(SHARED, bptt=20, accumulate=1),
 }
 

@@ -22,6 +22,7 @@ class LoadedRun(NamedTuple):
     data: Data
     device: torch.device
     symbols: int  # training symbols seen when the weights were kept
+    level: int | None  # of a task that gets harder: what was being learnt then
 
 
 def load_run(path: Path, device: torch.device, data_dir: Path | None = None) -> LoadedRun:
@@ -40,7 +41,7 @@ def load_run(path: Path, device: torch.device, data_dir: Path | None = None) -> 
         symbols = values["symbols"]
     except (KeyError, RuntimeError):
         raise UsageError(f"{run.best}: not the weights of this run") from None
-    return LoadedRun(model.to(device), data, device, symbols)
+    return LoadedRun(model.to(device), data, device, symbols, values.get("level"))
 
 
 @torch.no_grad()

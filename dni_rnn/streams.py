@@ -2,21 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dni_rnn.errors import UsageError
 from dni_rnn.estimators import UNSCORED, Window
 from dni_rnn.recurrent import Boundary
 
 
+class Ladder:
+    """A task that gets harder: the level rises by one whenever the loss of the present one is low enough.
+
+    After each climb the loss of one period is left out, because rows may still be at the level before;
+    then it is averaged over the scored symbols of one period after the other.
+
+    Args:
+      level: to begin with.
+      limit: the level rises when the mean loss is below it, in bits per scored symbol.
+      period: level -> steps; at least the length of an episode.
+    """
+
+    def __init__(self, level: int, limit: float, period: Callable[[int], int]) -> None:
+        self.level, self.limit, self._period = level, limit, period
+        self._steps, self._scored, self._loss = 0, 0, torch.zeros(())
+
+    def note(self, loss: Tensor, scored: int, steps: int) -> None:
+        """Take in a stretch of `steps` steps: −log p in nats, summed over its `scored` symbols (a scalar)."""
+        self._steps += steps
+        period = self._period(self.level)
+        if self._steps <= period:
+            return
+        self._loss = self._loss.to(loss.device) + loss
+        self._scored += scored
+        if self._steps < 2 * period or not self._scored:
+            return
+        climbs = float(self._loss) / math.log(2.0) < self.limit * self._scored
+        self.level += climbs
+        self._steps, self._scored, self._loss = 0 if climbs else period, 0, torch.zeros(())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The level, and the average so far."""
+        return {
+            "level": self.level, "steps": self._steps, "scored": self._scored, "loss": float(self._loss)
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to `state_dict`."""
+        self.level, self._steps, self._scored = state["level"], state["steps"], state["scored"]
+        self._loss = torch.tensor(state["loss"])
+
+
 class Stream(Protocol):
     """An endless source of consecutive windows, B rows side by side."""
 
     batch_size: int
+
+    ladder: Ladder | None
+    """Of a task that gets harder as it is learnt; the training loop tells it the loss."""
 
     size: int
     """Symbols in one pass; for an endless source, what one evaluation reads."""
@@ -25,11 +72,11 @@ class Stream(Protocol):
         """The next window of at most `steps` steps; its boundaries know the next `context` symbols."""
         ...
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream stands."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON values."""
         ...
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back there."""
         ...
 
@@ -47,6 +94,8 @@ class TokenStream:
 
     The context at a boundary before input t is symbols t, t + 1, ..., t + W − 1, −1 past the end.
     """
+
+    ladder: Ladder | None = None
 
     def __init__(self, tokens: np.ndarray, batch_size: int) -> None:
         steps = (len(tokens) - 1) // batch_size
@@ -87,10 +136,10 @@ class TokenStream:
             following = torch.cat([following, padding])
         return Boundary(following if context else None, self._tokens[position], None)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
 
 
@@ -107,30 +156,42 @@ class Block(NamedTuple):
 
 
 class GeneratedStream:
-    """An endless stream made block by block, so that its position alone says where it stands.
+    """An endless stream made block by block, so that its position and level alone say where it stands.
 
     The context at a boundary before step t is the targets of steps t, t + 1, ..., t + W − 1, -1 where
     a step is not scored: what the loss to come depends on.
 
     Args:
-      generate: block number -> the block; the same number gives the same block.
+      generate: (block number, level) -> the block; the same numbers give the same block. Blocks are
+        equally long.
       batch_size: B.
       size: symbols that one evaluation reads.
+      ladder: where the level comes from; without one it is 0.
     """
 
-    def __init__(self, generate: Callable[[int], Block], batch_size: int, size: int) -> None:
-        self.batch_size, self.size, self.position = batch_size, size, 0
+    def __init__(
+        self,
+        generate: Callable[[int, int], Block],
+        batch_size: int,
+        size: int,
+        ladder: Ladder | None = None,
+    ) -> None:
+        self.batch_size, self.size, self.ladder, self.position = batch_size, size, ladder, 0
         self._generate, self._device = generate, torch.device("cpu")
-        self._block = len(generate(0).inputs)
-        self._first = -1  # number of the first of the two blocks held
+        self._block = len(generate(0, self._level).inputs)
+        self._held = (-1, -1)  # number of the first of the blocks held, and their level
+
+    @property
+    def _level(self) -> int:
+        return 0 if self.ladder is None else self.ladder.level
 
     def to(self, device: torch.device) -> GeneratedStream:
-        self._device, self._first = device, -1
+        self._device, self._held = device, (-1, -1)
         return self
 
     def window(self, steps: int, context: int) -> Window:
         self._hold(self.position // self._block, steps + context)
-        first = self.position - self._first * self._block
+        first = self.position - self._held[0] * self._block
         last = first + steps
         self.position += steps
         scored = int(np.count_nonzero(self._scored[first:last]))
@@ -148,20 +209,155 @@ class GeneratedStream:
         return Boundary(known, self._inputs[at], None)
 
     def _hold(self, number: int, ahead: int) -> None:
-        """Have the block `number` and enough of what follows in memory."""
-        count = 2 + ahead // self._block
-        if number == self._first and count * self._block <= len(self._inputs):
+        """Have the block `number` and enough of what follows in memory, at the present level."""
+        count, level = 2 + ahead // self._block, self._level
+        if self._held == (number, level) and count * self._block <= len(self._inputs):
             return
-        blocks = [self._generate(number + i) for i in range(count)]
+        blocks = [self._generate(number + i, level) for i in range(count)]
         inputs, targets = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
         self._scored = targets != UNSCORED
         self._inputs, self._targets = (
             torch.from_numpy(part.astype(np.int64)).to(self._device) for part in (inputs, targets)
         )
-        self._first = number
+        self._held = (number, level)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position} | _ladder_state(self.ladder)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position, self._first = state["position"], -1
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position, self._held = state["position"], (-1, -1)
+        if self.ladder is not None:
+            self.ladder.load_state_dict(state["ladder"])
+
+
+class EpisodeStream:
+    """Episodes one after the other in each row, every one begun from the initial state.
+
+    An episode begins with a window: when it ends within one, the row idles up to the end of that window
+    and is done there. A window is cut short where the last of its rows has nothing left. A row that comes
+    to a new level first idles for a random part of an episode, so that a batch holds all phases of one.
+
+    The context at a boundary is the row's next W targets in its episode, −1 where a step is not scored
+    and past the end.
+
+    Args:
+      generate: (random generator, count, level) -> `count` episodes of equal length side by side.
+      batch_size: B.
+      size: symbols that one evaluation reads.
+      idle: the input symbol of a row that has nothing to do.
+      seed: of the episodes; equal seeds give equal streams.
+      ladder: where the level comes from; without one it is 0.
+    """
+
+    def __init__(
+        self,
+        generate: Callable[[np.random.Generator, int, int], Block],
+        batch_size: int,
+        size: int,
+        *,
+        idle: int,
+        seed: Sequence[int],
+        ladder: Ladder | None = None,
+    ) -> None:
+        self.batch_size, self.size, self.ladder = batch_size, size, ladder
+        self._generate, self._idle, self._device = generate, idle, torch.device("cpu")
+        self._random = np.random.default_rng(seed)
+        # Per row: its episode, idle and unscored to the end of the array; its length; the place in it.
+        self._inputs = np.full((batch_size, 0), idle)
+        self._targets = np.full((batch_size, 0), UNSCORED)
+        self._length = np.zeros(batch_size, dtype=np.int64)
+        self._position = np.zeros(batch_size, dtype=np.int64)
+        self._row_level = np.full(batch_size, -1)
+        self._start: Boundary | None = None
+
+    def to(self, device: torch.device) -> EpisodeStream:
+        self._device, self._start = device, None
+        return self
+
+    def window(self, steps: int, context: int) -> Window:
+        if not self._length.any():
+            self._begin(self._length == 0)
+        steps = min(steps, int((self._length - self._position).max()))
+        rows = np.arange(self.batch_size)
+        self._reach(steps + context)
+        at = self._position + np.arange(steps)[:, None]
+        inputs, targets = self._inputs[rows, at], self._targets[rows, at]
+        start = self._start
+        if start is None or _width(start) != context:
+            start = self._boundary(context, self._position == 0)
+        self._position = self._position + steps
+        done = self._position >= self._length
+        if done.any():
+            self._begin(done)
+            self._reach(context + 1)
+        self._start = self._boundary(context, done)
+        scored = int(np.count_nonzero(targets != UNSCORED))
+        return Window(self._tensor(inputs), self._tensor(targets), start, self._start, scored)
+
+    @property
+    def _level(self) -> int:
+        return 0 if self.ladder is None else self.ladder.level
+
+    def _begin(self, done: np.ndarray) -> None:
+        """New episodes in the rows of `done`; idling first in those that are new to the level."""
+        level = self._level
+        block = self._generate(self._random, int(done.sum()), level)
+        length = len(block.inputs)
+        self._reach(length, np.zeros_like(self._position))
+        self._inputs[done, :length], self._targets[done, :length] = block.inputs.T, block.targets.T
+        self._inputs[done, length:], self._targets[done, length:] = self._idle, UNSCORED
+        self._length[done], self._position[done] = length, 0
+        new = done & (self._row_level != level)
+        self._inputs[new], self._targets[new] = self._idle, UNSCORED
+        self._length[new] = self._random.integers(1, length, int(new.sum()), endpoint=True)
+        self._row_level[new] = level
+
+    def _reach(self, ahead: int, position: np.ndarray | None = None) -> None:
+        """Have the arrays reach `ahead` steps beyond where the rows stand."""
+        position = self._position if position is None else position
+        missing = int(position.max()) + ahead - self._inputs.shape[1]
+        if missing > 0:
+            wider = ((0, 0), (0, missing + 64))
+            self._inputs = np.pad(self._inputs, wider, constant_values=self._idle)
+            self._targets = np.pad(self._targets, wider, constant_values=UNSCORED)
+
+    def _boundary(self, context: int, done: np.ndarray) -> Boundary:
+        rows = np.arange(self.batch_size)
+        known = None
+        if context:
+            coming = self._targets[rows, self._position + np.arange(context)[:, None]]
+            known = self._tensor(np.where(coming == UNSCORED, -1, coming))
+        next_input = self._tensor(self._inputs[rows, self._position])
+        return Boundary(known, next_input, self._tensor(done) if done.any() else None)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+    def state_dict(self) -> dict[str, Any]:
+        used = int(self._length.max(initial=0))
+        return {
+            "inputs": self._inputs[:, :used].tolist(),
+            "targets": self._targets[:, :used].tolist(),
+            "length": self._length.tolist(),
+            "position": self._position.tolist(),
+            "row_level": self._row_level.tolist(),
+            "random": self._random.bit_generator.state,
+        } | _ladder_state(self.ladder)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        names = ("inputs", "targets", "length", "position", "row_level")
+        self._inputs, self._targets, self._length, self._position, self._row_level = (
+            np.array(state[name], dtype=np.int64) for name in names
+        )
+        self._random.bit_generator.state = state["random"]
+        self._start = None
+        if self.ladder is not None:
+            self.ladder.load_state_dict(state["ladder"])
+
+
+def _width(boundary: Boundary) -> int:
+    return 0 if boundary.context is None else len(boundary.context)
+
+
+def _ladder_state(ladder: Ladder | None) -> dict[str, Any]:
+    return {} if ladder is None else {"ladder": ladder.state_dict()}

@@ -50,6 +50,9 @@ class Task(Protocol):
 
     Registered under the entry-point group `dni_rnn.tasks`; the class docstring is its help text.
     A module that defines a task must not import torch at its top: `dni-rnn --help` reads them all.
+
+    It may have `presets`, a class attribute: names for `--preset` -> `dni_rnn.config.Preset`. The one
+    named "default" holds without `--preset`.
     """
 
     def load(self, data_dir: Path | None) -> Data:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -131,9 +131,12 @@ class Learner:
             self.norm = self.norm + nn.utils.clip_grad_norm_(self.net, config.clip)
         self.optimizer.step()
         self.state = estimate.state
+        scored, steps = (sum(w.scored for w in windows), sum(len(w.inputs) for w in windows))
+        if self.stream.ladder is not None:
+            self.stream.ladder.note(estimate.loss, scored, steps)
         self.loss = self.loss + estimate.loss
-        self.scored += sum(window.scored for window in windows)
-        self.symbols += sum(window.inputs.numel() for window in windows)
+        self.scored += scored
+        self.symbols += steps * config.batch_size
         self.step += 1
         self.updates += 1
 
@@ -145,11 +148,18 @@ class Learner:
         if self.model.core.interface is not None:
             row["synthesizer_loss"] = float(self.model.core.interface.regression_loss)
             row["target_size"] = float(self.model.core.interface.size())
+        if self.level is not None:
+            row["level"] = self.level
         return row
 
     def state_rms(self) -> float:
         """Root mean square of the recurrent state, over rows and features."""
         return float(flatten_rows(self.state).square().mean().sqrt())
+
+    @property
+    def level(self) -> int | None:
+        """Of a task that gets harder: the level being learnt."""
+        return None if self.stream.ladder is None else self.stream.ladder.level
 
     def check(self, row: dict[str, float]) -> None:
         """Raises `DivergedError` when `metrics` are not those of a healthy run."""
@@ -163,9 +173,9 @@ class Learner:
                 f"limit {self.config.state_limit:g})"
             )
 
-    def evaluate(self, split: Split) -> float:
-        """Bits per scored symbol over one pass of `split`, the state carried along each of its rows."""
-        return evaluate(self.model, self.data, split, self.device)
+    def evaluate(self, split: Split, level: int | None) -> float:
+        """`evaluate` of this model on its task."""
+        return evaluate(self.model, self.data, split, self.device, level)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON values from which training goes on bit for bit."""
@@ -209,8 +219,10 @@ class Learner:
 
 
 @torch.no_grad()
-def evaluate(model: SequenceModel, data: Data, split: Split, device: torch.device) -> float:
-    """Bits per scored symbol over one pass of `split`.
+def evaluate(
+    model: SequenceModel, data: Data, split: Split, device: torch.device, level: int | None = None
+) -> float:
+    """Bits per scored symbol over one pass of `split`, of a task that gets harder at `level`.
 
     The split is read as up to 128 rows side by side, each with its state carried from beginning to
     end, so at most 128 symbols are predicted without history.
@@ -224,6 +236,8 @@ def evaluate(model: SequenceModel, data: Data, split: Split, device: torch.devic
             if rows == 1:
                 raise
             rows //= 2
+    if stream.ladder is not None and level is not None:
+        stream.ladder.level = level
     state = model.initial_state(rows)
     loss, scored, seen = torch.zeros((), device=device, dtype=torch.float64), 0, 0
     while seen < stream.size:
@@ -264,7 +278,8 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     """Train as `run.config` says, into `run.path`, and return the summary.
 
     Validation happens every `eval_every` symbols and at the end; the test split is evaluated once, at
-    the end, with the weights that had the lowest validation loss. `seconds` counts training alone.
+    the end, with the weights that had the lowest validation loss. `seconds` counts training alone. A
+    task that gets harder is validated at the level being learnt, and tested at that of the best weights.
 
     Raises:
       UsageError: the data, the device or the directory cannot be used (nothing is written), or a
@@ -286,7 +301,7 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
         tensors, values = checkpoint.load_checkpoint(run.checkpoint)
         try:
             learner.load_state_dict(tensors, values)
-            seconds, best = values["seconds"], values["best"]
+            seconds, best = values["seconds"], values["best"] and Best(*values["best"])
         except (KeyError, RuntimeError, ValueError):
             raise UsageError(
                 f"{run.checkpoint}: not a checkpoint of this run; remove it to start anew"
@@ -310,6 +325,16 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
             raise DivergedError(f"update {learner.step}: {error}; {kept}") from None
 
 
+class Best(NamedTuple):
+    """The best validation so far: at the highest level, and there with the lowest loss (bits per symbol)."""
+
+    level: int
+    bits: float
+
+    def beats(self, other: Best) -> bool:
+        return (-self.level, self.bits) < (-other.level, other.bits)
+
+
 class _Stopwatch:
     """Seconds of training: runs from `seconds` on, but not inside `paused`."""
 
@@ -331,7 +356,7 @@ class _Stopwatch:
 class _Loop:
     """One call of `train`: when to log, to validate, to save and to stop."""
 
-    def __init__(self, run: Run, learner: Learner, seconds: float, best: float | None, quiet: bool) -> None:
+    def __init__(self, run: Run, learner: Learner, seconds: float, best: Best | None, quiet: bool) -> None:
         config = run.config
         self.run, self.learner, self.config, self.best = run, learner, config, best
         self.budget = config.chars
@@ -414,16 +439,18 @@ class _Loop:
 
     def _validate(self) -> None:
         learner = self.learner
-        bits = learner.evaluate("valid")
+        level = learner.level
+        bits = learner.evaluate("valid", level)
         if not math.isfinite(bits):
             raise DivergedError("the validation loss is not finite")
         seconds = round(self.clock.read(), 3)
-        self.log.write(
-            {"step": learner.step, "symbols": learner.symbols, "valid_bpc": bits, "seconds": seconds}
-        )
-        if self.best is None or bits < self.best:
-            self.best = bits
-            values = {"step": learner.step, "symbols": learner.symbols, "valid_bpc": bits}
+        values = {"step": learner.step, "symbols": learner.symbols, "valid_bpc": bits}
+        if level is not None:
+            values["level"] = level
+        self.log.write(values | {"seconds": seconds})
+        found = Best(level or 0, bits)
+        if self.best is None or found.beats(self.best):
+            self.best = found
             checkpoint.save_checkpoint(self.run.best, learner.model.state_dict(), values)
 
     def _save(self) -> None:
@@ -441,7 +468,7 @@ class _Loop:
         valid = [row["valid_bpc"] for row in self.run.rows() if "valid_bpc" in row][-1]
         seconds = self.clock.read()
         learner.model.load_state_dict(tensors)
-        test = learner.evaluate("test")
+        test = learner.evaluate("test", best.get("level"))
         summary = {
             "task": self.run.task_name,
             "data": learner.data.name,
@@ -454,6 +481,7 @@ class _Loop:
             "best_valid_bpc": best["valid_bpc"],
             "best_symbols": best["symbols"],
             "test_bpc": test,
+            **({} if learner.level is None else {"solved": learner.level - 1}),
             "state_rms": learner.state_rms(),
             "net_parameters": sum(p.numel() for p in learner.net),
             "synthesizer_parameters": sum(p.numel() for p in learner.synthesizer),

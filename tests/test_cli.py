@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
@@ -22,15 +23,15 @@ import torch
 
 from dni_rnn import cli, task
 from dni_rnn.checkpoint import load_checkpoint, save_checkpoint
-from dni_rnn.cli import main
-from dni_rnn.config import NOT_OF_THE_TRAJECTORY, TrainConfig, from_json, to_json
+from dni_rnn.cli import main, parse_train
+from dni_rnn.config import NOT_OF_THE_TRAJECTORY, PUBLISHED_DNI, TrainConfig, from_json, to_json
 from dni_rnn.errors import UsageError
 from dni_rnn.inference import load_run, sample
 from dni_rnn.task import installed_tasks
 
 GOLDEN = Path(__file__).parent / "golden"
 RENEW = os.environ.get("DNI_RNN_RENEW") == "1"
-BUNDLED = ("ptb", "recall", "text")
+BUNDLED = ("copy", "ptb", "recall", "repeat-copy", "text")
 COMMANDS = ("train", "eval", "sample", "compare", "diagnose", "demo", "sweep", "report", "tasks")
 SMALL = shlex.split(
     "--hidden 8 --embedding 4 --batch-size 4 --bptt 5 --log-every 5 --eval-every 400 --threads 1"
@@ -123,7 +124,8 @@ def test_no_torch_for_help():
     """Help, tasks, version and mistakes answer at once: they must not wait for torch."""
     code = """
 import sys
-from dni_rnn.cli import main
+from dataclasses import replace
+from dni_rnn.cli import main, parse_train
 for arguments in {commands}:
     try:
         assert main(arguments) in (0, 2)
@@ -177,7 +179,7 @@ def test_as_a_module():
     [
         ([], "train, eval, sample"),
         (["trian"], "trian"),
-        (["train"], "ptb, recall, text"),
+        (["train"], "copy, ptb, recall"),
         (["train", "nope"], "nope"),
         (["train", "text", "--nope"], "--nope"),
         (["train", "text", "--bptt", "many"], "many"),
@@ -210,7 +212,7 @@ ONLY_WITH_DNI = (
     ["--reading", "next-output"],
     ["--scale", "0.5"],
     ["--discount", "0.9"],
-    ["--centre"],
+    ["--no-centre"],
     ["--restore", "1.0"],
     ["--aux"],
     ["--synthesizer-lr", "0.01"],
@@ -229,7 +231,10 @@ MISTAKES = [
     *((["--dni", "--discount", d], "--discount must lie above 0") for d in ("0", "-0.5", "1.01", "nan")),
     *((["--seed", s], "--seed must lie between 0 and 2^63 - 1") for s in ("-1", str(2**63), str(2**70))),
     (["--steps", "-3"], "--steps must be positive, not -3"),
-    *((words, f"{words[0]} does nothing without --dni; add --dni") for words in ONLY_WITH_DNI),
+    *(
+        (words, f"{words[0].replace('no-', '')} does nothing without --dni; add --dni")
+        for words in ONLY_WITH_DNI
+    ),
     (["--dni", "--aux-weight", "0.5"], "--aux-weight does nothing without --aux; add --aux"),
     (["--aux-weight", "0.5"], "--aux-weight does nothing without --aux; add --aux"),
     *(([f"--{a}", "1", f"--{b}", "1"], "give one of --chars, --minutes and --steps") for a, b in BUDGETS),
@@ -273,13 +278,31 @@ def test_settings_survive_json():
 
 def test_the_names_of_methods():
     dni = {"dni": True, "context": "next-tokens:8"}
-    settings: list[dict[str, Any]] = [{}, {"dni": True}, dni, {**dni, "aux": True}]
+    settings: list[dict[str, Any]] = [{}, {"dni": True, "context": "none"}, dni, {**dni, "aux": True}]
     assert [TrainConfig(**each).method for each in settings] == [
         "bptt",
-        "dni",
+        "dni-online",
         "dni+next-tokens:8",
         "dni+next-tokens:8+aux",
     ]
+
+
+def test_a_preset_gives_defaults_that_options_replace():
+    default = parse_train(["copy"])[2]
+    paper = parse_train(["copy", "--preset", "paper"])[2]
+    assert (default.hidden, paper.hidden, paper.batch_size, paper.lr) == (128, 256, 256, 7e-5)
+    assert parse_train(["copy", "--hidden", "9", "--preset=paper"])[2] == replace(paper, hidden=9)
+    published = parse_train(["ptb", "--preset", "paper", "--dni"])[2]
+    assert {name: getattr(published, name) for name in PUBLISHED_DNI} == dict(PUBLISHED_DNI)
+    assert parse_train(["copy", "--dni", "--context", "none"])[2].synthesizer == "linear"
+    assert default.minutes == 10.0
+    assert (
+        parse_train(["copy", "--steps=5"])[2].minutes,
+        parse_train(["copy", "--chars", "5"])[2].steps,
+    ) == (
+        None,
+        None,
+    )
 
 
 def test_where_a_run_goes_without_out(tmp_path, monkeypatch, capsys):

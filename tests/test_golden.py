@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from dni_rnn.config import TrainConfig
+from dni_rnn.config import PUBLISHED_DNI, TrainConfig
 from dni_rnn.task import Corpus, Data
 from dni_rnn.training import BITS, Learner
 
@@ -31,7 +31,7 @@ SETTINGS = {
     # As published: scale 0.1, one hidden layer. M learns fast, so that it matters within 20 updates.
     "dni": TrainConfig(
         hidden=16, embedding=8, batch_size=4, bptt=3, lr=0.02, synthesizer_lr=0.1,
-        dni=True, scale=0.1, synthesizer="mlp",
+        dni=True, **PUBLISHED_DNI,
     ),
     # Everything else that is on offer, told the next symbols.
     "dni_context": TrainConfig(

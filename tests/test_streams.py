@@ -176,7 +176,7 @@ def test_moving_keeps_the_place():
 
 
 def generated(block: int, rows: int, seed: int = 0) -> GeneratedStream:
-    def generate(number: int) -> Block:
+    def generate(number: int, level: int) -> Block:
         random = np.random.default_rng([seed, number])
         inputs, targets = random.integers(100, size=(2, block, rows))
         targets[random.random((block, rows)) < 0.3] = UNSCORED
@@ -197,7 +197,7 @@ def test_generated_windows_are_slices_of_the_blocks(block, rows, steps, context,
     count = 2 + (12 * steps + context) // block
     inputs, targets = (
         np.concatenate(parts)
-        for parts in zip(*[source._generate(number) for number in range(count)], strict=True)
+        for parts in zip(*[source._generate(number, 0) for number in range(count)], strict=True)
     )
     before = None
     for position in range(0, 10 * steps, steps):

@@ -652,9 +652,9 @@ def test_a_budget_in_minutes_is_training_time(stopped, text, tmp_path, monkeypat
         clock.now += 1.0
         update(self)
 
-    def timed_evaluate(self, split):
+    def timed_evaluate(self, split, level):
         clock.now += 3600.0
-        return evaluate_(self, split)
+        return evaluate_(self, split, level)
 
     monkeypatch.setattr(Learner, "update", timed_update)
     monkeypatch.setattr(Learner, "evaluate", timed_evaluate)
@@ -685,9 +685,9 @@ def test_seconds_count_training_alone(text, tmp_path, monkeypatch):
     clock = fake_clock(monkeypatch)
     evaluate_ = Learner.evaluate
 
-    def timed(self, split):
+    def timed(self, split, level):
         clock.now += 3600.0
-        return evaluate_(self, split)
+        return evaluate_(self, split, level)
 
     update = Learner.update
 
@@ -729,9 +729,9 @@ def test_results_of_a_run(text, tmp_path, monkeypatch, capsys):
     """Best weights, results and what `dni-rnn eval` says about them; the rate is so high that it worsens."""
     splits, evaluate_ = [], Learner.evaluate
 
-    def note(self, split):
+    def note(self, split, level):
         splits.append(split)
-        return evaluate_(self, split)
+        return evaluate_(self, split, level)
 
     monkeypatch.setattr(Learner, "evaluate", note)
     out = tmp_path / "run"
@@ -754,7 +754,7 @@ def test_results_of_a_run(text, tmp_path, monkeypatch, capsys):
     assert values == best
     plain = learner_of(Text(path=text))
     plain.model.load_state_dict({name: t for name, t in tensors.items() if "interface" not in name})
-    assert evaluate_(plain, "valid") == best["valid_bpc"]
+    assert evaluate_(plain, "valid", None) == best["valid_bpc"]
 
     symbols = plain.data.input_symbols
     net = symbols * 4 + 4 * 8 * (4 + 8 + 2) + 8 * symbols + symbols
@@ -768,7 +768,7 @@ def test_results_of_a_run(text, tmp_path, monkeypatch, capsys):
         "valid_bpc": curve[-1]["valid_bpc"],
         "best_valid_bpc": best["valid_bpc"],
         "best_symbols": best["symbols"],
-        "test_bpc": evaluate_(plain, "test"),
+        "test_bpc": evaluate_(plain, "test", None),
         "state_rms": rows(out)[-2]["state_rms"],
         "net_parameters": net,
         "synthesizer_parameters": m,
@@ -856,7 +856,7 @@ def test_evaluation_is_in_bits_per_symbol(text):
     learner = learner_of(Text(path=text))
     learner.model.readout.weight.data.zero_()
     learner.model.readout.bias.data.zero_()
-    assert learner.evaluate("valid") == pytest.approx(math.log2(learner.data.input_symbols), rel=1e-6)
+    assert learner.evaluate("valid", None) == pytest.approx(math.log2(learner.data.input_symbols), rel=1e-6)
 
 
 def test_real_ptb(tmp_path, capsys):

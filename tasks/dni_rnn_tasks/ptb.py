@@ -7,8 +7,9 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
+from dni_rnn.config import PUBLISHED_DNI, Preset
 from dni_rnn.task import Corpus
 from dni_rnn_tasks.files import KnownFile, Source, load_known
 
@@ -45,6 +46,13 @@ class PTB:
     Number of symbols in train, valid and test: 5,017,482, 393,042 and 442,423 (char) or 5,101,618,
     399,782 and 449,945 (raw). Bits per character of the two conventions cannot be compared.
     """
+
+    presets: ClassVar = {
+        "paper": Preset(
+            run={"hidden": 1024, "batch_size": 256, "bptt": 8, "lr": 7e-5, "clip": 0.0},
+            dni={**PUBLISHED_DNI, "synthesizer_lr": 7e-5},
+        )
+    }
 
     convention: Literal["char", "raw"] = "char"
     """char: the published character files, 50 symbols, "_" between words and a newline after each

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from dni_rnn.config import PUBLISHED_DNI, Preset
 from dni_rnn.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ BLOCK = 1024
 EVALUATION_SYMBOLS = 100_000
 """Symbols that one validation reads."""
 
+FIRST_DELAY, SOLVED = 2, 0.144
+"""With --grow: the delay to begin with, and the loss that counts as solved: 0.1 nats, in bits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recall:
@@ -25,10 +29,20 @@ class Recall:
     connects a target with its symbol, so what is learnt beyond it crossed a boundary.
     """
 
+    presets: ClassVar = {
+        "default": Preset(
+            run={"hidden": 64, "embedding": 4, "bptt": 4, "lr": 3e-3, "chars": 2_000_000},
+            dni={"synthesizer": "linear", "synthesizer_lr": 3e-3},
+        ),
+        "paper": Preset(run={"hidden": 64, "embedding": 4, "lr": 3e-3}, dni=PUBLISHED_DNI),
+    }
+
     delay: int = 8
     """K, in steps."""
     symbols: int = 4
     """Number of distinct symbols."""
+    grow: bool = False
+    """Begin at a delay of 2; it grows by one whenever the loss falls under 0.1 nats. --delay is ignored."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.delay <= BLOCK:
@@ -38,37 +52,41 @@ class Recall:
 
     def load(self, data_dir: Path | None) -> RecallData:
         """Nothing is read: the stream is generated."""
-        return RecallData(f"recall/{self.delay}", self.delay, self.symbols)
+        return RecallData("recall/grow" if self.grow else f"recall/{self.delay}", self)
 
 
 @dataclass(frozen=True)
 class RecallData:
-    """The streams of one delay."""
+    """The streams of one delay, or of a growing one, whose level is the delay."""
 
     name: str
-    delay: int
-    input_symbols: int
+    task: Recall
+
+    @property
+    def input_symbols(self) -> int:
+        return self.task.symbols
 
     @property
     def target_symbols(self) -> int:
-        return self.input_symbols
+        return self.task.symbols
 
     def stream(self, split: Split, batch_size: int, seed: int) -> GeneratedStream:
         """Random symbols; the three splits and all seeds are different streams."""
         import numpy as np
 
         from dni_rnn.estimators import UNSCORED
-        from dni_rnn.streams import Block, GeneratedStream
+        from dni_rnn.streams import Block, GeneratedStream, Ladder
         from dni_rnn.task import SPLITS
 
         def symbols(number: int) -> np.ndarray:
             key = [seed, SPLITS.index(split)]
             generator = np.random.Generator(np.random.Philox(key=key, counter=number << 64))
-            return generator.integers(0, self.input_symbols, (BLOCK, batch_size))
+            return generator.integers(0, self.task.symbols, (BLOCK, batch_size))
 
-        def generate(number: int) -> Block:
-            inputs = symbols(number)
+        def generate(number: int, level: int) -> Block:
+            inputs, delay = symbols(number), level if self.task.grow else self.task.delay
             before = symbols(number - 1) if number else np.full_like(inputs, UNSCORED)
-            return Block(inputs, np.concatenate([before[-self.delay :], inputs])[:BLOCK])
+            return Block(inputs, np.concatenate([before[-delay:], inputs])[:BLOCK])
 
-        return GeneratedStream(generate, batch_size, EVALUATION_SYMBOLS)
+        ladder = Ladder(FIRST_DELAY, SOLVED, lambda delay: delay + 32) if self.task.grow else None
+        return GeneratedStream(generate, batch_size, EVALUATION_SYMBOLS, ladder)

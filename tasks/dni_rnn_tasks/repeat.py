@@ -1,0 +1,153 @@
+"""Copy and repeat copy: read a sequence, then write it, once or several times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from dni_rnn.config import PUBLISHED_DNI, Preset
+from dni_rnn.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dni_rnn.streams import EpisodeStream
+    from dni_rnn.task import Split
+
+SOLVED = 0.15
+"""Bits per scored symbol below which a length counts as solved, as published."""
+EVALUATION_SYMBOLS = 100_000
+"""Symbols that one validation reads."""
+SHORTEST_PERIOD = 32
+"""Steps over which the loss is averaged at least before a length counts as solved."""
+
+PRESETS = {
+    "default": Preset(
+        run={"hidden": 128, "embedding": 16, "bptt": 4, "lr": 2e-3, "minutes": 10.0, "eval_every": 2_000_000},
+        dni={"context": "next-tokens:40", "synthesizer": "linear", "synthesizer_lr": 3e-3},
+    ),
+    "paper": Preset(
+        run={"hidden": 256, "embedding": 16, "bptt": 5, "batch_size": 256, "lr": 7e-5, "clip": 0.0},
+        dni={**PUBLISHED_DNI, "synthesizer_lr": 7e-5},
+    ),
+}
+"""default: what two CPU cores can do in minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """Copy: read N random symbols and a stop, then write them and a stop. N grows as it is learnt.
+
+    Each episode begins from the initial state. N begins at 1 and grows by one whenever the loss falls
+    under 0.15 bits per written symbol. Published scores are T_task = N + 3 of the longest N solved.
+    Source: Jaderberg et al. 2017, arXiv:1608.05343, §3.2.
+    """
+
+    presets: ClassVar = PRESETS
+
+    symbols: int = 8
+    """Number of distinct symbols."""
+
+    def __post_init__(self) -> None:
+        _check(self.symbols)
+
+    def load(self, data_dir: Path | None) -> EpisodeData:
+        """Nothing is read: the episodes are generated."""
+        return EpisodeData("copy", self.symbols, repeats=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatCopy:
+    """Repeat copy: read N random symbols, a stop and a number R, then write them R times and a stop.
+
+    Each episode begins from the initial state. N and R begin at 1 and grow in turn, whenever the loss
+    falls under 0.15 bits per written symbol. Published scores are T_task = N·R + 3 of the longest solved.
+    Source: Jaderberg et al. 2017, arXiv:1608.05343, §3.2.
+    """
+
+    presets: ClassVar = PRESETS
+
+    symbols: int = 8
+    """Number of distinct symbols."""
+
+    def __post_init__(self) -> None:
+        _check(self.symbols)
+
+    def load(self, data_dir: Path | None) -> EpisodeData:
+        """Nothing is read: the episodes are generated."""
+        return EpisodeData("repeat-copy", self.symbols, repeats=True)
+
+
+def _check(symbols: int) -> None:
+    if symbols < 2:
+        raise UsageError(f"--symbols must be at least 2, not {symbols}")
+
+
+MOST_REPEATS = 64
+"""R beyond it is said with the same input symbol."""
+
+
+@dataclass(frozen=True)
+class EpisodeData:
+    """The episodes of either task. Symbols are numbered: the random ones, stop, blank, and the numbers R.
+
+    The level of copy is N; of repeat copy (N, R) at the levels 1, 2, 3, ... is (1, 1), (2, 1), (2, 2), ...
+    """
+
+    name: str
+    symbols: int
+    repeats: bool
+
+    @property
+    def input_symbols(self) -> int:
+        return self.symbols + 2 + (MOST_REPEATS if self.repeats else 0)
+
+    @property
+    def target_symbols(self) -> int:
+        return self.symbols + 1
+
+    def shape(self, level: int) -> tuple[int, int]:
+        """(N, R) at a level."""
+        return (level // 2 + 1, (level + 1) // 2) if self.repeats else (level, 1)
+
+    def length(self, level: int) -> int:
+        """Steps of an episode: N symbols, a stop, R where it is told, and N·R + 1 to write."""
+        n, r = self.shape(level)
+        return n + 1 + self.repeats + n * r + 1
+
+    def score(self, level: int) -> int:
+        """T_task = N·R + 3 of a level, as published."""
+        n, r = self.shape(level)
+        return n * r + 3 if level else 0
+
+    def stream(self, split: Split, batch_size: int, seed: int) -> EpisodeStream:
+        """Random episodes; the three splits and all seeds are different streams."""
+        import numpy as np
+
+        from dni_rnn.estimators import UNSCORED
+        from dni_rnn.streams import Block, EpisodeStream, Ladder
+        from dni_rnn.task import SPLITS
+
+        stop, blank = self.symbols, self.symbols + 1
+
+        def generate(random: np.random.Generator, count: int, level: int) -> Block:
+            n, r = self.shape(level)
+            told = random.integers(self.symbols, size=(n, count))
+            inputs = np.full((self.length(level), count), blank)
+            targets = np.full_like(inputs, UNSCORED)
+            inputs[:n], inputs[n] = told, stop
+            if self.repeats:
+                inputs[n + 1] = blank + min(r, MOST_REPEATS)
+            targets[-n * r - 1 : -1], targets[-1] = np.tile(told, (r, 1)), stop
+            return Block(inputs, targets)
+
+        ladder = Ladder(1, SOLVED, lambda level: max(self.length(level), SHORTEST_PERIOD))
+        return EpisodeStream(
+            generate,
+            batch_size,
+            EVALUATION_SYMBOLS,
+            idle=blank,
+            seed=[seed, SPLITS.index(split)],
+            ladder=ladder,
+        )

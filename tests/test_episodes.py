@@ -1,0 +1,218 @@
+"""Episodes, ladders, and the tasks that grow, against slow rows of Python lists."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dni_rnn.config import TrainConfig
+from dni_rnn.estimators import UNSCORED
+from dni_rnn.streams import Block, EpisodeStream, Ladder
+from dni_rnn.training import Learner, evaluate
+from dni_rnn_tasks.recall import Recall
+from dni_rnn_tasks.repeat import Copy, EpisodeData, RepeatCopy
+
+IDLE = 99
+
+
+def counted(batch_size: int, seed: int = 0, ladder: Ladder | None = None) -> EpisodeStream:
+    """Episodes of 3 + level steps whose inputs count from the episode's number · 100; odd ones are scored."""
+    made = [0]
+
+    def generate(random: np.random.Generator, count: int, level: int) -> Block:
+        numbers = np.arange(made[0], made[0] + count)
+        made[0] += count
+        inputs = numbers * 100 + np.arange(3 + level)[:, None] + 1000
+        return Block(inputs, np.where(inputs % 2, inputs, UNSCORED))
+
+    return EpisodeStream(generate, batch_size, 1000, idle=IDLE, seed=[seed], ladder=ladder)
+
+
+@given(rows=st.integers(1, 4), steps=st.integers(1, 9), context=st.integers(0, 6), seed=st.integers(0, 99))
+@settings(max_examples=60)
+def test_a_row_is_whole_episodes_one_after_the_other_each_begun_with_a_window(rows, steps, context, seed):
+    stream = counted(rows, seed)
+    windows = [stream.window(steps, context) for _ in range(30)]
+    assert windows[0].start.done is not None
+    assert windows[0].start.done.all()
+    for before, after in pairwise(windows):
+        assert before.end is after.start
+    for row in range(rows):
+        episodes: list[list[int]] = []
+        for window in windows:
+            if window.start.done is not None and window.start.done[row]:
+                episodes.append([])
+            episodes[-1] += window.inputs[:, row].tolist()
+            scored = window.inputs[:, row] % 2 == 1
+            scored &= window.inputs[:, row] != IDLE
+            assert torch.equal(window.targets[:, row] != UNSCORED, scored)
+            assert torch.equal(window.targets[scored, row], window.inputs[scored, row])
+        assert set(episodes[0]) == {IDLE}  # waits for its turn
+        assert len(episodes) > 2
+        for episode in episodes[1:-1]:
+            first = episode[0]
+            assert first % 100 == 0
+            assert episode[:3] == [first, first + 1, first + 2]
+            assert set(episode[3:]) <= {IDLE}
+            assert len(episode) < 3 + steps  # done at the end of the window it ends in
+    for window in windows:
+        assert window.scored == int((window.targets != UNSCORED).sum())
+
+
+@given(steps=st.integers(1, 5), context=st.integers(1, 6))
+def test_the_context_is_what_the_row_will_be_asked(steps, context):
+    stream = counted(3)
+    windows = [stream.window(steps, context) for _ in range(20)]
+    for number, window in enumerate(windows[:-4]):
+        known = window.end.context
+        assert known is not None
+        for row in range(3):
+            coming: list[int] = []
+            for following in windows[number + 1 :]:
+                if coming and following.start.done is not None and following.start.done[row]:
+                    break
+                coming += following.targets[:, row].tolist()
+            coming = (coming + [UNSCORED] * context)[:context]
+            assert known[:, row].tolist() == [-1 if target == UNSCORED else target for target in coming]
+
+
+def test_episodes_go_on_where_another_stood():
+    data = RepeatCopy().load(None)
+    stream, other = data.stream("train", 5, 0), data.stream("train", 5, 7)
+    assert stream.ladder is not None
+    stream.ladder.level = 5
+    for _ in range(9):
+        stream.window(4, 6)
+    saved = json.loads(json.dumps(stream.state_dict()))
+    wanted = [stream.window(4, 6) for _ in range(12)]
+    other.window(3, 2)
+    other.load_state_dict(saved)
+    for window in wanted:
+        found = other.window(4, 6)
+        assert torch.equal(found.inputs, window.inputs)
+        assert torch.equal(found.targets, window.targets)
+        for a, b in zip([*found.start, *found.end], [*window.start, *window.end], strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or b is None or torch.equal(a, b)
+
+
+def feed(ladder: Ladder, bits: float, steps: int) -> int:
+    """One step at a time, one scored symbol each; how many until the level rises."""
+    level = ladder.level
+    for count in range(1, steps + 1):
+        ladder.note(torch.tensor(bits * math.log(2.0)), 1, 1)
+        if ladder.level != level:
+            return count
+    return 0
+
+
+def test_a_ladder_rises_by_one_after_a_period_left_out_and_one_under_the_limit():
+    ladder = Ladder(3, 0.5, lambda level: 10 * level)
+    assert feed(ladder, 0.51, 1000) == 0
+    assert feed(Ladder(3, 0.5, lambda level: 10 * level), 0.49, 1000) == 60
+    climbed = Ladder(3, 0.5, lambda level: 10 * level)
+    assert feed(climbed, 0.49, 1000) == 60
+    assert climbed.level == 4
+    assert feed(climbed, 0.49, 1000) == 80
+
+
+def test_a_ladder_averages_and_survives_json():
+    ladder = Ladder(1, 0.5, lambda level: 10)
+    for _ in range(10):
+        ladder.note(torch.tensor(100.0), 1, 1)  # left out
+    for bits in [0.8] * 5 + [0.1] * 4:
+        ladder.note(torch.tensor(bits * math.log(2.0)), 1, 1)
+    other = Ladder(7, 0.5, lambda level: 10)
+    other.load_state_dict(json.loads(json.dumps(ladder.state_dict())))
+    for each in (ladder, other):
+        each.note(torch.tensor(0.1 * math.log(2.0)), 1, 1)
+        assert each.level == 2
+
+
+def test_nothing_scored_is_nothing_learnt():
+    ladder = Ladder(1, 0.5, lambda level: 5)
+    for _ in range(100):
+        ladder.note(torch.tensor(0.0), 0, 1)
+    assert ladder.level == 1
+
+
+def episode(data: EpisodeData, level: int) -> tuple[list[int], list[int]]:
+    """One whole episode of a level, without the idling around it."""
+    stream = data.stream("train", 1, 0)
+    assert stream.ladder is not None
+    stream.ladder.level = level
+    stream.window(1000, 0)  # waiting
+    window = stream.window(1000, 0)
+    assert len(window.inputs) == data.length(level)
+    return window.inputs[:, 0].tolist(), window.targets[:, 0].tolist()
+
+
+def test_copy():
+    inputs, targets = episode(Copy(symbols=5).load(None), 4)
+    stop, blank = 5, 6
+    assert inputs[4:] == [stop] + [blank] * 5
+    assert max(inputs[:4]) < 5
+    assert targets == [UNSCORED] * 5 + inputs[:4] + [stop]
+
+
+@pytest.mark.parametrize(("level", "n", "r"), [(1, 1, 1), (2, 2, 1), (3, 2, 2), (4, 3, 2), (15, 8, 8)])
+def test_repeat_copy(level, n, r):
+    data = RepeatCopy(symbols=5).load(None)
+    inputs, targets = episode(data, level)
+    stop, blank = 5, 6
+    assert inputs[n : n + 2] == [stop, blank + r]
+    assert inputs[n + 2 :] == [blank] * (n * r + 1)
+    assert targets == [UNSCORED] * (n + 2) + inputs[:n] * r + [stop]
+    assert data.score(level) == n * r + 3
+
+
+def test_recall_grows():
+    stream = Recall(grow=True, symbols=9).load(None).stream("train", 2, 0)
+    assert stream.ladder is not None
+    seen: list[list[int]] = []
+    for delay in (2, 3, 7):
+        stream.ladder.level = delay
+        for _ in range(50):
+            window = stream.window(23, 5)
+            seen += window.inputs.tolist()
+            recalled = [seen[t - delay] for t in range(len(seen) - 23, len(seen)) if t >= delay]
+            assert window.targets.tolist()[-len(recalled) :] == recalled
+
+
+CONFIG = TrainConfig(hidden=8, embedding=4, bptt=2, batch_size=4, lr=0.01)
+
+
+def test_the_loop_tells_the_ladder_what_was_learnt(monkeypatch):
+    learner = Learner(CONFIG, Copy().load(None), torch.device("cpu"))
+    ladder = learner.stream.ladder
+    assert ladder is not None
+    noted: list[tuple[float, int, int]] = []
+    monkeypatch.setattr(
+        ladder, "note", lambda loss, scored, steps: noted.append((float(loss), scored, steps))
+    )
+    for _ in range(5):
+        learner.update()
+    assert sum(loss for loss, _, _ in noted) == pytest.approx(float(learner.loss))
+    assert sum(scored for _, scored, _ in noted) == learner.scored > 0
+    assert sum(steps for _, _, steps in noted) * 4 == learner.symbols
+    assert learner.metrics()["level"] == 1
+
+
+def test_a_level_is_evaluated_on_its_own():
+    """The sum of target counts tells which level was read: N symbols and a stop of every episode."""
+    data, model = Copy().load(None), Learner(CONFIG, Copy().load(None), torch.device("cpu")).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        # Says "stop" with probability 1/2: an episode of level N costs N log2(16) + 1 bits.
+        model.readout.bias[-1] = math.log(8.0)
+    for level in (1, 5):
+        bits = evaluate(model, data, "valid", torch.device("cpu"), level)
+        assert bits == pytest.approx((4 * level + 1) / (level + 1), rel=0.01)
