@@ -127,6 +127,8 @@ class TrainConfig:
     """Adam's learning rate for the net."""
     synthesizer_lr: float = 1e-3
     """Adam's learning rate for the synthesizer."""
+    beta2: float = 0.999
+    """Decay of Adam's mean square gradient; a shorter memory suits a task that grows."""
     clip: float = 1.0
     """Largest norm of the net's gradient per update; 0 switches clipping off."""
 
@@ -171,6 +173,8 @@ class TrainConfig:
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed must lie between 0 and 2^63 - 1, not {self.seed}")
+        if not 0 < self.beta2 < 1:
+            raise UsageError(f"--beta2 must lie between 0 and 1, not {self.beta2}")
         if not 0 < self.discount <= 1:
             raise UsageError(f"--discount must lie above 0 and at most at 1, not {self.discount}")
         if sum(getattr(self, name) is not None for name in BUDGETS) > 1:

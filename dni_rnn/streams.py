@@ -238,7 +238,8 @@ class EpisodeStream:
     to a new level first idles for a random part of an episode, so that a batch holds all phases of one.
 
     The context at a boundary is the row's next W targets in its episode, −1 where a step is not scored
-    and past the end.
+    and past the end. Target t of the episode is at place t mod W, so it stays there while it comes nearer:
+    a cell that keeps a symbol until it is asked for gets the same signal at every boundary.
 
     Args:
       generate: (random generator, count, level) -> `count` episodes of equal length side by side.
@@ -325,7 +326,8 @@ class EpisodeStream:
         rows = np.arange(self.batch_size)
         known = None
         if context:
-            coming = self._targets[rows, self._position + np.arange(context)[:, None]]
+            ahead = (np.arange(context)[:, None] - self._position) % context
+            coming = self._targets[rows, self._position + ahead]
             known = self._tensor(np.where(coming == UNSCORED, -1, coming))
         next_input = self._tensor(self._inputs[rows, self._position])
         return Boundary(known, next_input, self._tensor(done) if done.any() else None)

@@ -96,7 +96,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def make_row(cell: Cell, run: Path) -> dict[str, Any]:
-    """One finished run as one row: what was asked, what came out, and the validation curve."""
+    """One finished run as one row: what was asked, what came out, the validation curve, and when each level began."""
     config = json.loads((run / "config.json").read_text())
     metrics = read_jsonl(run / "metrics.jsonl")
     curve = [
@@ -104,6 +104,10 @@ def make_row(cell: Cell, run: Path) -> dict[str, Any]:
         for m in metrics
         if "valid_bpc" in m
     ]
+    climbs: list[dict[str, Any]] = []
+    for m in metrics:
+        if "level" in m and (not climbs or m["level"] > climbs[-1]["level"]):
+            climbs.append({"level": m["level"], "symbols": m["symbols"], "seconds": m["seconds"]})
     about = {key: config[key] for key in ("versions", "python", "commit", "device", "threads")}
     return {
         "cell": cell.name,
@@ -115,6 +119,7 @@ def make_row(cell: Cell, run: Path) -> dict[str, Any]:
             "task_options": config["task_options"],
         },
         "curve": curve,
+        **({"climbs": climbs} if climbs else {}),
         **about,
     }
 

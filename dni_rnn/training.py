@@ -108,7 +108,7 @@ class Learner:
         groups = [{"params": self.net, "lr": config.lr}]
         if self.synthesizer:
             groups.append({"params": self.synthesizer, "lr": config.synthesizer_lr})
-        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, config.beta2), fused=True)
         self.stream = data.stream("train", config.batch_size, config.seed).to(device)
         self.state = self.model.initial_state(config.batch_size)
         self.context = config.context_spec.window

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dni_rnn.config import TrainConfig
-from dni_rnn.estimators import UNSCORED
+from dni_rnn.estimators import UNSCORED, Window
 from dni_rnn.streams import Block, EpisodeStream, Ladder
 from dni_rnn.training import Learner, evaluate
 from dni_rnn_tasks.recall import Recall
@@ -47,7 +47,7 @@ def test_a_row_is_whole_episodes_one_after_the_other_each_begun_with_a_window(ro
     for row in range(rows):
         episodes: list[list[int]] = []
         for window in windows:
-            if window.start.done is not None and window.start.done[row]:
+            if starts(window, row):
                 episodes.append([])
             episodes[-1] += window.inputs[:, row].tolist()
             scored = window.inputs[:, row] % 2 == 1
@@ -66,6 +66,10 @@ def test_a_row_is_whole_episodes_one_after_the_other_each_begun_with_a_window(ro
         assert window.scored == int((window.targets != UNSCORED).sum())
 
 
+def starts(window: Window, row: int) -> bool:
+    return window.start.done is not None and bool(window.start.done[row])
+
+
 @given(steps=st.integers(1, 5), context=st.integers(1, 6))
 def test_the_context_is_what_the_row_will_be_asked(steps, context):
     stream = counted(3)
@@ -80,7 +84,10 @@ def test_the_context_is_what_the_row_will_be_asked(steps, context):
                     break
                 coming += following.targets[:, row].tolist()
             coming = (coming + [UNSCORED] * context)[:context]
-            assert known[:, row].tolist() == [-1 if target == UNSCORED else target for target in coming]
+            begun = max(n for n in range(number + 2) if starts(windows[n], row))
+            position = steps * (number + 1 - begun)
+            placed = [coming[(place - position) % context] for place in range(context)]
+            assert known[:, row].tolist() == [-1 if target == UNSCORED else target for target in placed]
 
 
 def test_episodes_go_on_where_another_stood():
