@@ -96,7 +96,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def make_row(cell: Cell, run: Path) -> dict[str, Any]:
-    """One finished run as one row: what was asked, what came out, the validation curve, and when each level began."""
+    """One finished run as one row: what was asked, what came out, the curve, and when each level began."""
     config = json.loads((run / "config.json").read_text())
     metrics = read_jsonl(run / "metrics.jsonl")
     curve = [

@@ -28,6 +28,7 @@ from dni_rnn.estimators import FullBPTT
 from dni_rnn.runs import Run
 from dni_rnn.training import Interrupted, Learner, train
 from dni_rnn_tasks.recall import Recall
+from dni_rnn_tasks.repeat import Copy
 from dni_rnn_tasks.text import Text
 
 REAL_PTB = Path(__file__).parents[2] / "shared" / "data" / "ptb"
@@ -152,6 +153,7 @@ METHODS = {
     "accumulate": {"dni": True, "accumulate": 2, "core": "gru", "clip": 0.0},
     "several passes": {"dni": True, "context": "next-tokens:3", "eval_every": 300, "log_every": 1},
     "recall": {"dni": True, "context": "next-tokens:4", "bptt": 60, "eval_every": 2400},
+    "copy": {"dni": True, "context": "next-tokens:4", "lr": 0.02, "bptt": 3, "eval_every": 100},
 }
 
 
@@ -161,6 +163,8 @@ def uninterrupted(request, tmp_path_factory):
     folder, settings = tmp_path_factory.mktemp("method"), METHODS[request.param]
     if request.param == "recall":  # 40 updates of 60 steps: more than two blocks of the generated stream
         task, steps = Recall(delay=3), 40
+    elif request.param == "copy":
+        task, steps = Copy(symbols=2), 150
     else:
         short = request.param == "several passes"
         task = Text(path=make_text(folder / "words.txt", 700 if short else 3000))

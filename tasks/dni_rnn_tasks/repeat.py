@@ -100,20 +100,24 @@ MOST_REPEATS = 64
 class EpisodeData:
     """The episodes of either task. Symbols are numbered: the random ones, stop, blank, and the numbers R.
 
+    Attributes:
+      told: number of distinct random symbols.
+      repeats: repeat copy.
+
     The level of copy is N; of repeat copy (N, R) at the levels 1, 2, 3, ... is (1, 1), (2, 1), (2, 2), ...
     """
 
     name: str
-    symbols: int
+    told: int
     repeats: bool
 
     @property
     def input_symbols(self) -> int:
-        return self.symbols + 2 + (MOST_REPEATS if self.repeats else 0)
+        return self.told + 2 + (MOST_REPEATS if self.repeats else 0)
 
     @property
     def target_symbols(self) -> int:
-        return self.symbols + 1
+        return self.told + 1
 
     def shape(self, level: int) -> tuple[int, int]:
         """(N, R) at a level."""
@@ -137,17 +141,17 @@ class EpisodeData:
         from dni_rnn.streams import Block, EpisodeStream, Ladder
         from dni_rnn.task import SPLITS
 
-        stop, blank = self.symbols, self.symbols + 1
+        stop, blank = self.told, self.told + 1
 
         def generate(random: np.random.Generator, count: int, level: int) -> Block:
             n, r = self.shape(level)
-            told = random.integers(self.symbols, size=(n, count))
+            word = random.integers(self.told, size=(n, count))
             inputs = np.full((self.length(level), count), blank)
             targets = np.full_like(inputs, UNSCORED)
-            inputs[:n], inputs[n] = told, stop
+            inputs[:n], inputs[n] = word, stop
             if self.repeats:
                 inputs[n + 1] = blank + min(r, MOST_REPEATS)
-            targets[-n * r - 1 : -1], targets[-1] = np.tile(told, (r, 1)), stop
+            targets[-n * r - 1 : -1], targets[-1] = np.tile(word, (r, 1)), stop
             return Block(inputs, targets)
 
         ladder = Ladder(1, SOLVED, lambda level: max(self.length(level), SHORTEST_PERIOD))
