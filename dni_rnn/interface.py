@@ -13,7 +13,7 @@ arXiv:1608.05343.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,20 @@ RESTORE_BEYOND = 3.0
 """tanh is flat beyond it: a cell state gains nothing there."""
 
 
+class Critique(NamedTuple):
+    """What M returns when it predicts the loss to come, and its gradient as the derivative of that.
+
+    Attributes:
+      gradient: a tree like the message, in units of the loss (not of `Interface.size`); while gradients
+        are recorded, with its graph, through which its match trains M (a second derivative).
+      losses: (B,), what M is trained on besides the match: row by row, weighted as M sees fit against a
+        match loss of 1 for predicting zero.
+    """
+
+    gradient: Tree
+    losses: Tensor
+
+
 class _Edge(torch.autograd.Function):
     """Identity forward. Backward: trains M on what arrives, and hands ĝ to a message that asks for it.
 
@@ -33,22 +47,24 @@ class _Edge(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, interface: Interface, done: Tensor | None, count: int, *tensors: Tensor) -> Any:
-        messages, predictions = tensors[:count], tensors[count:]
+        messages = tensors[:count]
         ctx.interface, ctx.done = interface, done
         ctx.passes_on = any(ctx.needs_input_grad[3 : 3 + count])
         # The size as it is now: backward moves it.
-        ctx.factor = interface.scale * interface.size() if ctx.passes_on else None
-        ctx.save_for_backward(*predictions)
+        ctx.factor = interface.scale * interface._unit(len(tensors) > 2 * count) if ctx.passes_on else None
+        ctx.save_for_backward(*tensors[count:])
         return tuple(message.view_as(message) for message in messages)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        predictions = list(ctx.saved_tensors)
+        predictions = list(ctx.saved_tensors[: len(gradients)])
+        losses = ctx.saved_tensors[-1] if len(ctx.saved_tensors) > len(gradients) else None
         onward: list[Tensor | None] = [None] * len(gradients)
         if ctx.passes_on:
             onward = [(ctx.factor * p).to(g.dtype) for p, g in zip(predictions, gradients, strict=True)]
-        return None, None, None, *onward, *ctx.interface._regress(predictions, gradients, ctx.done)
+        trained = ctx.interface._regress(predictions, gradients, ctx.done, losses)
+        return None, None, None, *onward, *trained
 
 
 class _Send(torch.autograd.Function):
@@ -69,6 +85,11 @@ class _Send(torch.autograd.Function):
         return None, *[None] * len(synthetic), *synthetic
 
 
+def attach(loss: Tensor) -> Tensor:
+    """A scalar of value 0 whose gradient with respect to the scalar `loss` is 1, whatever it is added to."""
+    return _Send.apply(1, torch.ones_like(loss), loss)  # type: ignore[return-value]
+
+
 class Interface(nn.Module):
     """A decoupled neural interface with its synthesizer M.
 
@@ -84,13 +105,15 @@ class Interface(nn.Module):
 
     M is called as `M(message, context)` and returns a tensor or tree like `message`. It works in
     units of the running size of its target, so that it and its learning rate do not depend on the
-    scale of the loss:
+    scale of the loss (one that returns a `Critique` speaks in units of the loss itself, and the same
+    holds with `size` left out of ĝ):
 
         size² = running mean of g² over rows and features
         ĝ     = scale · size · M(message, context)
         loss of M = mean over rows and features of (M(message, context) − g / size)²
+                    + mean over rows of `Critique.losses`, where M has such
 
-    so a loss of 1 is what predicting zero gives, and 0 is a perfect prediction. g is in the units
+    so a first term of 1 is what predicting zero gives, and 0 is a perfect prediction. g is in the units
     of the scalar on which backward is called (for a loss that is a mean over a batch, it shrinks
     with the batch), and so is ĝ. Keep the interface itself in float32 or float64 (autocast is fine): its
     running size moves by small steps. M is called twice for every message, by `send` and by `receive`, so
@@ -198,47 +221,65 @@ class Interface(nn.Module):
     def predict(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
         """M's output in units of `size`: a tree like `message`, in its dtypes, 0 in rows of `done`."""
         leaves, spec = flatten(message)
-        return unflatten(self._predict(leaves, spec, context, done), spec)
+        predictions, critique = self._predict(leaves, spec, context, done)
+        if critique:
+            inverse = _inverse(self.size())
+            predictions = [(inverse * prediction).to(prediction.dtype) for prediction in predictions]
+        return unflatten(predictions, spec)
+
+    def _unit(self, critique: bool) -> Tensor:
+        """What M's output is a multiple of."""
+        return torch.ones_like(self.target_square) if critique else self.size()
 
     @torch.no_grad()
     def _synthesize(
         self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None
     ) -> list[Tensor]:
-        size = self.size()
-        factor = self.scale * size
+        predictions, critique = self._predict(leaves, spec, context, done)
+        factor = self.scale * self._unit(critique)
         synthetic = []
-        for prediction, leaf in zip(self._predict(leaves, spec, context, done), leaves, strict=True):
+        for prediction, leaf in zip(predictions, leaves, strict=True):
             gradient = factor * (self._centred(prediction, done) if self.centre else prediction)
             if self.restore:
                 excess = leaf - leaf.clamp(-RESTORE_BEYOND, RESTORE_BEYOND)
-                gradient = gradient + (self.restore * size) * excess
+                gradient = gradient + (self.restore * self.size()) * excess
                 gradient = gradient if done is None else self._without(done, gradient)
             synthetic.append(gradient.to(leaf.dtype))
         return synthetic
 
     @torch.no_grad()
-    def _predict(self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None) -> list[Tensor]:
-        predictions = self._call(leaves, spec, context)
+    def _predict(
+        self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None
+    ) -> tuple[list[Tensor], bool]:
+        """M's output as it is, and whether it is a `Critique`, in units of the loss."""
+        predictions, losses = self._call(leaves, spec, context)
         predictions = [p.to(leaf.dtype) for p, leaf in zip(predictions, leaves, strict=True)]
-        return predictions if done is None else [self._without(done, p) for p in predictions]
+        if done is not None:
+            predictions = [self._without(done, p) for p in predictions]
+        return predictions, bool(losses)
 
     def _edge(self, message: Tree, context: Any, done: Tensor | None) -> Tree:
         leaves, spec = flatten(message)
-        predictions = self._call(leaves, spec, context)
-        return unflatten(_Edge.apply(self, done, len(leaves), *leaves, *predictions), spec)  # type: ignore[arg-type]
+        predictions, losses = self._call(leaves, spec, context)
+        tensors = (*leaves, *predictions, *losses)
+        return unflatten(_Edge.apply(self, done, len(leaves), *tensors), spec)  # type: ignore[arg-type]
 
-    def _call(self, leaves: list[Tensor], spec: Spec, context: Any) -> list[Tensor]:
-        """M's output for a detached message, checked to be a tree like it."""
-        predictions, _ = flatten(
-            self.synthesizer(unflatten([leaf.detach() for leaf in leaves], spec), context)
-        )
+    def _call(self, leaves: list[Tensor], spec: Spec, context: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """M's output for a detached message, checked to be a tree like it; and its losses if it has them."""
+        said = self.synthesizer(unflatten([leaf.detach() for leaf in leaves], spec), context)
+        said, losses = (said.gradient, [said.losses]) if isinstance(said, Critique) else (said, [])
+        predictions, _ = flatten(said)
         if [p.shape for p in predictions] != [leaf.shape for leaf in leaves]:
             got, wanted = [tuple(p.shape) for p in predictions], [tuple(leaf.shape) for leaf in leaves]
             raise ValueError(f"the synthesizer must return tensors like the message, {wanted}, not {got}")
-        return predictions
+        return predictions, losses
 
     def _regress(
-        self, predictions: list[Tensor], gradients: tuple[Tensor, ...], done: Tensor | None
+        self,
+        predictions: list[Tensor],
+        gradients: tuple[Tensor, ...],
+        done: Tensor | None,
+        losses: Tensor | None,
     ) -> list[Tensor]:
         """The gradient of M's loss with respect to its outputs. Moves the running size on the way.
 
@@ -256,22 +297,29 @@ class Interface(nn.Module):
         self.target_count.add_(trained)
         rate = trained / self.target_count.clamp(1.0, 1.0 / (1.0 - self.decay))
         self.target_square.lerp_(square.nan_to_num(0.0, 0.0), rate)
-        size = self.size()
-        # Targets may all have been zero so far: a net that is cut everywhere starts so.
-        inverse = torch.where(size > 0, size.reciprocal(), 0.0)
+        inverse = _inverse(self.size())
+        said = [prediction.to(square.dtype) for prediction in predictions]
+        if losses is not None:
+            said = [prediction * inverse for prediction in said]
         residuals = [
-            torch.addcmul(prediction.to(square.dtype), target, inverse, value=-1.0)
-            for prediction, target in zip(predictions, targets, strict=True)
+            torch.addcmul(prediction, target, inverse, value=-1.0)
+            for prediction, target in zip(said, targets, strict=True)
         ]
         if done is not None:
             residuals = [self._without(done, residual) for residual in residuals]
         loss = _square_sum(residuals) / count
         self.regression_loss.copy_(torch.where(trained > 0, loss, self.regression_loss))
         factor = (2.0 * trained) / count
-        return [
+        if losses is not None:
+            factor = factor * inverse
+        slopes = [
             (residual * factor).nan_to_num_(0.0, 0.0, 0.0).to(prediction.dtype)
             for residual, prediction in zip(residuals, predictions, strict=True)
         ]
+        if losses is not None:
+            rows = torch.ones_like(losses) if done is None else (~done).to(losses.dtype)
+            slopes.append(rows / rows.sum().clamp_min(1.0))
+        return slopes
 
     def _centred(self, leaf: Tensor, done: Tensor | None) -> Tensor:
         """Minus the mean over the rows that are not done; zero in the others, where `leaf` is zero too."""
@@ -286,6 +334,11 @@ class Interface(nn.Module):
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, normalize={self.normalize}, batch_dim={self.batch_dim}"
+
+
+def _inverse(size: Tensor) -> Tensor:
+    """1 / size; 0 where size is 0: all targets may have been zero so far, in a net that is cut everywhere."""
+    return torch.where(size > 0, size.reciprocal(), 0.0)
 
 
 def _square_sum(tensors: list[Tensor]) -> Tensor:

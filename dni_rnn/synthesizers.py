@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dni_rnn.interface import Critique
 from dni_rnn.trees import Tree, flatten, flatten_rows, unflatten
 
 
@@ -83,25 +84,48 @@ class EmbeddedTokens(ContextEncoder):
 class ContextMLP(nn.Module):
     """A multilayer perceptron that is also told a context, and starts by saying zero.
 
-        a_1 = W_1 x + b_1 + encoder(context);   a_{i+1} = W_{i+1} ReLU(a_i) + b_{i+1}
+        a_1 = W_1 x + b_1 + encoder(context);   a_{i+1} = W_{i+1} ReLU(norm(a_i)) + b_{i+1}
 
     The last layer's weight and bias start at zero, and so does a context that enters it. There is no
-    nonlinearity at the output: a gradient has both signs.
+    nonlinearity at the output: a gradient has both signs. As it stands it is an M for messages that are
+    vectors, or with `kernel` feature maps.
 
     Args:
-      inputs, outputs: features of a row of x and of the result.
+      inputs, outputs: features of a row of x and of the result; with `kernel`, channels.
       hidden: widths of the hidden layers; none makes it linear.
       context: encoder of the context: `OneHotTokens`, `EmbeddedTokens` or another `ContextEncoder`.
+      norm: batch normalisation of the hidden layers, as published; off, norm is the identity.
+      kernel: make every W a convolution of kernel × kernel (odd) that keeps the resolution. The context
+        is then added at every place alike, which is what label planes through a convolution are (but for
+        the rim, where a kernel larger than 1 × 1 would see fewer of them).
 
-    Shapes: x (B, inputs) -> (B, outputs).
+    Shapes: x (B, inputs) -> (B, outputs), with `kernel` (B, inputs, height, width) -> (B, outputs, height,
+    width).
+
+    Source: Jaderberg et al. 2017, arXiv:1608.05343, §A.1.
     """
 
     def __init__(
-        self, inputs: int, hidden: Sequence[int], outputs: int, context: ContextEncoder | None = None
+        self,
+        inputs: int,
+        hidden: Sequence[int],
+        outputs: int,
+        context: ContextEncoder | None = None,
+        *,
+        norm: bool = False,
+        kernel: int | None = None,
     ) -> None:
         super().__init__()
+        if kernel is not None and kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, not {kernel}: an even one moves the picture")
         widths = [inputs, *hidden, outputs]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.kernel = kernel
+        self.layers = nn.ModuleList(
+            nn.Linear(a, b) if kernel is None else nn.Conv2d(a, b, kernel, padding=kernel // 2)
+            for a, b in pairwise(widths)
+        )
+        kind = nn.BatchNorm1d if kernel is None else nn.BatchNorm2d
+        self.norms = nn.ModuleList(kind(width) if norm else nn.Identity() for width in hidden)
         for parameter in self.layers[-1].parameters():
             nn.init.zeros_(parameter)
         self.context = context
@@ -113,10 +137,34 @@ class ContextMLP(nn.Module):
         if self.context is not None:
             if context is None:
                 raise ValueError("built with a context encoder, so it must be called with a context")
-            x = x + self.context(context)
-        for layer in self.layers[1:]:
-            x = layer(F.relu(x))
+            known = self.context(context)
+            x = x + (known if self.kernel is None else known[:, :, None, None])
+        for layer, norm in zip(self.layers[1:], self.norms, strict=True):
+            x = layer(F.relu(norm(x)))
         return x
+
+
+class Rows(nn.Module):
+    """A message as one row of features per row, (B, features), its tensors side by side.
+
+    Args:
+      reads: "all" the tensors of the message, or the "first" alone (of an LSTM's state the hidden one,
+        which is its output, as published), which halves the cost of what follows.
+      bounded: apply a tanh, which keeps the features bounded when a cell state is not. Without it the
+        message enters as it is: good for hidden states, which are within ±1 anyway.
+      batch_dim: where the rows lie (see `Interface`).
+    """
+
+    def __init__(
+        self, *, reads: Literal["all", "first"] = "all", bounded: bool = False, batch_dim: int = -2
+    ) -> None:
+        super().__init__()
+        self.reads, self.bounded, self.batch_dim = reads, bounded, batch_dim
+
+    def forward(self, message: Tree) -> Tensor:
+        x = flatten_rows(message if self.reads == "all" else flatten(message)[0][0], self.batch_dim)
+        # The sigmoid is the tanh, several times faster on a CPU.
+        return torch.sigmoid(2.0 * x).mul(2.0).sub(1.0) if self.bounded else x
 
 
 class MLPSynthesizer(nn.Module):
@@ -124,17 +172,12 @@ class MLPSynthesizer(nn.Module):
 
         M(message, context) = MLP(tanh(message row, its tensors side by side), context)
 
-    The tanh keeps M's input bounded when a cell state is not. M ≡ 0 at the start, so the first update
-    is that of truncated BPTT.
+    M ≡ 0 at the start, so the first update is that of truncated BPTT.
 
     Args:
       message: an example; only its structure and the shapes of its rows are used.
       hidden, context: see `ContextMLP`.
-      reads: "all" the tensors of the message, or the "first" alone (of an LSTM's state the hidden one,
-        which is its output, as published), which halves the cost of the first layer.
-      bounded: apply the tanh. Without it the message enters as it is: good for hidden states, which are
-        within ±1 anyway.
-      batch_dim: where the rows lie (see `Interface`).
+      reads, bounded, batch_dim: see `Rows`.
 
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §A.1 (zero start), §A.3 (one hidden layer).
     """
@@ -150,17 +193,14 @@ class MLPSynthesizer(nn.Module):
         batch_dim: int = -2,
     ) -> None:
         super().__init__()
-        self.reads, self.bounded, self.batch_dim = reads, bounded, batch_dim
-        read = message if reads == "all" else flatten(message)[0][0]
-        inputs, outputs = (flatten_rows(tree, batch_dim).shape[1] for tree in (read, message))
-        self.mlp = ContextMLP(inputs, hidden, outputs, context)
+        self.batch_dim = batch_dim
+        self.rows = Rows(reads=reads, bounded=bounded, batch_dim=batch_dim)
+        outputs = flatten_rows(message, batch_dim).shape[1]
+        self.mlp = ContextMLP(self.rows(message).shape[1], hidden, outputs, context)
 
     def forward(self, message: Tree, context: Any = None) -> Tree:
         leaves, spec = flatten(message)
-        x = flatten_rows(leaves if self.reads == "all" else leaves[0], self.batch_dim)
-        if self.bounded:
-            x = torch.sigmoid(2.0 * x).mul(2.0).sub(1.0)  # tanh; several times faster than it on a CPU
-        x = self.mlp(x, context)
+        x = self.mlp(self.rows(leaves), context)
         parts = x.split([leaf.numel() // leaf.shape[self.batch_dim] for leaf in leaves], dim=1)
         return unflatten([self._shape(part, leaf) for part, leaf in zip(parts, leaves, strict=True)], spec)
 
@@ -169,3 +209,56 @@ class MLPSynthesizer(nn.Module):
         if leaf.dim() == 3 and leaf.shape[0] == 1 and self.batch_dim == -2:
             return part.unsqueeze(0)  # one layer: the same, in one step
         return part.reshape(leaf.movedim(self.batch_dim, 0).shape).movedim(0, self.batch_dim)
+
+
+class Critic(nn.Module):
+    """M as the derivative of a loss that it predicts: a classifier of the message, told what comes.
+
+        ℓ_row    = Σ_i −log softmax(classifier(message)_i)[target_i],   i in [0, W)
+        gradient = weight / B · ∂(Σ_rows ℓ_row)/∂message
+
+    The context is the coming targets: the labels (W = 1) between two layers, the next W targets at the
+    boundary of a recurrent net. The classifier is trained on `value` · ℓ (mean over rows), as the loss
+    that the message leads to would be if nothing but the classifier followed, and by the `Interface`
+    on the match of the gradient with what arrives, through the second derivative. So M is right in
+    direction and in size before a single target has arrived from above, which a regression is not, and
+    the match corrects it. With a classifier that starts by saying zero, so does M.
+
+    Args:
+      classifier: message -> logits, (B, W·symbols), position by position. For a vector a `ContextMLP`;
+        for states and feature maps one behind `Rows`.
+      symbols: number of distinct targets.
+      weight: of a row's future loss, relative to the mean over rows; 1 for a loss that is such a mean.
+      value: weight of ℓ, in nats, beside the match.
+
+    Shapes: context (B,) or (W, B), integers, -1 where nothing is known (which adds nothing).
+
+    Source: Czarnecki et al. 2017, "Sobolev Training for Neural Networks", arXiv:1706.04859, §4.3; there ℓ
+    is regressed on the final loss, here it is trained on the target itself.
+    """
+
+    def __init__(
+        self, classifier: nn.Module, symbols: int, *, weight: float = 1.0, value: float = 10.0
+    ) -> None:
+        super().__init__()
+        self.classifier, self.symbols, self.weight, self.value = classifier, symbols, weight, value
+
+    def forward(self, message: Tree, context: Any = None) -> Critique:
+        if context is None:
+            raise ValueError("a critic must be called with the coming targets as context")
+        leaves, spec = flatten(message)
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+            losses = self._losses(self.classifier(unflatten(leaves, spec)), context)
+            total = losses.sum() * (self.weight / len(losses))
+            gradients = torch.autograd.grad(total, leaves, create_graph=differentiable)
+        return Critique(unflatten(gradients, spec), self.value * losses)
+
+    def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        logits = logits.unflatten(1, (-1, self.symbols))  # (B, W, symbols)
+        each = F.cross_entropy(
+            logits.flatten(0, 1), targets.reshape(logits.shape[1], -1).t().flatten(), ignore_index=-1,
+            reduction="none",
+        )  # fmt: skip
+        return each.unflatten(0, logits.shape[:2]).sum(1)

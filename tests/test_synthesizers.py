@@ -250,7 +250,7 @@ def test_it_reads_the_tanh_of_the_message(generator):
     bounded = MLPSynthesizer(message, [4]).double()
     randomize(bounded, generator)
     unbounded = copy.deepcopy(bounded)
-    unbounded.bounded = False
+    unbounded.rows.bounded = False
     close(bounded(message), unbounded(map_tree(torch.tanh, message)))
     assert not torch.allclose(bounded(message).cell, unbounded(message).cell)
 
