@@ -20,12 +20,12 @@ import torch
 
 from dni_rnn.cli import parse_train
 from dni_rnn.sweep import read_sweep
-from dni_rnn.training import Learner
+from dni_rnn.training import BaseLearner, learner_class
 
 SECONDS_PER_TURN = 1.5
 
 
-def symbols_per_second(learner: Learner) -> float:
+def symbols_per_second(learner: BaseLearner) -> float:
     """Train for a moment."""
     learner.update()
     symbols, start = learner.symbols, time.perf_counter()
@@ -45,7 +45,7 @@ def main() -> None:
     for cell in read_sweep(args.folder):
         if cell.name not in learners:
             _, task, config = parse_train(list(cell.arguments))
-            learners[cell.name] = Learner(config, task.load(args.data_dir), torch.device("cpu"))
+            learners[cell.name] = learner_class(config)(config, task.load(args.data_dir), torch.device("cpu"))
     speeds: dict[str, list[float]] = {name: [] for name in learners}
     for _ in range(args.rounds):
         for name, learner in learners.items():

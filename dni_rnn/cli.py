@@ -13,16 +13,16 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from dni_rnn.config import BUDGETS, Preset, TrainConfig
+from dni_rnn.config import BUDGETS, Preset, RunConfig, TrainConfig
 from dni_rnn.errors import DivergedError, UsageError
-from dni_rnn.task import Task, installed_tasks
+from dni_rnn.task import Task, config_of, installed_tasks
 
 TASKS = installed_tasks()
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluate a run's best weights (lowest validation loss) on a split, in bits per character."""
+    """Evaluate a run's best weights (lowest validation loss) on a split."""
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
@@ -35,11 +35,18 @@ class Eval:
 
     def __call__(self) -> None:
         from dni_rnn.inference import load_run
-        from dni_rnn.training import choose_device, evaluate
+        from dni_rnn.runs import Run
+        from dni_rnn.training import choose_device, learner_class
 
         loaded = load_run(self.run, choose_device(self.device), self.data_dir)
-        bits = evaluate(loaded.model, loaded.data, self.split, loaded.device, loaded.level)
-        print(f"{loaded.data.name} {self.split}: {bits:.4f} bpc after {loaded.symbols:,} training characters")
+        config = Run.open(self.run).config
+        score = learner_class(config).score(
+            loaded.model, loaded.data, self.split, loaded.device, loaded.level
+        )
+        print(
+            f"{loaded.data.name} {self.split}: {score:.4f} {config.metric.key} "
+            f"after {loaded.symbols:,} training {config.metric.unit}s"
+        )
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,7 @@ def _train(self: Any) -> None:
     from dni_rnn.runs import Run, default_path
     from dni_rnn.training import Interrupted, train
 
-    config: TrainConfig = self.config
+    config: RunConfig = self.config.resolved
     if config.out is None:
         config = dataclasses.replace(config, out=default_path(self.name, config))
     assert config.out is not None
@@ -181,11 +188,12 @@ def _train(self: Any) -> None:
     except Interrupted as stop:
         print(f"dni-rnn: saved; go on with the same command and --resume --out {config.out}", file=sys.stderr)
         sys.exit(128 + stop.signal)
+    metric = config.metric
     print(
-        f"{summary['data']} {summary['method']} T={config.bptt}: "
-        f"valid {summary['best_valid_bpc']:.4f}, test {summary['test_bpc']:.4f} bpc "
-        f"after {summary['symbols']:,} characters in {summary['seconds']:.0f} s "
-        f"({summary['symbols_per_second']:,} characters/s) -> {config.out}"
+        f"{summary['data']} {summary['method']} {config.depth_name}={config.depth}: "
+        f"valid {summary[f'best_valid_{metric.key}']:.4f}, test {summary[f'test_{metric.key}']:.4f} "
+        f"{metric.key} after {summary['symbols']:,} {metric.unit}s in {summary['seconds']:.0f} s "
+        f"({summary['symbols_per_second']:,} {metric.unit}s/s) -> {config.out}"
     )
 
 
@@ -193,8 +201,8 @@ def _train_command(name: str, task: type[Task], arguments: list[str]) -> type:
     """`train NAME`: the task's options and the run's, side by side, with the defaults of a preset."""
     presets = {"default": Preset(), **getattr(task, "presets", {})}
     chosen = presets.get(_preset(arguments), Preset())
-    settings = dict(chosen.run)
-    if "--dni" in arguments:
+    kind, settings = config_of(task), dict(chosen.run)
+    if kind is TrainConfig and "--dni" in arguments:
         settings |= {"dni": True, **chosen.dni}
     if any(word.partition("=")[0] in ("--chars", "--minutes", "--steps") for word in arguments):
         settings = {name: value for name, value in settings.items() if name not in BUDGETS}
@@ -202,7 +210,7 @@ def _train_command(name: str, task: type[Task], arguments: list[str]) -> type:
         f"Train{task.__name__}",
         [
             ("task", tyro.conf.OmitArgPrefixes[task], task(**chosen.task)),
-            ("config", tyro.conf.OmitArgPrefixes[TrainConfig], TrainConfig(**settings)),
+            ("config", tyro.conf.OmitArgPrefixes[kind], kind(**settings)),
             ("preset", Annotated[Literal[tuple(presets)], tyro.conf.arg(help=PRESET_HELP)], "default"),
         ],
         namespace={"name": name, "__call__": _train, "__doc__": task.__doc__},
@@ -262,10 +270,10 @@ def _parse(arguments: list[str]) -> Any:
     )
 
 
-def parse_train(arguments: list[str]) -> tuple[str, Task, TrainConfig]:
+def parse_train(arguments: list[str]) -> tuple[str, Task, RunConfig]:
     """The task's name, the task and the configuration that `dni-rnn train ARGUMENTS` would run."""
     command = _parse(["train", *arguments]).command
-    return command.name, command.task, command.config
+    return command.name, command.task, command.config.resolved
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,8 +10,10 @@ from pathlib import Path
 from dni_rnn.config import TrainConfig, from_json
 from dni_rnn.errors import UsageError
 from dni_rnn.files import read_jsonl
-from dni_rnn.plots import Curve, Point, check_format, save_curves
-from dni_rnn.report import BPC, DIGITS, markdown_table
+from dni_rnn.metrics import BPC, Metric, Point
+from dni_rnn.plots import Curve, check_format, save_curves
+from dni_rnn.report import DIGITS, markdown_table
+from dni_rnn.task import config_of, installed_tasks
 
 
 @dataclass(frozen=True)
@@ -20,25 +22,28 @@ class Record:
 
     Attributes:
       name: what tables and plots call it.
-      data, method, bptt: what was trained on what.
+      data, method, depth: what was trained on what (`depth` of its configuration, and what that is called).
       symbols, seconds: trained on so far, and for how long.
       points: its validations.
       test: the metric on the test split; None while the run is unfinished.
+      metric: what it is judged by.
     """
 
     name: str
     data: str
     method: str
-    bptt: int
+    depth: int
     symbols: int
     seconds: float
     points: list[Point]
     test: float | None
+    metric: Metric = BPC
+    depth_name: str = "T"
 
     @property
     def best(self) -> float | None:
         """The best validation; None before the first."""
-        return BPC.best(point.value for point in self.points) if self.points else None
+        return self.metric.best(point.value for point in self.points) if self.points else None
 
 
 def read_record(path: Path, name: str) -> Record:
@@ -60,31 +65,35 @@ def read_record(path: Path, name: str) -> Record:
     last = rows[-1] if rows else {"symbols": 0, "seconds": 0.0}
     if ended is not None and last["symbols"] > ended["symbols"]:
         ended = None  # resumed with a larger budget: the summary is that of the smaller one
-    config = from_json(TrainConfig, about["config"])
+    kind = installed_tasks().get(about.get("task"))
+    config = from_json(TrainConfig if kind is None else config_of(kind), about["config"])
     return Record(
         name,
         about["data"],
         config.method,
-        config.bptt,
+        config.depth,
         last["symbols"],
         last["seconds"],
-        BPC.points(rows),
-        None if ended is None else ended[f"test_{BPC.key}"],
+        config.metric.points(rows),
+        None if ended is None else ended[f"test_{config.metric.key}"],
+        config.metric,
+        config.depth_name,
     )
 
 
 def render_comparison(records: Sequence[Record]) -> str:
-    """A table of runs. Characters/s is of training alone, validation not counted."""
+    """A table of runs of one metric. Characters/s is of training alone, validation not counted."""
+    metric = records[0].metric
     header = [
-        "run", "data", "method", "T", "characters", f"best valid {BPC.label}", f"test {BPC.label}",
-        "characters/s", "seconds",
+        "run", "data", "method", records[0].depth_name, f"{metric.unit}s", f"best valid {metric.label}",
+        f"test {metric.label}", f"{metric.unit}s/s", "seconds",
     ]  # fmt: skip
     lines = [
         [
             record.name,
             record.data,
             record.method,
-            str(record.bptt),
+            str(record.depth),
             f"{record.symbols:,}",
             "–" if record.best is None else f"{record.best:.{DIGITS}f}",
             "unfinished" if record.test is None else f"{record.test:.{DIGITS}f}",
@@ -98,10 +107,10 @@ def render_comparison(records: Sequence[Record]) -> str:
 
 def plot_records(records: Sequence[Record], out: Path) -> bool:
     """Overlay the validation curves; False, and no plot, when no run has been validated yet."""
-    curves = [Curve(record.name, record.method, record.bptt, [record.points]) for record in records]
+    curves = [Curve(record.name, record.method, record.depth, [record.points]) for record in records]
     if not any(record.points for record in records):
         return False
-    save_curves([out], curves, f"validation {BPC.label} ({BPC.meaning})")
+    save_curves([out], curves, records[0].metric)
     return True
 
 
@@ -112,5 +121,7 @@ def compare_runs(paths: Sequence[Path], out: Path) -> None:
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     records = [read_record(path, name) for path, name in zip(paths, names, strict=True)]
+    if len({record.metric for record in records}) > 1:
+        raise UsageError(f"{paths[0]} and others are judged by different metrics; compare runs of one kind")
     print(render_comparison(records), end="")
     print(f"validation curves: {out}" if plot_records(records, out) else "no validation yet: no plot")

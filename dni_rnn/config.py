@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dni_rnn.errors import UsageError
+from dni_rnn.metrics import BPC, ERROR, Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class Preset:
     """Defaults of one task under a name.
 
     Attributes:
-      run: values for fields of `TrainConfig`.
+      run: values for fields of the task's configuration.
       dni: more of them, when `--dni` is given.
       task: values for fields of the task.
     """
@@ -82,8 +83,91 @@ PUBLISHED_DNI: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything that decides what a training run does, beside the options of its task."""
+class RunConfig:
+    """What every training run has, whatever it trains. A task names its configuration in `Task.config`."""
+
+    learner: ClassVar[str]
+    """Module and class of what is trained, `module:Class`; see `dni_rnn.training.BaseLearner`."""
+    metric: ClassVar[Metric]
+    """What runs are judged by."""
+    depth_name: ClassVar[str]
+    """What tables call `depth`."""
+    free: ClassVar[frozenset[str]] = frozenset(
+        {"device", "threads", "data_dir", "out", "resume", "log_every", "save_every"}
+    )
+    """Fields that may change when a run is resumed: they do not change what any one update does."""
+
+    seed: int = 0
+    """Of the initial weights and of generated data."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a CUDA device when there is one."""
+    threads: int | None = None
+    """CPU threads; the default is torch's."""
+    data_dir: Path | None = None
+    """Folder that holds the data files."""
+    out: Path | None = None
+    """Run directory. The default is below runs/, named after task, method and seed."""
+    resume: bool = False
+    """Go on with the run in --out from its last checkpoint."""
+    log_every: int = 50
+    """Updates between rows of metrics.jsonl."""
+    eval_every: int = 500_000
+    """Training symbols between validations."""
+    save_every: float = 30.0
+    """Seconds between checkpoints."""
+
+    def __post_init__(self) -> None:
+        self._check_positive("threads", "log_every", "eval_every")
+        if not self.save_every >= 0:
+            raise UsageError("--save-every must not be negative")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed must lie between 0 and 2^63 - 1, not {self.seed}")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"--{name.replace('_', '-')} must be positive, not {value}")
+
+    @property
+    def method(self) -> str:
+        """What tables call it."""
+        raise NotImplementedError
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """How long to train: ("steps", "minutes" or "symbols", how many); None is one pass over the data."""
+        raise NotImplementedError
+
+    @property
+    def depth(self) -> int:
+        """Through how much backpropagation would go: T steps, or layers. The colour of a line in a plot."""
+        raise NotImplementedError
+
+    @property
+    def folder(self) -> str:
+        """What its run directory is called by default, besides the task and the seed."""
+        raise NotImplementedError
+
+    @property
+    def resolved(self) -> Any:
+        """The same with every setting that was left to others decided."""
+        return self
+
+
+BUDGETS = ("chars", "minutes", "steps")
+"""Fields of `TrainConfig` that say when to stop; at most one is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """Everything that decides what a recurrent training run does, beside the options of its task."""
+
+    learner: ClassVar[str] = "dni_rnn.training:Learner"
+    metric: ClassVar[Metric] = BPC
+    depth_name: ClassVar[str] = "T"
+    free: ClassVar[frozenset[str]] = RunConfig.free | {*BUDGETS, "state_limit"}
 
     core: Literal["lstm", "gru", "rnn"] = "lstm"
     """Recurrent core; rnn is the tanh RNN."""
@@ -138,41 +222,19 @@ class TrainConfig:
     """Train for this long instead (evaluation not counted)."""
     steps: int | None = None
     """Train for this many updates instead."""
-    seed: int = 0
-    """Of the initial weights and of generated data."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a CUDA device when there is one."""
-    threads: int | None = None
-    """CPU threads; the default is torch's."""
-    data_dir: Path | None = None
-    """Folder that holds the data files."""
-    out: Path | None = None
-    """Run directory. The default is runs/TASK-METHOD-TT-seedN."""
-    resume: bool = False
-    """Go on with the run in --out from its last checkpoint."""
-    log_every: int = 50
-    """Updates between rows of metrics.jsonl."""
-    eval_every: int = 500_000
-    """Training symbols between validations."""
-    save_every: float = 30.0
-    """Seconds between checkpoints."""
     state_limit: float = 1000.0
     """Stop when the root mean square of the recurrent state exceeds this; in health it is a few units."""
 
     def __post_init__(self) -> None:
-        for name in (
+        super().__post_init__()
+        self._check_positive(
             "hidden", "layers", "embedding", "bptt", "accumulate", "batch_size", "chars", "minutes", "steps",
-            "threads", "log_every", "eval_every", "lr", "synthesizer_lr", "state_limit", "aux_weight",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"--{name.replace('_', '-')} must be positive, not {value}")
-        for name in ("clip", "scale", "restore", "save_every"):
+            "lr", "synthesizer_lr", "state_limit", "aux_weight",
+        )  # fmt: skip
+        for name in ("clip", "scale", "restore"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed must lie between 0 and 2^63 - 1, not {self.seed}")
         if not 0 < self.beta2 < 1:
             raise UsageError(f"--beta2 must lie between 0 and 1, not {self.beta2}")
         if not 0 < self.discount <= 1:
@@ -213,17 +275,155 @@ class TrainConfig:
         context = "-online" if self.context == "none" else f"+{self.context}"
         return f"dni{context}{'+aux' if self.aux else ''}"
 
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        given = {"symbols": self.chars, "minutes": self.minutes, "steps": self.steps}
+        return next(((unit, amount) for unit, amount in given.items() if amount is not None), None)
 
-BUDGETS = ("chars", "minutes", "steps")
-"""Fields that say when to stop; at most one is given."""
+    @property
+    def depth(self) -> int:
+        return self.bptt
 
-NOT_OF_THE_TRAJECTORY = frozenset(
-    {
-        *BUDGETS, "device", "threads", "data_dir", "out", "resume", "log_every",
-        "save_every", "state_limit",
+    @property
+    def folder(self) -> str:
+        return f"{self.method.replace(':', '')}-T{self.bptt}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedforwardConfig(RunConfig):
+    """Everything that decides what a feed-forward training run does, beside the options of its task."""
+
+    learner: ClassVar[str] = "dni_rnn.layered:LayeredLearner"
+    metric: ClassVar[Metric] = ERROR
+    depth_name: ClassVar[str] = "layers"
+    widths: ClassVar[dict[str, int]] = {"mlp": 256, "cnn": 64, "vgg": 64, "sigmoid": 32}
+    """Published widths of the nets, by `model`."""
+    paper_synthesizers: ClassVar[dict[tuple[str, str], str]] = {
+        ("mlp", "dni"): "mlp:1024,1024",
+        ("mlp", "cdni"): "linear",
+        ("cnn", "dni"): "mlp:64,64",
+        ("cnn", "cdni"): "linear",
     }
-)  # fmt: skip
-"""Fields that may change when a run is resumed: they do not change what any one update does."""
+    """Published synthesizers, by `model` and `method`."""
+
+    model: Literal["mlp", "cnn", "vgg", "sigmoid"] = "mlp"
+    """mlp: Linear-BN-ReLU; cnn: 5x5 convolution-BN-ReLU-pooling; vgg: 11 convolutions of 3x3; sigmoid."""
+    layers: int = 4
+    """Layers, the last one included; of vgg always 12."""
+    width: int | None = None
+    """Units or channels per layer; the default is the published one of the task."""
+    method: Literal["bprop", "none", "dni", "cdni", "critic"] = "critic"
+    """No cut, nothing across it, or synthetic gradients: regressed, with labels, or of a predicted loss."""
+    cuts: str = "all"
+    """Between which layers: all (of vgg three, after every third), or numbers such as 1,3."""
+    update_probability: float = 1.0
+    """In each step, each layer takes part in the update with this probability."""
+    unlock: bool = False
+    """Synthetic inputs too: no layer waits for the one before either."""
+    synthesizer: str | None = None
+    """linear, mlp, mlp:WIDTH or mlp:WIDTH,WIDTH, of a critic its classifier; the default is the recipe's."""
+    recipe: Literal["fast", "paper"] = "fast"
+    """Iterations, rates and synthesizers: as published, or chosen for far fewer iterations."""
+
+    epochs: float | None = None
+    """Passes over the training data."""
+    batch_size: int = 256
+    """Rows per update."""
+    lr: float | None = None
+    """Adam's largest learning rate for the net."""
+    synthesizer_lr: float | None = None
+    """Adam's largest learning rate for the synthesizers."""
+    smoothing: float | None = None
+    """Label smoothing of the training loss."""
+    augment: bool = False
+    """Random shifts, and flips where the task has them."""
+    agreement_every: int = 0
+    """Log cosine and explained variance of the synthetic gradients every so many updates; 0 never does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("layers", "width", "epochs", "batch_size", "lr", "synthesizer_lr")
+        if self.layers < 2:
+            raise UsageError(f"--layers must be at least 2, not {self.layers}: one layer has no boundary")
+        if self.model == "vgg":
+            object.__setattr__(self, "layers", 12)
+        if self.agreement_every < 0:
+            raise UsageError("--agreement-every must not be negative")
+        if not 0 <= (self.smoothing or 0) < 1:
+            raise UsageError(f"--smoothing must lie between 0 and 1, not {self.smoothing}")
+        if not 0 < self.update_probability <= 1:
+            raise UsageError(
+                f"--update-probability must lie above 0 and at most at 1, not {self.update_probability}"
+            )
+        if self.method in ("bprop", "none"):
+            for name in ("update_probability", "unlock", "agreement_every"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise UsageError(
+                        f"--{name.replace('_', '-')} needs synthetic gradients: --method dni, cdni or critic"
+                    )
+        if self.unlock and self.model in ("cnn", "vgg"):
+            raise UsageError("--unlock needs layers that hand on vectors: --model mlp or sigmoid")
+        if self.synthesizer is not None:
+            SynthesizerSpec.parse(self.synthesizer)
+        cuts = self.cut_positions
+        if list(cuts) != sorted(set(cuts)) or not all(0 < cut < self.layers for cut in cuts):
+            raise UsageError(
+                f"--cuts {self.cuts}: give all, or rising numbers from 1 to {self.layers - 1} with commas"
+            )
+
+    @property
+    def resolved(self) -> FeedforwardConfig:
+        """With the recipe's value where nothing was given."""
+        values = {name: value for name, value in self._recipe().items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **values)
+
+    def _recipe(self) -> dict[str, Any]:
+        if self.recipe == "paper":
+            return {
+                "width": self.widths[self.model],
+                # 500,000 iterations, whatever the batch and the task.
+                "epochs": 500_000 * self.batch_size / 55_000,
+                "lr": 3e-5,
+                "synthesizer_lr": 3e-5,
+                "smoothing": 0.0,
+                "synthesizer": self.paper_synthesizers.get((self.model, self.method)),
+            }
+        slow = self.method == "dni"
+        return {
+            "width": self.widths[self.model],
+            "epochs": 30.0 if slow else 10.0,
+            "lr": 3e-4 if slow else 3e-3,
+            "synthesizer_lr": 1e-2 if slow or self.method == "cdni" else 3e-3,
+            "smoothing": 0.0,
+            "synthesizer": {"dni": "mlp:256,256", "cdni": "mlp", "critic": "linear"}.get(self.method),
+        }
+
+    @property
+    def synthesizer_spec(self) -> SynthesizerSpec | None:
+        """None where nothing is said: the default of `decouple`."""
+        return None if self.synthesizer is None else SynthesizerSpec.parse(self.synthesizer)
+
+    @property
+    def cut_positions(self) -> tuple[int, ...]:
+        """Before which layers the net is cut, as in slicing."""
+        if self.cuts == "all":
+            return (3, 6, 9) if self.model == "vgg" else tuple(range(1, self.layers))
+        try:
+            return tuple(int(text) for text in self.cuts.split(","))
+        except ValueError:
+            return (0,)
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        return None
+
+    @property
+    def depth(self) -> int:
+        return self.layers
+
+    @property
+    def folder(self) -> str:
+        return f"{self.model}{self.layers}-{self.method}"
 
 
 def to_json(config: Any) -> dict[str, Any]:

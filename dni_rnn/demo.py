@@ -72,7 +72,7 @@ def verdict(short: Record, synthetic: Record, long: Record) -> str:
     assert synthetic.test is not None
     assert long.test is not None
     change, goal = synthetic.test - short.test, long.test - short.test
-    what = f"the test BPC of T={short.bptt}"
+    what = f"the test BPC of T={short.depth}"
     if change <= -CLEAR:
         effect = f"lowered {what} by {-change:.3f}"
     elif change >= CLEAR:
@@ -80,11 +80,11 @@ def verdict(short: Record, synthetic: Record, long: Record) -> str:
     else:
         effect = f"made no clear difference to {what} ({change:+.3f})"
     if goal > -CLEAR:
-        comparison = f"T={long.bptt} was no better than T={short.bptt} itself ({goal:+.3f})"
+        comparison = f"T={long.depth} was no better than T={short.depth} itself ({goal:+.3f})"
     elif change <= -CLEAR:
-        comparison = f"that is {change / goal:.0%} of what T={long.bptt} gains ({-goal:.3f})"
+        comparison = f"that is {change / goal:.0%} of what T={long.depth} gains ({-goal:.3f})"
     else:
-        comparison = f"T={long.bptt} lowered it by {-goal:.3f}"
+        comparison = f"T={long.depth} lowered it by {-goal:.3f}"
     return (
         f"In these runs, one seed each, synthetic gradients {effect}, "
         f"at {synthetic.seconds / short.seconds:.1f} times its training time; {comparison}."

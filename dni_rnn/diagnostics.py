@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dni_rnn.config import TrainConfig
 from dni_rnn.errors import UsageError
 from dni_rnn.estimators import DNI, FullBPTT, TruncatedBPTT, Window, window_loss
 from dni_rnn.files import write_atomically
@@ -253,6 +254,8 @@ def diagnose_run(path: Path, bptts: str, device: torch.device, data_dir: Path | 
     if not 1 <= lengths[0] <= lengths[-1] <= STRETCH // 2:
         raise UsageError(f"--bptt {bptts}: give lengths from 1 to {STRETCH // 2}, separated by commas")
     run, config = load_run(path, device, data_dir), Run.open(path).config
+    if not isinstance(config, TrainConfig):
+        raise UsageError(f"{path}: not a recurrent run; there is no truncation to diagnose")
     context = config.context_spec.window
     found = diagnose(run.model, run.data, context=context, weight=config.weight, bptts=lengths)
     print(f"{path}: {run.data.name}, {config.method}, trained with T={config.bptt}, validation split")

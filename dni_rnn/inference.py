@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from dni_rnn import checkpoint
 from dni_rnn.errors import UsageError
-from dni_rnn.recurrent import SequenceModel
 from dni_rnn.runs import Run
-from dni_rnn.task import Corpus, Data
-from dni_rnn.training import build_model
+from dni_rnn.task import Corpus
+from dni_rnn.training import learner_class
 
 
 class LoadedRun(NamedTuple):
     """A run's model with its best weights, and its data."""
 
-    model: SequenceModel
-    data: Data
+    model: Any
+    data: Any
     device: torch.device
     symbols: int  # training symbols seen when the weights were kept
     level: int | None  # of a task that gets harder: what was being learnt then
@@ -35,7 +34,7 @@ def load_run(path: Path, device: torch.device, data_dir: Path | None = None) -> 
     data = run.task.load(data_dir or run.config.data_dir)
     run.check_symbols(data)
     tensors, values = checkpoint.load_checkpoint(run.best)
-    model = build_model(run.config, data)
+    model = learner_class(run.config).build(run.config, data)
     try:
         model.load_state_dict(tensors)
         symbols = values["symbols"]

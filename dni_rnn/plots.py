@@ -13,15 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from dni_rnn.errors import UsageError
+from dni_rnn.metrics import Metric, Point
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""One per T: Okabe and Ito's colour-blind-safe set, without the yellow that is lost on white."""
+"""One per depth (T, or layers): Okabe and Ito's colour-blind-safe set, without the yellow lost on white."""
 
 LINES = ("-", "--", ":", "-.")
 """One per method."""
 
 MARKERS = ("", "o", "s", "^", "D", "v")
-"""For curves of one method and one T."""
+"""For curves of one method and one depth."""
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -34,27 +35,19 @@ SETTINGS: dict[Any, Any] = {
 }
 
 
-class Point(NamedTuple):
-    """One validation."""
-
-    symbols: int  # trained on so far
-    seconds: float  # of training so far
-    value: float
-
-
 class Curve(NamedTuple):
     """What one line of the plot shows: the validations of one run, or of one run per seed.
 
     Attributes:
       label: in the legend.
       method: decides the line style.
-      bptt: T, decides the colour.
+      depth: T or layers, decides the colour.
       runs: the validations of each run, in order.
     """
 
     label: str
     method: str
-    bptt: int
+    depth: int
     runs: list[list[Point]]
 
 
@@ -93,7 +86,7 @@ def check_format(path: Path) -> None:
         raise UsageError(f"{path}: a plot's name must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
 
 
-def save_curves(paths: Sequence[Path], curves: Sequence[Curve], label: str) -> None:
+def save_curves(paths: Sequence[Path], curves: Sequence[Curve], metric: Metric) -> None:
     """Draw `curves` against symbols and against seconds, and save that as each of `paths`.
 
     Lines are means over runs, bands one standard deviation to either side. Equal curves give equal
@@ -102,11 +95,11 @@ def save_curves(paths: Sequence[Path], curves: Sequence[Curve], label: str) -> N
     Args:
       paths: png, svg or pdf by their ending.
       curves: what to draw; those with nothing to average (`mean_curve`) are left out.
-      label: of the vertical axis.
+      metric: whose validations they are.
     Raises:
       UsageError: a file has another ending or cannot be written.
     """
-    _save(paths, lambda: _draw([curve for curve in curves if mean_curve(curve.runs)], label))
+    _save(paths, lambda: _draw([curve for curve in curves if mean_curve(curve.runs)], metric))
 
 
 def save_lines(path: Path, panels: Sequence[Panel]) -> None:
@@ -147,7 +140,7 @@ def _save(paths: Sequence[Path], draw: Callable[[], Figure]) -> None:
                 raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _draw(curves: Sequence[Curve], label: str) -> Figure:
+def _draw(curves: Sequence[Curve], metric: Metric) -> Figure:
     figure = Figure(figsize=(11, 5), layout="constrained")
     by_symbols, by_seconds = figure.subplots(1, 2, sharey=True)
     handles = []
@@ -164,7 +157,9 @@ def _draw(curves: Sequence[Curve], label: str) -> Figure:
             handle = axes.plot(x, [p.value for p in points], **style | {"marker": marker})[0]
             axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
         handles.append(handle)
-    by_symbols.set(xlabel="characters of training", ylabel=label)
+    by_symbols.set(
+        xlabel=f"{metric.unit}s of training", ylabel=f"validation {metric.label} ({metric.meaning})"
+    )
     by_symbols.xaxis.set_major_formatter(EngFormatter(sep=""))
     by_seconds.set(xlabel="seconds of training (logarithmic)", xscale="log")  # T changes speed tenfold
     by_seconds.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -182,14 +177,14 @@ def _draw(curves: Sequence[Curve], label: str) -> Figure:
 
 
 def _styles(curves: Sequence[Curve]) -> Iterator[dict[str, Any]]:
-    lengths = sorted({curve.bptt for curve in curves})
+    lengths = sorted({curve.depth for curve in curves})
     methods = sorted({curve.method for curve in curves})
     drawn: Counter[tuple[str, int]] = Counter()
     for curve in curves:
-        alike = drawn[curve.method, curve.bptt]
-        drawn[curve.method, curve.bptt] += 1
+        alike = drawn[curve.method, curve.depth]
+        drawn[curve.method, curve.depth] += 1
         yield {
-            "color": COLOURS[lengths.index(curve.bptt) % len(COLOURS)],
+            "color": COLOURS[lengths.index(curve.depth) % len(COLOURS)],
             "linestyle": LINES[methods.index(curve.method) % len(LINES)],
             "marker": MARKERS[alike % len(MARKERS)],
             "markersize": 4,

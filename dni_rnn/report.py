@@ -25,41 +25,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from dni_rnn.errors import UsageError
-from dni_rnn.plots import Curve, Point, save_curves
+from dni_rnn.metrics import BPC, Metric, Point, metric_of
+from dni_rnn.plots import Curve, save_curves
 from dni_rnn.sweep import Cell, read_rows, read_sweep
-
-
-@dataclass(frozen=True)
-class Metric:
-    """The number that a task is judged by.
-
-    Attributes:
-      key: rows and summaries hold `valid_KEY`, `best_valid_KEY` and `test_KEY`; plots are named after it.
-      label: what tables and plots call it.
-      meaning: the label in words.
-      lower_is_better: whether a smaller number is a better one.
-    """
-
-    key: str
-    label: str
-    meaning: str
-    lower_is_better: bool = True
-
-    def best(self, values: Iterable[float]) -> float:
-        """The best of some values."""
-        return min(values) if self.lower_is_better else max(values)
-
-    def reached(self, value: float, target: float) -> bool:
-        """Whether `value` is as good as `target` or better."""
-        return value <= target if self.lower_is_better else value >= target
-
-    def points(self, validations: Iterable[Mapping[str, Any]]) -> list[Point]:
-        """The validation curve from the rows that hold one: of `curve`, or of metrics.jsonl."""
-        name = f"valid_{self.key}"
-        return [Point(row["symbols"], row["seconds"], row[name]) for row in validations if name in row]
-
-
-BPC = Metric("bpc", "BPC", "bits per character")
 
 DIGITS = 3
 """Decimals of a metric in a table."""
@@ -184,7 +152,9 @@ def render_table(
     if about.reference is not None and groups[about.reference]:
         target = fmean(row[final] for row in groups[about.reference])
 
-    header = ["cell", "n", f"best valid {metric.label}", f"test {metric.label}", "characters/s", "seconds"]
+    header = [
+        "cell", "n", f"best valid {metric.label}", f"test {metric.label}", f"{metric.unit}s/s", "seconds"
+    ]  # fmt: skip
     if target is not None:
         header.append(f"seconds to {target:.{DIGITS}f}")
     if about.published:
@@ -240,15 +210,16 @@ def _time_to(curves: Sequence[Sequence[Point]], target: float, metric: Metric) -
 def _legend(about: About, target: float | None, metric: Metric) -> str:
     text = (
         f"{metric.label}: {metric.meaning}; mean ± sample standard deviation over n seeds. Best valid is the "
-        "best validation of each run, test is measured with the weights of that validation. characters/s and "
+        "best validation of each run, test is measured with the weights of that validation. "
+        f"{metric.unit}s/s and "
         "seconds: means, of training alone, validation not counted. Plot: mean over seeds, band ± 1 standard "
         "deviation."
     )
     if about.speeds is not None:
         text += (
-            " Seconds are characters / (characters per second of the cell), and those were measured apart, "
-            "all cells in turn in one process, one thread (`benchmarks/throughput.py`, `speed.json`): the "
-            "runs themselves shared a busy machine."
+            f" Seconds are {metric.unit}s / ({metric.unit}s per second of the cell), and those were measured "
+            "apart, all cells in turn in one process, one thread (`benchmarks/throughput.py`, `speed.json`): "
+            "the runs themselves shared a busy machine."
         )
     if target is not None:
         text += (
@@ -331,14 +302,22 @@ def write_report(folder: Path) -> None:
     if not rows:
         raise UsageError(f"{folder}: no rows yet; run dni-rnn sweep {folder} first")
     about = read_about(folder, cells)
-    table = render_table(cells, rows, about)
+    metric = metric_of(rows[0])
+    table = render_table(cells, rows, about, metric)
     curves = [
-        Curve(name, found[0]["method"], found[0]["config"]["bptt"], [BPC.points(r["curve"]) for r in found])
+        Curve(name, found[0]["method"], _depth(found[0]), [metric.points(r["curve"]) for r in found])
         for name, found in by_cell(cells, about.timed(rows)).items()
         if found
     ]
-    plots = [folder / f"{BPC.key}.png", folder / f"{BPC.key}.svg"]
-    save_curves(plots, curves, f"validation {BPC.label} ({BPC.meaning})")
+    plots = [folder / f"{metric.key}.png", folder / f"{metric.key}.svg"]
+    save_curves(plots, curves, metric)
     (folder / "table.csv").write_text(render_csv(cells, rows), encoding="utf-8", newline="\n")
     (folder / "table.md").write_text(table, encoding="utf-8", newline="\n")
-    print(f"{folder}: {len(rows)} of {len(cells)} rows -> table.md, table.csv, {BPC.key}.png, {BPC.key}.svg")
+    names = f"table.md, table.csv, {metric.key}.png, {metric.key}.svg"
+    print(f"{folder}: {len(rows)} of {len(cells)} rows -> {names}")
+
+
+def _depth(row: dict[str, Any]) -> int:
+    """`RunConfig.depth` of a finished run."""
+    config = row["config"]
+    return config["bptt"] if "bptt" in config else config["layers"]

@@ -22,10 +22,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dni_rnn.config import NOT_OF_THE_TRAJECTORY, TrainConfig, from_json, to_json
+from dni_rnn.config import RunConfig, from_json, to_json
 from dni_rnn.errors import UsageError
 from dni_rnn.files import read_jsonl, write_atomically, write_jsonl
-from dni_rnn.task import Data, Task, installed_tasks
+from dni_rnn.task import Data, Task, config_of, installed_tasks
 
 REPORTED_PACKAGES = ("dni-rnn", "torch", "numpy", "safetensors")
 
@@ -38,7 +38,7 @@ class Run:
       task_name, task, config: what is run.
     """
 
-    def __init__(self, path: Path, task_name: str, task: Task, config: TrainConfig) -> None:
+    def __init__(self, path: Path, task_name: str, task: Task, config: RunConfig) -> None:
         self.path, self.task_name, self.task, self.config = path, task_name, task, config
 
     @property
@@ -76,7 +76,7 @@ class Run:
         tasks = installed_tasks()
         if name not in tasks:
             raise UsageError(f"{path}: its task {name!r} is not installed; known: {', '.join(tasks)}")
-        return cls(path, name, from_json(tasks[name], options), from_json(TrainConfig, config))
+        return cls(path, name, from_json(tasks[name], options), from_json(config_of(tasks[name]), config))
 
     def check_symbols(self, data: Data) -> None:
         """Raises `UsageError` when `data` has other symbols than those the run was started with."""
@@ -124,7 +124,7 @@ class Run:
             raise UsageError(f"{self.path} holds a run of another task: {other.task_name} with {other.task}")
         mine, theirs = to_json(self.config), to_json(other.config)
         for name in mine:
-            if name not in NOT_OF_THE_TRAJECTORY and mine[name] != theirs[name]:
+            if name not in self.config.free and mine[name] != theirs[name]:
                 raise UsageError(
                     f"{self.path} was run with --{name.replace('_', '-')} {theirs[name]}, not {mine[name]}; "
                     "resume it with the same settings or give another --out"
@@ -220,7 +220,6 @@ def _commit() -> str | None:
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
-def default_path(task_name: str, config: TrainConfig) -> Path:
-    """runs/TASK-METHOD-TT-seedN below the working directory."""
-    method = config.method.replace(":", "")
-    return Path(os.curdir) / "runs" / f"{task_name}-{method}-T{config.bptt}-seed{config.seed}"
+def default_path(task_name: str, config: RunConfig) -> Path:
+    """runs/TASK-FOLDER-seedN below the working directory, FOLDER as the configuration says."""
+    return Path(os.curdir) / "runs" / f"{task_name}-{config.folder}-seed{config.seed}"

@@ -32,6 +32,7 @@ from typing import Any
 
 from dni_rnn.errors import UsageError
 from dni_rnn.files import read_jsonl, write_jsonl
+from dni_rnn.metrics import metric_of
 
 POLL_SECONDS = 0.5
 
@@ -99,10 +100,12 @@ def make_row(cell: Cell, run: Path) -> dict[str, Any]:
     """One finished run as one row: what was asked, what came out, the curve, and when each level began."""
     config = json.loads((run / "config.json").read_text())
     metrics = read_jsonl(run / "metrics.jsonl")
+    summary = json.loads((run / "summary.json").read_text())
+    valid = f"valid_{metric_of(summary).key}"
     curve = [
-        {"symbols": m["symbols"], "seconds": m["seconds"], "valid_bpc": round(m["valid_bpc"], 5)}
+        {"symbols": m["symbols"], "seconds": m["seconds"], valid: round(m[valid], 5)}
         for m in metrics
-        if "valid_bpc" in m
+        if valid in m
     ]
     climbs: list[dict[str, Any]] = []
     for m in metrics:
@@ -113,7 +116,7 @@ def make_row(cell: Cell, run: Path) -> dict[str, Any]:
         "cell": cell.name,
         "seed": cell.seed,
         "command": cell.command,
-        **json.loads((run / "summary.json").read_text()),
+        **summary,
         "config": {
             **{name: value for name, value in config["config"].items() if name not in OF_THE_MACHINE},
             "task_options": config["task_options"],
@@ -160,7 +163,9 @@ def run_sweep(folder: Path, work: Path, parallel: int, minutes: float | None = N
                     row = make_row(cell, work / cell.folder)
                     rows = [*read_rows(folder), row]
                     write_jsonl(folder / "rows.jsonl", rows)
-                    outcome = f"test {row['test_bpc']:.4f} bpc in {row['seconds']:.0f} s"
+                    metric = metric_of(row)
+                    score = row[f"test_{metric.key}"]
+                    outcome = f"test {score:.4f} {metric.key} in {row['seconds']:.0f} s"
                 elif time.monotonic() >= deadline:
                     outcome = "stopped, saved"
                 elif attempts[cell] < 2:

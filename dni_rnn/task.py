@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from dni_rnn.config import RunConfig, TrainConfig
 from dni_rnn.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ GROUP = "dni_rnn.tasks"
 
 
 class Data(Protocol):
-    """What a loaded task offers to the training loop: symbols, and streams of them."""
+    """What a loaded task offers to a recurrent learner: symbols, and streams of them."""
 
     @property
     def name(self) -> str:
@@ -53,9 +54,11 @@ class Task(Protocol):
 
     It may have `presets`, a class attribute: names for `--preset` -> `dni_rnn.config.Preset`. The one
     named "default" holds without `--preset`.
+    What trains it is named by a class attribute `config`, a subclass of `dni_rnn.config.RunConfig`;
+    without one it is a task for a recurrent net, `TrainConfig`.
     """
 
-    def load(self, data_dir: Path | None) -> Data:
+    def load(self, data_dir: Path | None) -> Any:
         """Find, check and read the data. Raises `UsageError` when it cannot."""
         ...
 
@@ -115,6 +118,11 @@ class Corpus:
                 )
             encoded.append(np.fromiter((number[s] for s in text), dtype=dtype, count=len(text)))
         return cls(name, symbols, *encoded)
+
+
+def config_of(task: type) -> type[RunConfig]:
+    """The configuration that a task is trained with: its `config`, or that of a recurrent net."""
+    return getattr(task, "config", TrainConfig)
 
 
 def installed_tasks() -> dict[str, type]:

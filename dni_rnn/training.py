@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dni_rnn import checkpoint
-from dni_rnn.config import TrainConfig
+from dni_rnn.config import RunConfig, TrainConfig
 from dni_rnn.errors import DivergedError, UsageError
 from dni_rnn.estimators import DNI, TruncatedBPTT, window_loss
+from dni_rnn.metrics import Metric
 from dni_rnn.recurrent import RecurrentCore, SequenceModel
 from dni_rnn.runs import MetricsLog, Run
 from dni_rnn.synthesizers import ContextEncoder, ContextMLP, EmbeddedTokens, MLPSynthesizer, OneHotTokens
@@ -89,18 +91,129 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-class Learner:
+def learner_class(config: RunConfig) -> type[BaseLearner]:
+    """What trains a run of this configuration (`RunConfig.learner`)."""
+    module, _, name = config.learner.partition(":")
+    return getattr(import_module(module), name)
+
+
+class BaseLearner:
     """A model in training: everything that one update reads and changes, and nothing else.
+
+    A kind of learner sets in its constructor the attributes below, the modules and averages that make
+    up its state, and gives `update`, `metrics`, `summary`, `build` and `score` their meaning. Averages
+    are tensors that `reset_metrics` zeroes.
 
     Args:
       config: of the run.
       data: of the task.
       device: where to train.
+
+    Attributes:
+      model: what is saved as the best and evaluated; `modules` are all that hold weights.
+      net, synthesizer: parameters of the net and of its synthesizers.
+      optimizer: of both.
+      one_pass: symbols in one pass over the training data, the default budget.
+      step, symbols, updates: since the start; `updates` since the last metrics row.
     """
 
-    def __init__(self, config: TrainConfig, data: Data, device: torch.device) -> None:
+    averages: tuple[str, ...]
+    counts: tuple[str, ...] = ("step", "symbols", "updates")
+    model: nn.Module
+    modules: dict[str, nn.Module]
+    net: list[nn.Parameter]
+    synthesizer: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    one_pass: int
+
+    def __init__(self, config: Any, data: Any, device: torch.device) -> None:
         torch.manual_seed(config.seed)
         self.config, self.data, self.device = config, data, device
+        self.step, self.symbols = 0, 0
+        self.reset_metrics()
+
+    @staticmethod
+    def build(config: Any, data: Any) -> nn.Module:
+        """The model that `config` describes, for `data`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def score(
+        model: Any, data: Any, split: Split, device: torch.device, level: int | None = None
+    ) -> float:
+        """`config.metric` over one pass of `split`, of a task that gets harder at `level`."""
+        raise NotImplementedError
+
+    def reset_metrics(self) -> None:
+        """Start the averages of the next metrics row."""
+        for name in self.averages:
+            setattr(self, name, torch.zeros((), device=self.device))
+        self.updates = 0
+
+    def update(self) -> None:
+        """One update: forward, backward, step."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, float]:
+        """Averages since `reset_metrics`, among them the metric on the training data."""
+        raise NotImplementedError
+
+    def check(self, row: dict[str, float]) -> None:
+        """Raises `DivergedError` when `metrics` are not those of a healthy run."""
+        if not math.isfinite(row[self.config.metric.key]):
+            raise DivergedError("the loss is not finite")
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            raise DivergedError("a weight is not finite")
+
+    @property
+    def level(self) -> int | None:
+        """Of a task that gets harder: the level being learnt."""
+        return None
+
+    def evaluate(self, split: Split, level: int | None) -> float:
+        """`score` of the model as it is."""
+        return self.score(self.model, self.data, split, self.device, level)
+
+    def summary(self) -> dict[str, float]:
+        """What the summary says besides what every run's does."""
+        return {}
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON values from which training goes on bit for bit."""
+        tensors = checkpoint.nest("optimizer", checkpoint.optimizer_state(self.optimizer))
+        for name, module in self.modules.items():
+            tensors |= checkpoint.nest(name, module.state_dict())
+        tensors |= {f"average.{name}": getattr(self, name) for name in self.averages}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        return tensors, {name: getattr(self, name) for name in self.counts}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Go back to `state_dict`."""
+        for name, module in self.modules.items():
+            module.load_state_dict(checkpoint.under(name, tensors))
+        checkpoint.load_optimizer_state(self.optimizer, checkpoint.under("optimizer", tensors))
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        for name in self.averages:
+            setattr(self, name, tensors[f"average.{name}"].to(self.device))
+        for name in self.counts:
+            setattr(self, name, values[name])
+
+
+class Learner(BaseLearner):
+    """A recurrent model in training on a stream of windows."""
+
+    averages = ("loss", "norm")
+    counts = (*BaseLearner.counts, "scored")
+    loss: Tensor
+    norm: Tensor
+    model: SequenceModel
+
+    def __init__(self, config: TrainConfig, data: Data, device: torch.device) -> None:
+        super().__init__(config, data, device)
         self.model = build_model(config, data).to(device)
         self.estimator = build_estimator(config, data).to(device)
         self.net = self.model.net_parameters()
@@ -112,14 +225,22 @@ class Learner:
         self.stream = data.stream("train", config.batch_size, config.seed).to(device)
         self.state = self.model.initial_state(config.batch_size)
         self.context = config.context_spec.window
-        self.step, self.symbols = 0, 0
-        self.reset_metrics()
+        self.modules = {"model": self.model, "estimator": self.estimator}
+        self.one_pass = self.stream.size
+
+    @staticmethod
+    def build(config: Any, data: Any) -> SequenceModel:
+        return build_model(config, data)
+
+    @staticmethod
+    def score(
+        model: SequenceModel, data: Data, split: Split, device: torch.device, level: int | None = None
+    ) -> float:
+        return evaluate(model, data, split, device, level)
 
     def reset_metrics(self) -> None:
-        """Start the averages of the next metrics row."""
-        self.loss = torch.zeros((), device=self.device)
-        self.norm = torch.zeros((), device=self.device)
-        self.scored, self.updates = 0, 0
+        super().reset_metrics()
+        self.scored = 0
 
     def update(self) -> None:
         """One update: `accumulate` windows forward and backward, clip, step."""
@@ -162,59 +283,28 @@ class Learner:
         return None if self.stream.ladder is None else self.stream.ladder.level
 
     def check(self, row: dict[str, float]) -> None:
-        """Raises `DivergedError` when `metrics` are not those of a healthy run."""
-        if not math.isfinite(row["bpc"]):
-            raise DivergedError("the loss is not finite")
-        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
-            raise DivergedError("a weight is not finite")
+        super().check(row)
         if not row["state_rms"] <= self.config.state_limit:
             raise DivergedError(
                 f"the recurrent state has run away (root mean square {row['state_rms']:.3g}, "
                 f"limit {self.config.state_limit:g})"
             )
 
-    def evaluate(self, split: Split, level: int | None) -> float:
-        """`evaluate` of this model on its task."""
-        return evaluate(self.model, self.data, split, self.device, level)
+    def summary(self) -> dict[str, float]:
+        solved = {} if self.level is None else {"solved": self.level - 1}
+        return {**solved, "state_rms": self.state_rms()}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values from which training goes on bit for bit."""
-        tensors = {
-            **checkpoint.nest("model", self.model.state_dict()),
-            **checkpoint.nest("estimator", self.estimator.state_dict()),
-            **checkpoint.nest("optimizer", checkpoint.optimizer_state(self.optimizer)),
-            **{f"state.{i}": leaf for i, leaf in enumerate(flatten(self.state)[0])},
-            "average.loss": self.loss,
-            "average.norm": self.norm,
-            "random.cpu": torch.get_rng_state(),
-        }
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        values = {
-            "step": self.step,
-            "symbols": self.symbols,
-            "scored": self.scored,
-            "updates": self.updates,
-            "stream": self.stream.state_dict(),
-        }
-        return tensors, values
+        tensors, values = super().state_dict()
+        tensors |= {f"state.{i}": leaf for i, leaf in enumerate(flatten(self.state)[0])}
+        return tensors, values | {"stream": self.stream.state_dict()}
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Go back to `state_dict`."""
-        self.model.load_state_dict(checkpoint.under("model", tensors))
-        self.estimator.load_state_dict(checkpoint.under("estimator", tensors))
-        checkpoint.load_optimizer_state(self.optimizer, checkpoint.under("optimizer", tensors))
+        super().load_state_dict(tensors, values)
         leaves = checkpoint.under("state", tensors)
         _, spec = flatten(self.state)
         saved = unflatten([leaves[str(i)] for i in range(len(leaves))], spec)
         self.state = map_tree(lambda leaf: leaf.to(self.device), saved)
-        torch.set_rng_state(tensors["random.cpu"])
-        if self.device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
-        self.loss = tensors["average.loss"].to(self.device)
-        self.norm = tensors["average.norm"].to(self.device)
-        for name in ("step", "symbols", "scored", "updates"):
-            setattr(self, name, values[name])
         self.stream.load_state_dict(values["stream"])
 
 
@@ -292,7 +382,7 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     data = run.task.load(config.data_dir)
     if config.threads:
         torch.set_num_threads(config.threads)
-    learner = Learner(config, data, device)
+    learner = learner_class(config)(config, data, device)
     size = sum(t.numel() * t.element_size() for t in learner.model.state_dict().values())
     run.prepare(needed_bytes=12 * size)
     seconds, best = 0.0, None
@@ -326,13 +416,16 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
 
 
 class Best(NamedTuple):
-    """The best validation so far: at the highest level, and there with the lowest loss (bits per symbol)."""
+    """The best validation so far: at the highest level, and there with the best value of the metric."""
 
     level: int
-    bits: float
+    value: float
 
-    def beats(self, other: Best) -> bool:
-        return (-self.level, self.bits) < (-other.level, other.bits)
+    def beats(self, other: Best, metric: Metric) -> bool:
+        """Whether this is better than `other`, not merely as good."""
+        if self.level != other.level:
+            return self.level > other.level
+        return self.value != other.value and metric.reached(self.value, other.value)
 
 
 class _Stopwatch:
@@ -356,19 +449,21 @@ class _Stopwatch:
 class _Loop:
     """One call of `train`: when to log, to validate, to save and to stop."""
 
-    def __init__(self, run: Run, learner: Learner, seconds: float, best: Best | None, quiet: bool) -> None:
+    def __init__(
+        self, run: Run, learner: BaseLearner, seconds: float, best: Best | None, quiet: bool
+    ) -> None:
         config = run.config
         self.run, self.learner, self.config, self.best = run, learner, config, best
-        self.budget = config.chars
-        if config.chars is None and config.minutes is None and config.steps is None:
-            self.budget = learner.stream.size
+        self.metric = config.metric
+        self.counted, self.budget = config.budget or ("symbols", learner.one_pass)
         self.clock = _Stopwatch(seconds)
         self.saved = time.perf_counter()
         self.logged_at, self.logged_symbols = seconds, learner.symbols
         self.log = MetricsLog(run)
-        total, unit = self._total()
+        units = {"steps": "update", "minutes": "min", "symbols": self.metric.unit}
         self.bar = tqdm(
-            total=total, initial=self._done(), desc=run.path.name, unit=unit, unit_scale=True, disable=quiet,
+            total=self.budget, initial=self._done(), desc=run.path.name, unit=units[self.counted],
+            unit_scale=self.counted != "minutes", disable=quiet,
             dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30.0, leave=False,
         )  # fmt: skip
 
@@ -402,25 +497,13 @@ class _Loop:
         return time.perf_counter() - self.saved > self.config.save_every
 
     def _finished(self) -> bool:
-        if self.config.steps is not None:
-            return self.learner.step >= self.config.steps
-        if self.config.minutes is not None:
-            return self.clock.read() >= 60.0 * self.config.minutes
-        assert self.budget is not None
-        return self.learner.symbols >= self.budget
+        return self._done() >= self.budget
 
-    def _total(self) -> tuple[int, str]:
-        if self.config.steps is not None:
-            return self.config.steps, "update"
-        if self.config.minutes is not None:
-            return round(60 * self.config.minutes), "s"
-        assert self.budget is not None
-        return self.budget, "char"
-
-    def _done(self) -> int:
-        if self.config.steps is not None:
-            return self.learner.step
-        return round(self.clock.read()) if self.config.minutes is not None else self.learner.symbols
+    def _done(self) -> float:
+        """How much of the budget is used up, in the units it is given in."""
+        if self.counted == "minutes":
+            return self.clock.read() / 60.0
+        return self.learner.step if self.counted == "steps" else self.learner.symbols
 
     def _log(self) -> None:
         learner = self.learner
@@ -434,22 +517,23 @@ class _Loop:
             {"step": learner.step, "symbols": learner.symbols, **measured}
             | {"seconds": round(seconds, 3), "symbols_per_second": round(speed)}
         )
-        self.bar.set_postfix_str(f"{measured['bpc']:.3f} bpc, {speed / 1e3:.1f}k chars/s", refresh=False)
+        key, unit = self.metric.key, self.metric.unit
+        self.bar.set_postfix_str(f"{measured[key]:.3f} {key}, {speed / 1e3:.1f}k {unit}s/s", refresh=False)
         self.bar.update(self._done() - self.bar.n)
 
     def _validate(self) -> None:
         learner = self.learner
         level = learner.level
-        bits = learner.evaluate("valid", level)
-        if not math.isfinite(bits):
+        value, name = learner.evaluate("valid", level), f"valid_{self.metric.key}"
+        if not math.isfinite(value):
             raise DivergedError("the validation loss is not finite")
         seconds = round(self.clock.read(), 3)
-        values = {"step": learner.step, "symbols": learner.symbols, "valid_bpc": bits}
+        values = {"step": learner.step, "symbols": learner.symbols, name: value}
         if level is not None:
             values["level"] = level
         self.log.write(values | {"seconds": seconds})
-        found = Best(level or 0, bits)
-        if self.best is None or found.beats(self.best):
+        found = Best(level or 0, value)
+        if self.best is None or found.beats(self.best, self.metric):
             self.best = found
             checkpoint.save_checkpoint(self.run.best, learner.model.state_dict(), values)
 
@@ -465,7 +549,8 @@ class _Loop:
     def _summarise(self) -> dict[str, Any]:
         learner = self.learner
         tensors, best = checkpoint.load_checkpoint(self.run.best)
-        valid = [row["valid_bpc"] for row in self.run.rows() if "valid_bpc" in row][-1]
+        key = self.metric.key
+        valid = self.metric.points(self.run.rows())[-1].value
         seconds = self.clock.read()
         learner.model.load_state_dict(tensors)
         test = learner.evaluate("test", best.get("level"))
@@ -477,12 +562,11 @@ class _Loop:
             "symbols": learner.symbols,
             "seconds": round(seconds, 3),
             "symbols_per_second": round(learner.symbols / seconds),
-            "valid_bpc": valid,
-            "best_valid_bpc": best["valid_bpc"],
+            f"valid_{key}": valid,
+            f"best_valid_{key}": best[f"valid_{key}"],
             "best_symbols": best["symbols"],
-            "test_bpc": test,
-            **({} if learner.level is None else {"solved": learner.level - 1}),
-            "state_rms": learner.state_rms(),
+            f"test_{key}": test,
+            **learner.summary(),
             "net_parameters": sum(p.numel() for p in learner.net),
             "synthesizer_parameters": sum(p.numel() for p in learner.synthesizer),
             "peak_memory_mb": round(_peak_memory(learner.device) / 1e6, 1),

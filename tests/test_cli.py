@@ -5,6 +5,7 @@ The help texts are kept in tests/golden/help_*.txt. To renew them after a change
     DNI_RNN_RENEW=1 pytest tests/test_cli.py tests/test_golden.py
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -24,14 +25,14 @@ import torch
 from dni_rnn import cli, task
 from dni_rnn.checkpoint import load_checkpoint, save_checkpoint
 from dni_rnn.cli import main, parse_train
-from dni_rnn.config import NOT_OF_THE_TRAJECTORY, PUBLISHED_DNI, TrainConfig, from_json, to_json
+from dni_rnn.config import PUBLISHED_DNI, TrainConfig, from_json, to_json
 from dni_rnn.errors import UsageError
 from dni_rnn.inference import load_run, sample
-from dni_rnn.task import installed_tasks
+from dni_rnn.task import config_of, installed_tasks
 
 GOLDEN = Path(__file__).parent / "golden"
 RENEW = os.environ.get("DNI_RNN_RENEW") == "1"
-BUNDLED = ("copy", "ptb", "recall", "repeat-copy", "text")
+BUNDLED = ("addition", "cifar", "copy", "mnist", "ptb", "recall", "repeat-copy", "text")
 COMMANDS = ("train", "eval", "sample", "compare", "diagnose", "demo", "sweep", "report", "tasks")
 SMALL = shlex.split(
     "--hidden 8 --embedding 4 --batch-size 4 --bptt 5 --log-every 5 --eval-every 400 --threads 1"
@@ -113,8 +114,8 @@ def test_every_command_has_a_golden_help(capsys):
 def test_every_setting_is_in_the_help_with_an_explanation(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     text = helped(["train", name], capsys)
-    for field in TrainConfig.__dataclass_fields__:
-        flag = f"--{field.replace('_', '-')}"
+    for field in dataclasses.fields(config_of(cli.TASKS[name])):
+        flag = f"--{field.name.replace('_', '-')}"
         line = re.search(rf"{flag}[ ,].*(\n.*)?\(default: ", text)
         assert line, flag
         assert len(re.sub(rf"{flag}\S*|\W|default", "", line[0])) > 20, flag
@@ -273,7 +274,7 @@ def test_settings_survive_json():
     assert from_json(TrainConfig, {"hidden": 3}) == TrainConfig(hidden=3)  # written before a setting existed
     with pytest.raises(UsageError, match="another version: unknown setting wings"):
         from_json(TrainConfig, {"wings": 2})
-    assert set(to_json(config)) > NOT_OF_THE_TRAJECTORY
+    assert set(to_json(config)) > config.free
 
 
 def test_the_names_of_methods():

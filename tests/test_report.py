@@ -254,7 +254,7 @@ def test_a_plot_of_alike_curves_and_one_of_a_single_validation(tmp_path):
     line, dot = points((100, 10.0, 3.0), (200, 20.0, 1.0)), points((100, 10.0, 2.0))
     curves = [Curve(f"run {i}", "bptt", 2, [line]) for i in range(9)]
     curves += [Curve("dot", "dni", 20, [dot]), Curve("not begun", "dni", 20, [[]])]
-    save_curves([tmp_path / "a.svg"], curves, "BPC")
+    save_curves([tmp_path / "a.svg"], curves, BPC)
     drawn = (tmp_path / "a.svg").read_text()
     assert COLOURS[0].lower() in drawn
     assert COLOURS[1].lower() in drawn
@@ -265,9 +265,9 @@ def test_a_plot_of_alike_curves_and_one_of_a_single_validation(tmp_path):
 def test_plots_that_cannot_be_written(tmp_path):
     curves = [Curve("run", "bptt", 2, [points((100, 10.0, 3.0))])]
     with pytest.raises(UsageError, match=r"must end in \.png, \.svg or \.pdf"):
-        save_curves([tmp_path / "plot.bmp"], curves, "BPC")
+        save_curves([tmp_path / "plot.bmp"], curves, BPC)
     with pytest.raises(UsageError, match="cannot be written"):
-        save_curves([tmp_path / "nowhere" / "plot.png"], curves, "BPC")
+        save_curves([tmp_path / "nowhere" / "plot.png"], curves, BPC)
 
 
 def write_run(path, validations, *, test=None, tail="", **options):

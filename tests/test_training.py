@@ -503,7 +503,7 @@ def test_what_may_change_when_a_run_is_resumed(text, tmp_path):
 
 def test_every_other_setting_is_checked():
     """A new setting is checked on resume unless it is listed as harmless."""
-    harmless = runs.NOT_OF_THE_TRAJECTORY
+    harmless = TrainConfig.free
     assert harmless < {field.name for field in dataclasses.fields(TrainConfig)}
     assert not harmless & {"seed", "lr", "hidden", "eval_every", "accumulate", "context", "batch_size"}
 

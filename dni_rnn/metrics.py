@@ -1,0 +1,58 @@
+"""What a task is judged by. Nothing here imports torch or matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Point(NamedTuple):
+    """One validation."""
+
+    symbols: int  # trained on so far
+    seconds: float  # of training so far
+    value: float
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The number that a task is judged by.
+
+    Attributes:
+      key: rows and summaries hold `valid_KEY`, `best_valid_KEY` and `test_KEY`; plots are named after it.
+      label: what tables and plots call it.
+      meaning: the label in words.
+      lower_is_better: whether a smaller number is a better one.
+      unit: what training is counted in (`symbols` of rows and summaries).
+    """
+
+    key: str
+    label: str
+    meaning: str
+    lower_is_better: bool = True
+    unit: str = "character"
+
+    def best(self, values: Iterable[float]) -> float:
+        """The best of some values."""
+        return min(values) if self.lower_is_better else max(values)
+
+    def reached(self, value: float, target: float) -> bool:
+        """Whether `value` is as good as `target` or better."""
+        return value <= target if self.lower_is_better else value >= target
+
+    def points(self, validations: Iterable[Mapping[str, Any]]) -> list[Point]:
+        """The validation curve from the rows that hold one: of `curve`, or of metrics.jsonl."""
+        name = f"valid_{self.key}"
+        return [Point(row["symbols"], row["seconds"], row[name]) for row in validations if name in row]
+
+
+BPC = Metric("bpc", "BPC", "bits per character")
+ERROR = Metric("error", "error %", "wrongly classified examples, in percent", unit="example")
+
+METRICS = (BPC, ERROR)
+
+
+def metric_of(row: Mapping[str, Any]) -> Metric:
+    """The metric that a finished row, or a summary, holds."""
+    return next(metric for metric in METRICS if f"test_{metric.key}" in row)
