@@ -1,0 +1,336 @@
+"""Feed-forward nets cut by interfaces: the same `Interface` that serves a recurrent net, between layers.
+
+Source: Jaderberg et al. 2017, arXiv:1608.05343, §2 and §3.1, §A.1 for the nets.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dni_rnn.interface import Interface, attach
+from dni_rnn.synthesizers import ContextMLP, Critic, OneHotTokens, Rows
+
+Method = Literal["bprop", "none", "dni", "cdni", "critic"]
+
+
+def fcn(features: int, outputs: int, layers: int, width: int) -> nn.Sequential:
+    """A fully connected net: `layers` − 1 times Linear-BN-ReLU, then a Linear. One module per layer.
+
+    Shapes: (B, ...) with `features` elements a row -> (B, outputs).
+
+    Source: Jaderberg et al. 2017, §A.1. Their layer counts include the last one: their figures without
+    any gradient (9.3 % at 3 to 21.4 % at 6 layers) are those of 2 to 5 random hidden layers.
+    """
+    sizes = [features, *[width] * (layers - 1)]
+    blocks: list[nn.Module] = [
+        nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in pairwise(sizes)
+    ]
+    blocks.append(nn.Linear(sizes[-1], outputs))
+    blocks[0] = nn.Sequential(nn.Flatten(), blocks[0])
+    return nn.Sequential(*blocks)
+
+
+def sigmoid_net(features: int, outputs: int, layers: int, width: int) -> nn.Sequential:
+    """As `fcn`, Linear-Sigmoid: the net of the tutorials."""
+    sizes = [features, *[width] * (layers - 1)]
+    blocks = [nn.Sequential(nn.Linear(a, b), nn.Sigmoid()) for a, b in pairwise(sizes)]
+    return nn.Sequential(*blocks, nn.Linear(sizes[-1], outputs))
+
+
+def cnn(shape: Sequence[int], outputs: int, layers: int, channels: int) -> nn.Sequential:
+    """A convolutional net: `layers` − 1 times 5×5 convolution-BN-ReLU-pooling, then a Linear.
+
+    Convolutions keep the resolution; pooling is 3×3 with stride 2, the maximum in the first layer and the
+    mean in the others.
+
+    Args:
+      shape: (channels, height, width) of a row.
+
+    Source: Jaderberg et al. 2017, §A.1.
+    """
+    blocks: list[nn.Module] = []
+    depth, height, width = shape
+    for number in range(layers - 1):
+        pool = nn.AvgPool2d(3, 2, padding=1) if number else nn.MaxPool2d(3, 2, padding=1)
+        convolution = nn.Conv2d(depth, channels, 5, padding=2)
+        blocks.append(nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.ReLU(), pool))
+        depth, height, width = channels, (height + 1) // 2, (width + 1) // 2
+    blocks.append(nn.Sequential(nn.Flatten(), nn.Linear(depth * height * width, outputs)))
+    return nn.Sequential(*blocks)
+
+
+def vgg(shape: Sequence[int], outputs: int, channels: int = 64) -> nn.Sequential:
+    """11 convolutions of 3×3, each BN-ReLU, then the mean over the map and a Linear; 12 modules.
+
+    Widths in units of `channels`: 1 1 2/2 2 2 4/2 4 4 8/2 8 8, where /2 is a stride of 2.
+
+    Source: Czarnecki et al. 2017, arXiv:1706.04859, the CIFAR-10 net of the synthetic-gradient experiment.
+    """
+    blocks: list[nn.Module] = []
+    depth = shape[0]
+    for number, factor in enumerate((1, 1, 2, 2, 2, 4, 4, 4, 8, 8, 8)):
+        stride = 2 if number in (2, 5, 8) else 1
+        convolution = nn.Conv2d(depth, factor * channels, 3, stride, padding=1, bias=False)
+        depth = factor * channels
+        blocks.append(nn.Sequential(convolution, nn.BatchNorm2d(depth), nn.ReLU()))
+    blocks.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(depth, outputs)))
+    return nn.Sequential(*blocks)
+
+
+class Decoupled(nn.Module):
+    """A net in parts, with an interface at each cut; trains in an ordinary loop.
+
+        logits = model(x, labels)
+        loss = criterion(logits, labels)
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+
+    That one backward brings each part the gradient of its own objective: the last part that of the
+    loss, every other the synthetic gradient at its output; no gradient crosses a cut. In evaluation
+    mode, or where no gradients are recorded, the parts are simply chained.
+
+    Args:
+      parts: in order; a part maps a tensor (B, ...) to a tensor (B, ...).
+      interfaces: one per cut. With none given, nothing comes across the cuts: only the last part learns.
+      update_probability: p. In every training step each part, independently, takes part in the backward
+        pass with probability p; the gradients of the others stay None, so an optimizer passes them over.
+        The synthesizer at a cut is trained when the part behind it takes part. With p = 1 nothing is drawn.
+      guesses: one module per cut, x -> a synthetic input for the part behind it, trained on the mean
+        squared error to what really comes out before it: complete unlock, a part then waits for neither
+        of its neighbours.
+
+    Source: Jaderberg et al. 2017, §3.1: feed-forward nets, sparse updates, complete unlock.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        interfaces: Sequence[Interface] = (),
+        *,
+        update_probability: float = 1.0,
+        guesses: Sequence[nn.Module] = (),
+    ) -> None:
+        super().__init__()
+        if interfaces and len(interfaces) != len(parts) - 1:
+            raise ValueError(f"{len(parts)} parts need {len(parts) - 1} interfaces, not {len(interfaces)}")
+        if guesses and len(guesses) != len(interfaces):
+            raise ValueError(
+                f"{len(interfaces)} interfaces need as many synthetic inputs, not {len(guesses)}"
+            )
+        if not 0.0 < update_probability <= 1.0:
+            raise ValueError(
+                f"update_probability must lie above 0 and at most at 1, not {update_probability}"
+            )
+        if update_probability < 1.0 and not interfaces:
+            raise ValueError("update_probability needs parts that learn by themselves, with interfaces")
+        self.parts, self.interfaces = nn.ModuleList(parts), nn.ModuleList(interfaces)
+        self.guesses = nn.ModuleList(guesses)
+        self.update_probability = update_probability
+
+    def net_parameters(self) -> list[nn.Parameter]:
+        """Those of the parts."""
+        return list(self.parts.parameters())
+
+    def synthesizer_parameters(self) -> list[nn.Parameter]:
+        """Those of the synthesizers, of gradients and of inputs."""
+        return [*self.interfaces.parameters(), *self.guesses.parameters()]
+
+    def forward(self, x: Tensor, context: Any = None) -> Tensor:
+        """The output of the last part. `context` is what the synthesizers may know, such as the labels."""
+        if not (self.training and torch.is_grad_enabled()):
+            for part in self.parts:
+                x = part(x)
+            return x
+        updates = self._draw()
+        terms: list[Tensor] = []  # zeros with gradients
+        message, out = x, x
+        for number, part in enumerate(self.parts):
+            with torch.set_grad_enabled(updates[number]):
+                out = part(message)
+            if number < len(self.parts) - 1:
+                message = self._cross(number, out, x, context, updates, terms)
+        if self.update_probability < 1.0:
+            # No part may have been drawn, and the user's backward needs a graph.
+            terms.append(out.new_zeros((), requires_grad=True))
+        return out + torch.stack(terms).sum() if terms else out
+
+    def _draw(self) -> list[bool]:
+        """Which parts take part in this step."""
+        if not self.interfaces:
+            return [False] * (len(self.parts) - 1) + [True]
+        if self.update_probability == 1.0:
+            return [True] * len(self.parts)
+        return (torch.rand(len(self.parts)) < self.update_probability).tolist()
+
+    def _cross(
+        self, cut: int, out: Tensor, x: Tensor, context: Any, updates: list[bool], terms: list[Tensor]
+    ) -> Tensor:
+        """What the part behind the cut starts from."""
+        if not self.interfaces:
+            return out
+        interface: Any = self.interfaces[cut]
+        if updates[cut] and updates[cut + 1] and not self.guesses:
+            return interface(out, context)
+        if updates[cut]:
+            terms.append(interface.send(out, context))
+        message = out.detach()
+        if self.guesses:
+            message = self.guesses[cut](x.detach())
+            terms.append(attach(F.mse_loss(message, out.detach())))
+        return interface.receive(message, context) if updates[cut + 1] else message.detach()
+
+    def extra_repr(self) -> str:
+        return f"update_probability={self.update_probability}"
+
+
+def split(net: nn.Sequential, cuts: Sequence[int]) -> list[nn.Sequential]:
+    """`net` in parts, cut before each module numbered in `cuts`: net[:2], net[2:5], net[5:] for [2, 5].
+
+    Raises:
+      ValueError: a cut lies not within the net, or they are not in rising order.
+    """
+    edges = [0, *cuts, len(net)]
+    if any(a >= b for a, b in pairwise(edges)):
+        raise ValueError(
+            f"cuts must rise and lie between 1 and {len(net) - 1} for {len(net)} modules, not {list(cuts)}"
+        )
+    modules = list(net)
+    return [nn.Sequential(*modules[a:b]) for a, b in pairwise(edges)]
+
+
+def decouple(
+    net: nn.Sequential,
+    cuts: Sequence[int],
+    example: Tensor,
+    classes: int = 0,
+    method: Method = "critic",
+    *,
+    hidden: Sequence[int] | None = None,
+    norm: bool | None = None,
+    window: int = 1,
+    update_probability: float = 1.0,
+    unlock: Sequence[int] | None = None,
+    synthesizer: Callable[[Tensor], nn.Module] | None = None,
+) -> Decoupled:
+    """Cut a sequential net, with a synthesizer at each cut that suits the message there.
+
+    Args:
+      net: any `nn.Sequential` whose modules hand on one tensor (B, ...).
+      cuts: before which modules, as in slicing: [2, 5] makes net[:2], net[2:5] and net[5:].
+      example: an input of one row or more; only its shape counts.
+      classes: number of labels, for the methods that know them.
+      method: `bprop` (no cut at all), `none` (nothing crosses the cuts), `dni` (regression on the message
+        alone), `cdni` (regression on the message and the label), `critic` (the derivative of a predicted
+        loss, `Critic`).
+      hidden: widths of the hidden layers of the synthesizers, 0 meaning that of the message. The default
+        is none for a critic, one layer for cdni (with none it could only add a constant per label to what
+        it says of the message, and the right gradient is not of that form) and two for dni.
+      norm: batch normalisation in them; the default is only for dni.
+      window: targets per row (W of `Critic` and `OneHotTokens`).
+      update_probability: see `Decoupled`.
+      unlock: widths of the hidden layers of synthetic inputs, which are then used (`guesses` of
+        `Decoupled`); they need messages that are vectors.
+      synthesizer: message -> M, in place of the above.
+
+    Raises:
+      ValueError: what is asked for does not go together.
+    """
+    if method == "bprop" or not cuts:
+        if update_probability < 1.0 or unlock is not None:
+            raise ValueError("sparse updates and unlock need a cut net: method none, dni, cdni or critic")
+        return Decoupled([net])
+    parts = split(net, cuts)
+    if method == "none":
+        if unlock is not None:
+            raise ValueError("unlock needs synthetic gradients: method dni, cdni or critic")
+        return Decoupled(parts, update_probability=update_probability)
+    if method != "dni" and synthesizer is None and classes < 2:
+        raise ValueError(f"method {method} is told the labels: give their number, classes")
+    messages = list(_messages(parts, example))
+    if synthesizer is None:
+        hidden = {"dni": (0, 0), "cdni": (0,), "critic": ()}[method] if hidden is None else hidden
+        norm = method == "dni" if norm is None else norm
+        synthesizer = functools.partial(_synthesizer, method, classes, window, hidden, norm)
+    guesses: list[nn.Module] = []
+    if unlock is not None:
+        if any(message.dim() != 2 for message in messages):
+            raise ValueError("unlock needs messages that are vectors, and here some are feature maps")
+        features = example[0].numel()
+        guesses = [
+            nn.Sequential(nn.Flatten(), ContextMLP(features, unlock, m.shape[1], norm=True)) for m in messages
+        ]
+    interfaces = [Interface(synthesizer(message), batch_dim=0) for message in messages]
+    return Decoupled(parts, interfaces, update_probability=update_probability, guesses=guesses)
+
+
+@torch.no_grad()
+def _messages(parts: Sequence[nn.Module], example: Tensor) -> Iterator[Tensor]:
+    """What crosses each cut; the net is left as it was."""
+    for part in parts[:-1]:
+        modes = [(module, module.training) for module in part.modules()]
+        example = part.eval()(example)
+        for module, training in modes:
+            module.training = training
+        yield example
+
+
+def _synthesizer(
+    method: Method, classes: int, window: int, hidden: Sequence[int], norm: bool, message: Tensor
+) -> nn.Module:
+    features = message.shape[1]
+    widths = [width or features for width in hidden]
+    if method == "critic":
+        rows = Rows(batch_dim=0)
+        classifier = ContextMLP(rows(message).shape[1], widths, window * classes, norm=norm)
+        return Critic(nn.Sequential(rows, classifier), classes)
+    context = OneHotTokens(classes, window) if method == "cdni" else None
+    return ContextMLP(
+        features, widths, features, context, norm=norm, kernel=5 if message.dim() == 4 else None
+    )
+
+
+class Agreement(NamedTuple):
+    """A synthetic gradient against the true one, over all rows and features of a message.
+
+    Attributes:
+      cosine: of the angle between them.
+      explained: 1 − ‖ĝ − g‖² / ‖g‖²; 0 is what saying nothing gives.
+    """
+
+    cosine: float
+    explained: float
+
+
+def agreement(model: Decoupled, x: Tensor, context: Any, loss: Callable[[Tensor], Tensor]) -> list[Agreement]:
+    """ĝ at each cut against the gradient that full backpropagation has there, on one batch.
+
+    Costs a training step. The model is in the mode it is in (batch statistics count in training), and
+    comes out with the weights, statistics and gradients it had.
+
+    Args:
+      loss: output of the last part -> the scalar that is trained on.
+    """
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    messages: list[Tensor] = []
+    with torch.enable_grad():
+        message = model.parts[0](x)
+        for part in model.parts[1:]:
+            messages.append(message)
+            message = part(message)
+        true = torch.autograd.grad(loss(message), messages)
+    found = []
+    interfaces: Any = model.interfaces
+    for interface, message, g in zip(interfaces, messages, true, strict=True):
+        guess = interface.synthetic_gradient(message.detach(), context)
+        cosine = F.cosine_similarity(guess.flatten(), g.flatten(), dim=0)
+        explained = 1.0 - (guess - g).square().sum() / g.square().sum()
+        found.append(Agreement(float(cosine), float(explained)))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(kept[name])
+    return found
