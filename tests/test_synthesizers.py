@@ -12,8 +12,16 @@ from reference import close, grad, random, randomize
 from torch import Tensor, nn
 
 from dni_rnn.interface import Interface
-from dni_rnn.synthesizers import ContextEncoder, ContextMLP, EmbeddedTokens, MLPSynthesizer, OneHotTokens
-from dni_rnn.trees import LSTMState, Tree, flatten, map_tree
+from dni_rnn.synthesizers import (
+    ContextEncoder,
+    ContextMLP,
+    Critic,
+    EmbeddedTokens,
+    MLPSynthesizer,
+    OneHotTokens,
+    Rows,
+)
+from dni_rnn.trees import LSTMState, Tree, flatten, map_tree, unflatten
 
 SYMBOLS, WINDOW, ROWS, WIDTH = 5, 3, 4, 6
 
@@ -285,3 +293,170 @@ def test_reading_the_first_tensor_it_does_not_see_the_others(generator):
     close(synthesizer(other_cell), said, rtol=0, atol=0)
     other_hidden = LSTMState(random(generator, 2, ROWS, 3), message.cell)
     assert not torch.allclose(synthesizer(other_hidden).cell, said.cell)
+
+
+# Feature maps.
+
+
+def test_a_convolutional_perceptron_of_a_1x1_kernel_is_a_perceptron_at_every_place(generator):
+    maps = random(generator, ROWS, 4, 3, 5)
+    labels = tokens(generator, ROWS)
+    made = ContextMLP(4, [6], 2, OneHotTokens(SYMBOLS), kernel=1).double()
+    randomize(made, generator)
+    plain = ContextMLP(4, [6], 2, OneHotTokens(SYMBOLS)).double()
+    plain.load_state_dict(
+        {name: t.flatten(1) if t.dim() == 4 else t for name, t in made.state_dict().items()}
+    )
+    everywhere = plain(maps.permute(0, 2, 3, 1).reshape(-1, 4), labels.repeat_interleave(15))
+    close(made(maps, labels), everywhere.reshape(ROWS, 3, 5, 2).permute(0, 3, 1, 2))
+
+
+def test_labels_of_maps_are_label_planes(generator):
+    """Inside the rim, a convolution that is given the one-hot planes as further channels says the same."""
+    maps, labels = random(generator, ROWS, 4, 7, 7), tokens(generator, ROWS)
+    made = ContextMLP(4, [], 2, OneHotTokens(SYMBOLS), kernel=3).double()
+    randomize(made, generator)
+    weight = torch.cat([made.get_parameter("layers.0.weight"), random(generator, 2, SYMBOLS, 3, 3)], dim=1)
+    with torch.no_grad():
+        table = made.get_parameter("context.table.weight")
+        table[:SYMBOLS] = weight[:, 4:].sum((2, 3)).t()
+    planes = nn.functional.one_hot(labels, SYMBOLS).double()[:, :, None, None].expand(-1, -1, 7, 7)
+    bias = made.get_parameter("layers.0.bias")
+    wanted = nn.functional.conv2d(torch.cat([maps, planes], dim=1), weight, bias)
+    close(made(maps, labels)[:, :, 1:-1, 1:-1], wanted)
+
+
+def test_an_even_kernel_is_refused():
+    with pytest.raises(ValueError, match="must be odd"):
+        ContextMLP(2, [], 2, kernel=4)
+
+
+@pytest.mark.parametrize("kernel", [None, 3])
+def test_hidden_layers_are_normalised(kernel, generator):
+    shape = (ROWS, 3) if kernel is None else (ROWS, 3, 4, 4)
+    made = ContextMLP(3, [5], 2, norm=True, kernel=kernel).double()
+    randomize(made, generator)
+    x = random(generator, *shape)
+    said = made(x)
+    with torch.no_grad():  # whatever scale and offset the first layer has is divided out
+        for parameter in made.layers[0].parameters():
+            parameter.mul_(1e4)
+    torch.testing.assert_close(made(x), said, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(said, ContextMLP(3, [5], 2, kernel=kernel).double()(x))
+
+
+# The critic.
+
+
+def critic_of(message: Tree, window: int, generator: torch.Generator, **options: Any) -> Critic:
+    states = isinstance(message, LSTMState) or message.shape[0] != ROWS  # else rows come first
+    rows = Rows(bounded=True) if states else Rows(batch_dim=0)
+    classifier = ContextMLP(rows(message).shape[1], [5], window * SYMBOLS)
+    made = Critic(nn.Sequential(rows, classifier), SYMBOLS, **options).double()
+    randomize(made, generator)
+    return made
+
+
+critic_messages = pytest.mark.parametrize("shape", ["LSTM", "GRU", "vector", "maps"])
+
+
+@critic_messages
+@pytest.mark.parametrize("window", [1, WINDOW])
+def test_a_critic_is_the_gradient_of_the_loss_it_predicts(shape, window, generator):
+    """Row by row and position by position, written out; in units of a weighted mean over rows."""
+    message, _ = messages(generator)[shape]
+    made = critic_of(message, window, generator, weight=0.3, value=7.0)
+    given = tokens(generator, window, ROWS)
+    given[0, 1] = -1
+    leaves, spec = flatten(message)
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    logits = made.classifier(unflatten(leaves, spec)).log_softmax(1) if window == 1 else None
+    raw = made.classifier(unflatten(leaves, spec))
+    losses = []
+    for row in range(ROWS):
+        total = raw.new_zeros(())
+        for position in range(window):
+            if given[position, row] >= 0:
+                some = raw[row, position * SYMBOLS : (position + 1) * SYMBOLS]
+                total = total + some.logsumexp(0) - some[given[position, row]]
+        losses.append(total)
+    if logits is not None:
+        close(losses[0], -logits[0, given[0, 0]])
+    wanted = torch.autograd.grad(0.3 * torch.stack(losses).mean(), leaves)
+    said = made(message, given)
+    close(flatten(said.gradient)[0], list(wanted))
+    close(said.losses, 7.0 * torch.stack(losses))
+    assert all(float(g.abs().max()) > 1e-6 for g in wanted)
+    with torch.no_grad():
+        said = made(message, given)
+    close(flatten(said.gradient)[0], list(wanted))
+    assert not any(leaf.requires_grad for leaf in flatten(said.gradient)[0])
+
+
+def test_a_critic_of_a_fresh_classifier_says_zero_and_begins_to_learn(generator):
+    message, labels = random(generator, ROWS, 3), tokens(generator, ROWS)
+    made = Critic(ContextMLP(3, [5], SYMBOLS), SYMBOLS).double()
+    interface = Interface(made).double()
+    sent = message.clone().requires_grad_()
+    assert not interface.synthetic_gradient(message, labels).any()
+    interface(sent, labels).square().sum().backward()
+    assert not grad(sent).any()
+    assert grad(made.get_parameter("classifier.layers.1.weight")).any()
+
+
+def test_a_critic_needs_targets(generator):
+    with pytest.raises(ValueError, match="coming targets as context"):
+        Critic(ContextMLP(3, [], SYMBOLS), SYMBOLS)(torch.zeros(2, 3))
+
+
+@critic_messages
+@pytest.mark.parametrize("some_done", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_a_critic_is_trained_on(shape, some_done, normalize, generator):
+    """Its own loss and the match of its gradient, by a second derivative written out."""
+    message, batch_dim = messages(generator)[shape]
+    made = critic_of(message, 1, generator)
+    interface = Interface(made, normalize=normalize, batch_dim=batch_dim).double()
+    labels = tokens(generator, ROWS)
+    done = torch.tensor([False, True, False, False]) if some_done else None
+    target = map_tree(lambda leaf: random(generator, *leaf.shape), message)
+    received = interface.receive(message, labels, done)
+    pairs = zip(flatten(received)[0], flatten(target)[0], strict=True)
+    torch.stack([(r * t).sum() for r, t in pairs]).sum().backward()
+
+    keep = torch.ones(ROWS, dtype=torch.bool) if done is None else ~done
+    leaves, spec = flatten(message)
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    logits = made.classifier(unflatten(leaves, spec))
+    each = nn.functional.cross_entropy(logits, labels, reduction="none")
+    said = torch.autograd.grad(each.sum() / ROWS, leaves, create_graph=True)
+
+    def kept(leaf: Tensor) -> Tensor:
+        return leaf.movedim(batch_dim, 0)[keep].flatten()
+
+    wanted = torch.cat([kept(t) for t in flatten(target)[0]])
+    size = wanted.square().mean().sqrt() if normalize else 1.0
+    errors = (torch.cat([kept(s) for s in said]) - wanted) / size
+    stated = errors.square().mean() + made.value * each[keep].mean()
+    parameters = list(made.parameters())
+    close([grad(p) for p in parameters], list(torch.autograd.grad(stated, parameters)))
+    close(interface.regression_loss, errors.square().mean().detach())
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_what_a_critic_sends_is_in_units_of_the_loss(scale, generator):
+    """Whatever size the targets had."""
+    message, labels = random(generator, ROWS, 3), tokens(generator, ROWS)
+    made = critic_of(message, 1, generator)
+    interface = Interface(made, scale=scale).double()
+    interface.target_square.fill_(16.0)
+    interface.target_count.fill_(5.0)
+    wanted = scale * made(message, labels).gradient.detach()
+    close(interface.synthetic_gradient(message, labels), wanted)
+    close(interface.predict(message, labels), wanted / scale / 4.0)
+    sent = message.clone().requires_grad_()
+    interface.send(sent, labels).backward()
+    close(grad(sent), wanted)
+    passed = message.clone().requires_grad_()
+    (3.0 * interface(passed, labels)).sum().backward()
+    close(grad(passed), wanted)
