@@ -270,7 +270,7 @@ def _parse(arguments: list[str]) -> Any:
     )
 
 
-def parse_train(arguments: list[str]) -> tuple[str, Task, RunConfig]:
+def parse_train(arguments: list[str]) -> tuple[str, Task, Any]:
     """The task's name, the task and the configuration that `dni-rnn train ARGUMENTS` would run."""
     command = _parse(["train", *arguments]).command
     return command.name, command.task, command.config.resolved

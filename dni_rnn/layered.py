@@ -25,6 +25,7 @@ UNLOCK_HIDDEN = (256,)
 
 def build_net(config: FeedforwardConfig, data: Examples) -> nn.Sequential:
     """The uncut net that `config` describes, one module per layer."""
+    config = config.resolved
     assert config.width is not None
     features = math.prod(data.shape)
     if config.model in ("cnn", "vgg"):
@@ -39,6 +40,7 @@ def build_net(config: FeedforwardConfig, data: Examples) -> nn.Sequential:
 
 def build_model(config: FeedforwardConfig, data: Examples) -> Decoupled:
     """The cut net with its synthesizers."""
+    config = config.resolved
     spec = config.synthesizer_spec
     window, classes = (1, data.outputs) if data.train[1].ndim == 1 else (data.outputs, 2)
     return decouple(
@@ -80,7 +82,7 @@ def context_of(targets: Tensor) -> Tensor:
 class LayeredLearner(BaseLearner):
     """A cut feed-forward net in training on labelled examples.
 
-    Learning rates of the fast preset rise linearly over the first 15 % of the updates and then fall to
+    Learning rates of the fast recipe rise linearly over the first 15 % of the updates and then fall to
     zero along a cosine; those of the paper fall to a tenth after 60 % and again after 80 %. Test error is
     that of the weights with the lowest validation error.
     """
@@ -91,6 +93,7 @@ class LayeredLearner(BaseLearner):
     model: Decoupled
 
     def __init__(self, config: FeedforwardConfig, data: Examples, device: torch.device) -> None:
+        config = config.resolved
         super().__init__(config, data, device)
         self.model = build_model(config, data).to(device)
         self.modules = {"model": self.model}
@@ -111,7 +114,9 @@ class LayeredLearner(BaseLearner):
 
     @staticmethod
     @torch.no_grad()
-    def score(model: Decoupled, data: Examples, split: Split, device: torch.device) -> float:
+    def score(
+        model: Decoupled, data: Examples, split: Split, device: torch.device, level: int | None = None
+    ) -> float:
         """Percentage of a split that is classified wrongly."""
         training = model.training
         model.eval()
@@ -144,7 +149,7 @@ class LayeredLearner(BaseLearner):
     def rate(self) -> float:
         """Factor on the learning rates of the coming update."""
         done = self.step / self.steps
-        if self.config.preset == "paper":
+        if self.config.recipe == "paper":
             return 0.1 ** ((done >= 0.6) + (done >= 0.8))
         if done < WARM_UP:
             return (self.step + 1) / (WARM_UP * self.steps + 1)

@@ -138,9 +138,7 @@ class BaseLearner:
         raise NotImplementedError
 
     @staticmethod
-    def score(
-        model: Any, data: Any, split: Split, device: torch.device, level: int | None = None
-    ) -> float:
+    def score(model: Any, data: Any, split: Split, device: torch.device, level: int | None = None) -> float:
         """`config.metric` over one pass of `split`, of a task that gets harder at `level`."""
         raise NotImplementedError
 

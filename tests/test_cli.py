@@ -180,7 +180,7 @@ def test_as_a_module():
     [
         ([], "train, eval, sample"),
         (["trian"], "trian"),
-        (["train"], "copy, ptb, recall"),
+        (["train"], "addition, cifar, copy, mnist"),
         (["train", "nope"], "nope"),
         (["train", "text", "--nope"], "--nope"),
         (["train", "text", "--bptt", "many"], "many"),

@@ -229,8 +229,9 @@ def leaves_of(tensor: Tensor) -> set[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.add(id(leaf))
         waiting += [following for following, _ in node.next_functions]
     return found
 
@@ -240,7 +241,7 @@ def test_unlock_no_graph_of_one_part_reaches_another(method, generator):
     model = cut(make_net("mlp", generator), method, "mlp", generator, unlock=[4])
     outs: list[Tensor] = []
     for part in model.parts:
-        part.register_forward_hook(lambda module, inputs, out: outs.append(out))
+        part.register_forward_hook(lambda module, inputs, out: outs.append(out))  # pyright: ignore[reportArgumentType]
     x, labels = batch("mlp", generator)
     logits = model(x, labels)
     ids = [{id(p) for p in part.parameters()} for part in model.parts]
@@ -317,8 +318,9 @@ def test_synthesizers_learn_the_gradient_of_a_net_that_stands_still(method, floo
     """
     net = make_net("mlp", generator)
     model = decouple(net, [1, 2, 3], torch.zeros(2, 5).double(), CLASSES, method, hidden=[32]).double()
-    for interface in model.interfaces:
-        interface.synthesizer.value = 0.01  # of a critic: the match decides
+    for module in model.interfaces.modules():
+        if isinstance(module, Critic):
+            module.value = 0.01  # the match decides
     optimizer = torch.optim.Adam(model.synthesizer_parameters(), 1e-2)
     x = random(generator, 64, 5)
     labels = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from dni_rnn.config import FeedforwardConfig
+from dni_rnn.config import FeedforwardConfig, Preset
 from dni_rnn.examples import Examples, hold_out
 from dni_rnn_tasks.files import KnownFile, Source, load_known
 
@@ -98,6 +98,7 @@ RECORD = 1 + 3 * 32 * 32
 CIFAR_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
+PRESETS = {"paper": Preset(run={"recipe": "paper"})}
 VALIDATION = 5_000
 """Training examples held out, the same ones always."""
 MNIST_ADVICE = (
@@ -131,6 +132,7 @@ class MNIST:
     """
 
     config: ClassVar[type[FeedforwardConfig]] = FeedforwardConfig
+    presets: ClassVar = PRESETS
 
     def load(self, data_dir: Path | None) -> Examples:
         """Read the idx files; see `load_known` for where they are looked for.
@@ -159,6 +161,7 @@ class CIFAR10:
     """
 
     config: ClassVar[type[FeedforwardConfig]] = CIFARConfig
+    presets: ClassVar = PRESETS
 
     def load(self, data_dir: Path | None) -> Examples:
         """Read the six files of the binary version; see `load_known` for where they are looked for.
