@@ -12,7 +12,7 @@ from dni_rnn.errors import UsageError
 from dni_rnn.files import read_jsonl
 from dni_rnn.metrics import BPC, Metric, Point
 from dni_rnn.plots import Curve, check_format, save_curves
-from dni_rnn.report import DIGITS, markdown_table
+from dni_rnn.report import markdown_table
 from dni_rnn.task import config_of, installed_tasks
 
 
@@ -95,8 +95,8 @@ def render_comparison(records: Sequence[Record]) -> str:
             record.method,
             str(record.depth),
             f"{record.symbols:,}",
-            "–" if record.best is None else f"{record.best:.{DIGITS}f}",
-            "unfinished" if record.test is None else f"{record.test:.{DIGITS}f}",
+            "–" if record.best is None else f"{record.best:.{metric.digits}f}",
+            "unfinished" if record.test is None else f"{record.test:.{metric.digits}f}",
             f"{record.symbols / record.seconds:,.0f}" if record.seconds else "–",
             f"{record.seconds:,.1f}",
         ]

@@ -25,6 +25,8 @@ class Metric:
       meaning: the label in words.
       lower_is_better: whether a smaller number is a better one.
       unit: what training is counted in (`symbols` of rows and summaries).
+      digits: decimals in a table.
+      validated: whether it is measured on held-out data; if not, rows and summaries hold one number, KEY.
     """
 
     key: str
@@ -32,6 +34,8 @@ class Metric:
     meaning: str
     lower_is_better: bool = True
     unit: str = "character"
+    digits: int = 3
+    validated: bool = True
 
     def best(self, values: Iterable[float]) -> float:
         """The best of some values."""
@@ -42,17 +46,23 @@ class Metric:
         return value <= target if self.lower_is_better else value >= target
 
     def points(self, validations: Iterable[Mapping[str, Any]]) -> list[Point]:
-        """The validation curve from the rows that hold one: of `curve`, or of metrics.jsonl."""
-        name = f"valid_{self.key}"
+        """The validation curve from the rows that hold one: of `curve` or `climbs`, or of metrics.jsonl."""
+        name = f"valid_{self.key}" if self.validated else self.key
         return [Point(row["symbols"], row["seconds"], row[name]) for row in validations if name in row]
 
 
 BPC = Metric("bpc", "BPC", "bits per character")
 ERROR = Metric("error", "error %", "wrongly classified examples, in percent", unit="example")
 
-METRICS = (BPC, ERROR)
+SOLVED = Metric(
+    "solved", "longest solved", "what the task got to before the end, by the training loss",
+    lower_is_better=False, unit="symbol", digits=1, validated=False,
+)  # fmt: skip
+"""Of a task that gets harder. It holds a loss at its present level as well, which says little."""
 
 
 def metric_of(row: Mapping[str, Any]) -> Metric:
-    """The metric that a finished row, or a summary, holds."""
-    return next(metric for metric in METRICS if f"test_{metric.key}" in row)
+    """The metric that a finished row, or a summary, is judged by."""
+    if SOLVED.key in row:
+        return SOLVED
+    return BPC if f"test_{BPC.key}" in row else ERROR

@@ -29,9 +29,6 @@ from dni_rnn.metrics import BPC, Metric, Point, metric_of
 from dni_rnn.plots import Curve, save_curves
 from dni_rnn.sweep import Cell, read_rows, read_sweep
 
-DIGITS = 3
-"""Decimals of a metric in a table."""
-
 
 @dataclass(frozen=True)
 class About:
@@ -147,16 +144,18 @@ def render_table(
     """
     groups = by_cell(cells, about.timed(rows))
     planned = Counter(cell.name for cell in cells)
-    final = f"valid_{metric.key}"
+    columns = {metric.key: metric.label}
+    if metric.validated:
+        columns = {f"best_valid_{metric.key}": f"best valid {metric.label}"}
+        columns[f"test_{metric.key}"] = f"test {metric.label}"
     target = None
     if about.reference is not None and groups[about.reference]:
+        final = f"valid_{metric.key}" if metric.validated else metric.key
         target = fmean(row[final] for row in groups[about.reference])
 
-    header = [
-        "cell", "n", f"best valid {metric.label}", f"test {metric.label}", f"{metric.unit}s/s", "seconds"
-    ]  # fmt: skip
+    header = ["cell", "n", *columns.values(), f"{metric.unit}s/s", "seconds"]
     if target is not None:
-        header.append(f"seconds to {target:.{DIGITS}f}")
+        header.append(f"seconds to {target:.{metric.digits}f}")
     if about.published:
         header.append("published")
     lines = []
@@ -166,20 +165,19 @@ def render_table(
             line = [
                 name,
                 n,
-                mean_sd([row[f"best_valid_{metric.key}"] for row in found], DIGITS),
-                mean_sd([row[f"test_{metric.key}"] for row in found], DIGITS),
+                *(mean_sd([row[column] for row in found], metric.digits) for column in columns),
                 f"{fmean(row['symbols_per_second'] for row in found):,.0f}",
                 f"{fmean(row['seconds'] for row in found):,.0f}",
             ]
             if target is not None:
-                curves = [metric.points(row["curve"]) for row in found]
+                curves = [_curve(row, metric) for row in found]
                 line.append(
                     mean_sd([curve[-1].seconds for curve in curves], 0)
                     if name == about.reference
                     else _time_to(curves, target, metric)
                 )
         else:
-            line = [name, n, "no rows yet", *[""] * (3 if target is None else 4)]
+            line = [name, n, "no rows yet", *[""] * (len(columns) + (1 if target is None else 2))]
         if about.published:
             line.append(about.published.get(name, ""))
         lines.append(line)
@@ -188,13 +186,21 @@ def render_table(
     if about.note:
         parts.append(about.note.strip() + "\n")
     if rows:
-        parts.append(f"![Validation {metric.label}]({metric.key}.svg)\n")
+        parts.append(f"![{metric.label}]({metric.key}.svg)\n")
     parts.append(markdown_table(header, lines))
     parts.append(_legend(about, target, metric) + "\n")
     parts.append(_commands(cells, groups))
     if rows:
         parts.append(_provenance(rows))
     return "\n".join(parts)
+
+
+def _curve(row: Mapping[str, Any], metric: Metric) -> list[Point]:
+    """How a row came to its number; of a task that gets harder up to the end, where it stood."""
+    if metric.validated:
+        return metric.points(row["curve"])
+    last = {name: row[name] for name in ("symbols", "seconds", metric.key)}
+    return metric.points([*row["climbs"], last])
 
 
 def _time_to(curves: Sequence[Sequence[Point]], target: float, metric: Metric) -> str:
@@ -208,10 +214,13 @@ def _time_to(curves: Sequence[Sequence[Point]], target: float, metric: Metric) -
 
 
 def _legend(about: About, target: float | None, metric: Metric) -> str:
+    splits = (
+        "Best valid is the best validation of each run, test is measured with the weights of that "
+        "validation. "
+    )
     text = (
-        f"{metric.label}: {metric.meaning}; mean ± sample standard deviation over n seeds. Best valid is the "
-        "best validation of each run, test is measured with the weights of that validation. "
-        f"{metric.unit}s/s and "
+        f"{metric.label}: {metric.meaning}; mean ± sample standard deviation over n seeds. "
+        f"{splits if metric.validated else ''}{metric.unit}s/s and "
         "seconds: means, of training alone, validation not counted. Plot: mean over seeds, band ± 1 standard "
         "deviation."
     )
@@ -223,7 +232,7 @@ def _legend(about: About, target: float | None, metric: Metric) -> str:
         )
     if target is not None:
         text += (
-            f" Seconds to {target:.{DIGITS}f}: until the validation curve of each seed reaches the "
+            f" Seconds to {target:.{metric.digits}f}: until the validation curve of each seed reaches the "
             f"{metric.label} at which `{about.reference}` ends (mean of its last validations; its own entry "
             "is when that is), linear between validations; not reached (k of n): k of the n seeds did not "
             "get there; ≤: a seed was there at its first validation."
@@ -305,7 +314,7 @@ def write_report(folder: Path) -> None:
     metric = metric_of(rows[0])
     table = render_table(cells, rows, about, metric)
     curves = [
-        Curve(name, found[0]["method"], _depth(found[0]), [metric.points(r["curve"]) for r in found])
+        Curve(name, found[0]["method"], _depth(found[0]), [_curve(r, metric) for r in found])
         for name, found in by_cell(cells, about.timed(rows)).items()
         if found
     ]

@@ -25,10 +25,17 @@ class Ladder:
       level: to begin with.
       limit: the level rises when the mean loss is below it, in bits per scored symbol.
       period: level -> steps; at least the length of an episode.
+      score: level -> what a task calls it, for example the length of a sequence; 0 below the first.
     """
 
-    def __init__(self, level: int, limit: float, period: Callable[[int], int]) -> None:
-        self.level, self.limit, self._period = level, limit, period
+    def __init__(
+        self,
+        level: int,
+        limit: float,
+        period: Callable[[int], int],
+        score: Callable[[int], int] = lambda level: level,
+    ) -> None:
+        self.level, self.limit, self._period, self._score = level, limit, period, score
         self._steps, self._scored, self._loss = 0, 0, torch.zeros(())
 
     def note(self, loss: Tensor, scored: int, steps: int) -> None:
@@ -44,6 +51,11 @@ class Ladder:
         climbs = float(self._loss) / math.log(2.0) < self.limit * self._scored
         self.level += climbs
         self._steps, self._scored, self._loss = 0 if climbs else period, 0, torch.zeros(())
+
+    @property
+    def solved(self) -> int:
+        """The score of the highest level solved."""
+        return self._score(self.level - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The level, and the average so far."""

@@ -101,16 +101,16 @@ def make_row(cell: Cell, run: Path) -> dict[str, Any]:
     config = json.loads((run / "config.json").read_text())
     metrics = read_jsonl(run / "metrics.jsonl")
     summary = json.loads((run / "summary.json").read_text())
-    valid = f"valid_{metric_of(summary).key}"
     curve = [
-        {"symbols": m["symbols"], "seconds": m["seconds"], valid: round(m[valid], 5)}
+        {"symbols": m["symbols"], "seconds": m["seconds"], name: round(m[name], 5)}
         for m in metrics
-        if valid in m
+        for name in m
+        if name.startswith("valid_")
     ]
     climbs: list[dict[str, Any]] = []
     for m in metrics:
-        if "level" in m and (not climbs or m["level"] > climbs[-1]["level"]):
-            climbs.append({"level": m["level"], "symbols": m["symbols"], "seconds": m["seconds"]})
+        if "solved" in m and (not climbs or m["solved"] > climbs[-1]["solved"]):
+            climbs.append({name: m[name] for name in ("symbols", "seconds", "solved")})
     about = {key: config[key] for key in ("versions", "python", "commit", "device", "threads")}
     return {
         "cell": cell.name,
@@ -164,8 +164,8 @@ def run_sweep(folder: Path, work: Path, parallel: int, minutes: float | None = N
                     rows = [*read_rows(folder), row]
                     write_jsonl(folder / "rows.jsonl", rows)
                     metric = metric_of(row)
-                    score = row[f"test_{metric.key}"]
-                    outcome = f"test {score:.4f} {metric.key} in {row['seconds']:.0f} s"
+                    score = row[f"test_{metric.key}" if metric.validated else metric.key]
+                    outcome = f"{metric.label} {score:.{metric.digits}f} in {row['seconds']:.0f} s"
                 elif time.monotonic() >= deadline:
                     outcome = "stopped, saved"
                 elif attempts[cell] < 2:

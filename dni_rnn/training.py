@@ -267,8 +267,8 @@ class Learner(BaseLearner):
         if self.model.core.interface is not None:
             row["synthesizer_loss"] = float(self.model.core.interface.regression_loss)
             row["target_size"] = float(self.model.core.interface.size())
-        if self.level is not None:
-            row["level"] = self.level
+        if self.stream.ladder is not None:
+            row |= {"level": self.stream.ladder.level, "solved": self.stream.ladder.solved}
         return row
 
     def state_rms(self) -> float:
@@ -289,7 +289,7 @@ class Learner(BaseLearner):
             )
 
     def summary(self) -> dict[str, float]:
-        solved = {} if self.level is None else {"solved": self.level - 1}
+        solved = {} if self.stream.ladder is None else {"solved": self.stream.ladder.solved}
         return {**solved, "state_rms": self.state_rms()}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -131,7 +131,7 @@ def test_committed_tables_are_what_their_rows_say(rows):
 def test_the_numbers_of_a_table(folder):
     text = render(folder)
     assert TABLE in text
-    assert text.startswith("# A made-up sweep\n\nNothing here was trained.\n\n![Validation BPC](bpc.svg)\n")
+    assert text.startswith("# A made-up sweep\n\nNothing here was trained.\n\n![BPC](bpc.svg)\n")
     assert "- bptt T=2: `dni-rnn train ptb --hidden 8 --bptt 2 --seed 0`\n" in text
     assert "- dni T=4: `dni-rnn train ptb --hidden 8 --bptt 4 --dni --seed 0`\n" in text
     made = "numpy 2.3.0; torch 2.13.0; Python 3.12.0; commit abc; device cpu; threads 1."
@@ -296,7 +296,7 @@ def test_compare_runs_that_ended_and_that_did_not(tmp_path, capsys):
     assert cells_of(printed)[0][:5] == ["run", "data", "method", "T", "characters"]
     assert cells_of(printed)[2:] == [
         ["ended", "text/made-up", "bptt", "20", "200", "1.500", "1.250", "10", "20.0"],
-        ["stopped", "text/made-up", "dni", "2", "100", "3.000", "unfinished", "10", "10.0"],
+        ["stopped", "text/made-up", "dni+next-tokens:8", "2", "100", "3.000", "unfinished", "10", "10.0"],
         ["resumed", "text/made-up", "bptt", "20", "300", "1.500", "unfinished", "10", "30.0"],
         ["begun", "text/made-up", "bptt", "20", "0", "–", "unfinished", "–", "0.0"],
     ]

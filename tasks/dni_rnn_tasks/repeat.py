@@ -42,7 +42,7 @@ class Copy:
     """Copy: read N random symbols and a stop, then write them and a stop. N grows as it is learnt.
 
     Each episode begins from the initial state. N begins at 1 and grows by one whenever the loss falls
-    under 0.15 bits per written symbol. Published scores are T_task = N + 3 of the longest N solved.
+    under 0.15 bits per written symbol. The score is the longest N solved (published: T_task = N + 3).
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §3.2.
     """
 
@@ -67,7 +67,7 @@ class RepeatCopy:
     """Repeat copy: read N random symbols, a stop and a number R, then write them R times and a stop.
 
     Each episode begins from the initial state. N and R begin at 1 and grow in turn, whenever the loss
-    falls under 0.15 bits per written symbol. Published scores are T_task = N·R + 3 of the longest solved.
+    falls under 0.15 bits per written symbol. The score is T_task = N·R + 3 of the longest solved.
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §3.2.
     """
 
@@ -129,9 +129,9 @@ class EpisodeData:
         return n + 1 + self.repeats + n * r + 1
 
     def score(self, level: int) -> int:
-        """T_task = N·R + 3 of a level, as published."""
+        """N of a level of copy; of repeat copy T_task = N·R + 3, as published."""
         n, r = self.shape(level)
-        return n * r + 3 if level else 0
+        return n * r + 3 if self.repeats and level else level
 
     def stream(self, split: Split, batch_size: int, seed: int) -> EpisodeStream:
         """Random episodes; the three splits and all seeds are different streams."""
@@ -154,7 +154,7 @@ class EpisodeData:
             targets[-n * r - 1 : -1], targets[-1] = np.tile(word, (r, 1)), stop
             return Block(inputs, targets)
 
-        ladder = Ladder(1, SOLVED, lambda level: max(self.length(level), SHORTEST_PERIOD))
+        ladder = Ladder(1, SOLVED, lambda level: max(self.length(level), SHORTEST_PERIOD), self.score)
         return EpisodeStream(
             generate,
             batch_size,
