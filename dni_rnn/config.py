@@ -200,6 +200,9 @@ class TrainConfig(RunConfig):
     """Subtract the batch mean from the synthetic gradient."""
     restore: float = 0.1
     """Restoring force on a state beyond ±3, in units of the real gradients; stops it from running away."""
+    audit: int = 0
+    """Updates from one measurement of the synthetic gradient to the next: against a real one of 32 steps. Its
+    weight is what they support (trust, in the metrics). 0 trusts it."""
     aux: bool = False
     """Auxiliary task: predict the synthetic gradient one window ahead."""
     aux_weight: float = 0.1
@@ -232,7 +235,7 @@ class TrainConfig(RunConfig):
             "hidden", "layers", "embedding", "bptt", "accumulate", "batch_size", "chars", "minutes", "steps",
             "lr", "synthesizer_lr", "state_limit", "aux_weight",
         )  # fmt: skip
-        for name in ("clip", "scale", "restore"):
+        for name in ("clip", "scale", "restore", "audit"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative")
         if not 0 < self.beta2 < 1:
@@ -245,7 +248,7 @@ class TrainConfig(RunConfig):
         if not self.dni:
             for name in (
                 "synthesizer", "synthesizer_reads", "context", "reading", "scale", "discount", "centre",
-                "restore", "aux", "synthesizer_lr",
+                "restore", "audit", "aux", "synthesizer_lr",
             ):  # fmt: skip
                 if getattr(self, name) != defaults[name]:
                     raise UsageError(f"--{name.replace('_', '-')} does nothing without --dni; add --dni")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dni_rnn.config import TrainConfig
 from dni_rnn.errors import UsageError
-from dni_rnn.estimators import DNI, FullBPTT, TruncatedBPTT, Window, window_loss
+from dni_rnn.estimators import DNI, FullBPTT, TruncatedBPTT, Window, state_gradients
 from dni_rnn.files import write_atomically
 from dni_rnn.inference import load_run
 from dni_rnn.plots import Panel, save_lines
@@ -37,7 +37,7 @@ from dni_rnn.report import markdown_table
 from dni_rnn.runs import Run
 from dni_rnn.streams import Stream
 from dni_rnn.task import Data, Split
-from dni_rnn.trees import Tree, flatten, flatten_rows, map_tree, unflatten
+from dni_rnn.trees import Tree, flatten_rows
 
 ROWS = 128
 STRETCH = 120
@@ -109,26 +109,6 @@ def core_gradient(
 def _gradient(parameter: Tensor) -> Tensor:
     gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     return gradient.flatten()
-
-
-def state_gradients(
-    model: SequenceModel, windows: Sequence[Window], state: Tree, weight: float, horizons: Sequence[int]
-) -> dict[int, Tensor]:
-    """True gradients with respect to `state` of the loss of the next n windows, for each n of `horizons`.
-
-    n = 0 stands for all of `windows`. Rows flattened: (B, features).
-    """
-    leaves, spec = flatten(map_tree(lambda leaf: leaf.detach().requires_grad_(), state))
-    state, losses = unflatten(leaves, spec), []
-    for window in windows:
-        outputs, state = model.unroll(window.inputs, model.reset(state, window.start.done))
-        losses.append(weight * window_loss(model.readout(outputs), window.targets))
-    found = {}
-    for horizon in horizons:
-        coming = torch.stack(losses[: horizon or len(losses)]).sum()
-        gradients = torch.autograd.grad(coming, leaves, retain_graph=True)
-        found[horizon] = flatten_rows(unflatten(list(gradients), spec))
-    return found
 
 
 def _stretches(model: SequenceModel, data: Data, split: Split, context: int) -> list[tuple[Stream, Tree]]:
@@ -227,7 +207,8 @@ def _measure_boundaries(
             continue
         guess = interface.size() * flatten_rows(model.predict_gradient(state, window.end))
         horizons = [0, *(n for n in HORIZONS if n < len(windows) - number)]
-        for n, true in state_gradients(model, windows[number:], state, weight, horizons).items():
+        gradients = state_gradients(model, windows[number:], state, weight, horizons)
+        for n, true in ((n, flatten_rows(gradient)) for n, gradient in gradients.items()):
             explained = 1.0 - (guess - true).square().sum() / true.square().sum()
             found.setdefault(n, []).append((_cosine(guess, true), float(explained)))
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn.recurrent import Boundary, SequenceModel
-from dni_rnn.trees import Tree, detach, flatten_rows
+from dni_rnn.trees import Tree, detach, flatten, flatten_rows, map_tree, unflatten
 
 UNSCORED = -100
 """The target of a step that is not scored."""
@@ -155,3 +155,23 @@ class FullBPTT(nn.Module):
         total = torch.stack(losses).sum()
         (weight * total).backward()
         return Estimate(total.detach(), detach(state))
+
+
+def state_gradients(
+    model: SequenceModel, windows: Sequence[Window], state: Tree, weight: float, horizons: Sequence[int]
+) -> dict[int, Tree]:
+    """True gradients with respect to `state` of the loss of the next n windows, for each n of `horizons`.
+
+    n = 0 stands for all of `windows`. The loss is weight · Σ −log p; each gradient is a tree like `state`.
+    """
+    leaves, spec = flatten(map_tree(lambda leaf: leaf.detach().requires_grad_(), state))
+    state, losses = unflatten(leaves, spec), []
+    for window in windows:
+        outputs, state = model.unroll(window.inputs, model.reset(state, window.start.done))
+        losses.append(weight * window_loss(model.readout(outputs), window.targets))
+    found = {}
+    for horizon in horizons:
+        coming = torch.stack(losses[: horizon or len(losses)]).sum()
+        gradients = torch.autograd.grad(coming, leaves, retain_graph=True)
+        found[horizon] = unflatten(list(gradients), spec)
+    return found

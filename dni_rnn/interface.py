@@ -21,6 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from dni_rnn.trees import Spec, Tree, detach, flatten, per_row, unflatten
 
+AUDIT_DECAY = 0.8
+"""Of an audit's weight when the next one comes."""
+
 RESTORE_BEYOND = 3.0
 """tanh is flat beyond it: a cell state gains nothing there."""
 
@@ -51,7 +54,7 @@ class _Edge(torch.autograd.Function):
         ctx.interface, ctx.done = interface, done
         ctx.passes_on = any(ctx.needs_input_grad[3 : 3 + count])
         # The size as it is now: backward moves it.
-        ctx.factor = interface.scale * interface._unit(len(tensors) > 2 * count) if ctx.passes_on else None
+        ctx.factor = interface.trust * interface._factor(len(tensors) > 2 * count) if ctx.passes_on else None
         ctx.save_for_backward(*tensors[count:])
         return tuple(message.view_as(message) for message in messages)
 
@@ -109,7 +112,7 @@ class Interface(nn.Module):
     holds with `size` left out of ĝ):
 
         size² = running mean of g² over rows and features
-        ĝ     = scale · size · M(message, context)
+        ĝ     = trust · scale · size · M(message, context)
         loss of M = mean over rows and features of (M(message, context) − g / size)²
                     + mean over rows of `Critique.losses`, where M has such
 
@@ -120,7 +123,8 @@ class Interface(nn.Module):
     one with dropout draws twice.
 
     The same backward that brings ĝ to the parameters carries it on to the previous boundary, where it
-    is part of M's next target. So `scale` is the weight of ĝ and, with it, the factor by which the
+    is part of M's next target. `trust` is 1 unless `audit` is called, which measures how far ĝ can be
+    relied on. So `scale` is the weight of ĝ and, with it, the factor by which the
     future is discounted at every boundary it is bootstrapped across.
 
     Args:
@@ -147,6 +151,8 @@ class Interface(nn.Module):
     target_square: Tensor
     target_count: Tensor
     regression_loss: Tensor
+    trust: Tensor
+    audited: Tensor
 
     def __init__(
         self,
@@ -170,6 +176,8 @@ class Interface(nn.Module):
         self.register_buffer("target_square", torch.zeros(()))
         self.register_buffer("target_count", torch.zeros(()))
         self.register_buffer("regression_loss", torch.ones(()))
+        self.register_buffer("trust", torch.ones(()))
+        self.register_buffer("audited", torch.zeros(2))  # Σ ĝ·s, Σ ĝ·ĝ
 
     def size(self) -> Tensor:
         """Running root mean square of M's targets (a scalar); 0 before the first one."""
@@ -218,6 +226,29 @@ class Interface(nn.Module):
         leaves, spec = flatten(message)
         return unflatten(self._synthesize(leaves, spec, context, done), spec)
 
+    @torch.no_grad()
+    def audit(self, message: Tree, real: Tree, context: Any = None, done: Tensor | None = None) -> None:
+        """Set `trust` by one more comparison of ĝ with a gradient s that was really backpropagated.
+
+            trust = Σ ĝ·s / Σ ĝ·ĝ, kept within 0 and 1
+
+        The sums are over rows, features and audits, older ones fading; ĝ is what `send` would inject at
+        trust 1, without the restoring force. It is the multiple of ĝ that comes nearest to s: small when ĝ
+        points elsewhere, and when it is larger than real gradients are. An s of few windows knows
+        nothing of what lies beyond, which counts against ĝ: `trust` is then a lower bound.
+
+        Args:
+          message, context, done: as for `send`.
+          real: s, a tree like the message, in units of the loss, 0 in rows of `done`.
+        """
+        leaves, spec = flatten(message)
+        synthetic = self._untrusted(leaves, spec, context, done)
+        self.audited.mul_(AUDIT_DECAY)
+        for ours, true in zip(synthetic, flatten(real)[0], strict=True):
+            ours = ours.to(self.audited.dtype)
+            self.audited += torch.stack([(ours * true).sum(), ours.square().sum()])
+        self.trust.copy_((self.audited[0] / self.audited[1]).nan_to_num(0.0).clamp(0.0, 1.0))
+
     def predict(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
         """M's output in units of `size`: a tree like `message`, in its dtypes, 0 in rows of `done`."""
         leaves, spec = flatten(message)
@@ -227,25 +258,29 @@ class Interface(nn.Module):
             predictions = [(inverse * prediction).to(prediction.dtype) for prediction in predictions]
         return unflatten(predictions, spec)
 
-    def _unit(self, critique: bool) -> Tensor:
-        """What M's output is a multiple of."""
-        return torch.ones_like(self.target_square) if critique else self.size()
+    def _factor(self, critique: bool) -> Tensor:
+        """ĝ as a multiple of M's output, at trust 1."""
+        return self.scale * (torch.ones_like(self.target_square) if critique else self.size())
 
     @torch.no_grad()
     def _synthesize(
         self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None
     ) -> list[Tensor]:
-        predictions, critique = self._predict(leaves, spec, context, done)
-        factor = self.scale * self._unit(critique)
-        synthetic = []
-        for prediction, leaf in zip(predictions, leaves, strict=True):
-            gradient = factor * (self._centred(prediction, done) if self.centre else prediction)
+        synthetic = self._untrusted(leaves, spec, context, done)
+        for number, leaf in enumerate(leaves):
+            gradient = self.trust * synthetic[number]
             if self.restore:
                 excess = leaf - leaf.clamp(-RESTORE_BEYOND, RESTORE_BEYOND)
                 gradient = gradient + (self.restore * self.size()) * excess
                 gradient = gradient if done is None else self._without(done, gradient)
-            synthetic.append(gradient.to(leaf.dtype))
+            synthetic[number] = gradient.to(leaf.dtype)
         return synthetic
+
+    def _untrusted(self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None) -> list[Tensor]:
+        """ĝ at trust 1, without the restoring force."""
+        predictions, critique = self._predict(leaves, spec, context, done)
+        factor = self._factor(critique)
+        return [factor * (self._centred(p, done) if self.centre else p) for p in predictions]
 
     @torch.no_grad()
     def _predict(

@@ -121,6 +121,11 @@ class RecurrentCore(nn.Module):
         """`Interface.predict` at a boundary."""
         return self._interface().predict(state, self._context(state, boundary, next_inputs), boundary.done)
 
+    def audit(self, state: Tree, real: Tree, boundary: Boundary, next_inputs: Tensor | None = None) -> None:
+        """`Interface.audit` at a boundary."""
+        context = self._context(state, boundary, next_inputs)
+        self._interface().audit(state, real, context, boundary.done)
+
     def receive(self, state: Tree, boundary: Boundary, next_inputs: Tensor | None = None) -> Tree:
         """`Interface.receive` at the start of a window."""
         return self._interface().receive(state, self._context(state, boundary, next_inputs), boundary.done)
@@ -188,6 +193,10 @@ class SequenceModel(nn.Module):
     def predict_gradient(self, state: Tree, boundary: Boundary) -> Tree:
         """M's output at a boundary, in units of its target's size, without gradient; 0 in rows of `done`."""
         return self.core.predict_gradient(state, boundary, self._next_inputs(boundary))
+
+    def audit(self, state: Tree, real: Tree, boundary: Boundary) -> None:
+        """Weigh ĝ by a comparison with the real gradient at a boundary (`Interface.audit`)."""
+        self.core.audit(state, real, boundary, self._next_inputs(boundary))
 
     def synthesizer_parameters(self) -> list[nn.Parameter]:
         """The parameters of M: they learn with a rate of their own and are not clipped with the net's."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dni_rnn import checkpoint
 from dni_rnn.config import RunConfig, TrainConfig
 from dni_rnn.errors import DivergedError, UsageError
-from dni_rnn.estimators import DNI, TruncatedBPTT, window_loss
+from dni_rnn.estimators import DNI, TruncatedBPTT, state_gradients, window_loss
 from dni_rnn.metrics import Metric
 from dni_rnn.recurrent import RecurrentCore, SequenceModel
 from dni_rnn.runs import MetricsLog, Run
@@ -31,6 +31,9 @@ BITS = 1.0 / math.log(2.0)
 """Bits per nat."""
 
 EVAL_ROWS, EVAL_STEPS = 128, 100
+
+AUDIT_STEPS = 32
+"""How far the gradient is backpropagated that a synthetic one is compared with."""
 
 
 def build_model(config: TrainConfig, data: Data) -> SequenceModel:
@@ -243,6 +246,8 @@ class Learner(BaseLearner):
     def update(self) -> None:
         """One update: `accumulate` windows forward and backward, clip, step."""
         config = self.config
+        if config.audit and self.step % config.audit == 0:
+            self._audit()
         windows = [self.stream.window(config.bptt, self.context) for _ in range(config.accumulate)]
         self.optimizer.zero_grad()
         estimate = self.estimator(self.model, windows, self.state, config.weight)
@@ -259,6 +264,15 @@ class Learner(BaseLearner):
         self.step += 1
         self.updates += 1
 
+    def _audit(self) -> None:
+        """Compare ĝ at the boundary where training stands with the real gradient of the steps to come."""
+        config, place = self.config, self.stream.state_dict()
+        count = -(-AUDIT_STEPS // config.bptt)
+        windows = [self.stream.window(config.bptt, self.context) for _ in range(count)]
+        self.stream.load_state_dict(place)
+        real = state_gradients(self.model, windows, self.state, config.weight, (0,))[0]
+        self.model.audit(self.state, real, windows[0].start)
+
     def metrics(self) -> dict[str, float]:
         """Averages since `reset_metrics`: training bits per scored symbol, and how things go inside."""
         row = {"bpc": float(self.loss) * BITS / max(self.scored, 1), "state_rms": self.state_rms()}
@@ -267,6 +281,8 @@ class Learner(BaseLearner):
         if self.model.core.interface is not None:
             row["synthesizer_loss"] = float(self.model.core.interface.regression_loss)
             row["target_size"] = float(self.model.core.interface.size())
+            if self.config.audit:
+                row["trust"] = float(self.model.core.interface.trust)
         if self.stream.ladder is not None:
             row |= {"level": self.stream.ladder.level, "solved": self.stream.ladder.solved}
         return row

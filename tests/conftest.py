@@ -14,3 +14,9 @@ settings.load_profile("repeatable")
 def generator():
     """Random numbers of this test's own; no test depends on the global seed."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Initial weights come from the global generator."""
+    torch.manual_seed(0)

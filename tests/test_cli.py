@@ -205,7 +205,7 @@ POSITIVE = (
     "hidden", "layers", "embedding", "bptt", "accumulate", "batch-size", "lr", "synthesizer-lr", "chars",
     "minutes", "steps", "threads", "log-every", "eval-every", "state-limit", "aux-weight",
 )  # fmt: skip
-NOT_NEGATIVE = ("clip", "scale", "restore", "save-every")
+NOT_NEGATIVE = ("clip", "scale", "restore", "audit", "save-every")
 ONLY_WITH_DNI = (
     ["--synthesizer", "linear"],
     ["--synthesizer-reads", "state"],
@@ -215,6 +215,7 @@ ONLY_WITH_DNI = (
     ["--discount", "0.9"],
     ["--no-centre"],
     ["--restore", "1.0"],
+    ["--audit", "5"],
     ["--aux"],
     ["--synthesizer-lr", "0.01"],
 )

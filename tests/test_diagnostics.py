@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dni_rnn.cli import main
-from dni_rnn.config import TrainConfig
-from dni_rnn.diagnostics import core_gradient, diagnose, state_gradients
+from dni_rnn.config import PUBLISHED_DNI, TrainConfig
+from dni_rnn.diagnostics import core_gradient, diagnose
 from dni_rnn.errors import UsageError
-from dni_rnn.estimators import DNI, FullBPTT, TruncatedBPTT, Window
+from dni_rnn.estimators import DNI, FullBPTT, TruncatedBPTT, Window, state_gradients
 from dni_rnn.recurrent import Boundary, SequenceModel
 from dni_rnn.task import Corpus, Data
 from dni_rnn.training import build_model
@@ -26,7 +26,7 @@ def text(generator: torch.Generator, length: int = 1000) -> Corpus:
 
 def make(data: Data) -> SequenceModel:
     torch.manual_seed(0)
-    config = TrainConfig(hidden=6, embedding=3, dni=True, scale=1.0)
+    config = TrainConfig(hidden=6, embedding=3, dni=True, **{**PUBLISHED_DNI, "scale": 1.0})
     model = build_model(config, data).double()
     for parameter in model.core.rnn.parameters():
         torch.nn.init.normal_(parameter, std=0.7)  # gradients that reach far
@@ -66,7 +66,7 @@ def test_state_gradients_are_those_of_finite_differences(generator: torch.Genera
     stretch = windows(generator, 3, 2)
     zeros = model.initial_state(3)
     state = LSTMState(*(0.3 * torch.randn(s.shape, generator=generator, dtype=s.dtype) for s in zeros))
-    found = state_gradients(model, stretch, state, 0.5, (0, 1))
+    found = {n: flatten_rows(g) for n, g in state_gradients(model, stretch, state, 0.5, (0, 1)).items()}
 
     @torch.no_grad()
     def loss(cell: torch.Tensor, count: int) -> torch.Tensor:

@@ -971,3 +971,58 @@ def test_two_interfaces_do_not_meet(generator):
         (loss_one + loss_two + sent).backward()
     for net, interface, wanted in zip(nets, interfaces, alone, strict=True):
         close((gradients(net), gradients(interface), interface.size()), wanted)
+
+
+class Says(nn.Module):
+    """M that says what it is told to."""
+
+    def __init__(self, gradient: torch.Tensor) -> None:
+        super().__init__()
+        self.gradient = gradient
+
+    def forward(self, message, context):
+        return self.gradient
+
+
+def injected(interface: Interface, message: torch.Tensor, done: torch.Tensor | None = None) -> torch.Tensor:
+    leaf = message.clone().requires_grad_()
+    return torch.autograd.grad(interface.send(leaf, None, done), leaf)[0]
+
+
+@pytest.mark.parametrize(
+    ("real", "trust"),
+    [(1.0, 1.0), (0.5, 0.5), (3.0, 1.0), (-1.0, 0.0), (0.0, 0.0)],
+)
+def test_trust_is_the_multiple_that_comes_nearest_to_the_real_gradient(real, trust, generator):
+    said = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    message = torch.full((4, 3), 5.0, dtype=torch.float64)
+    interface = Interface(Says(said), scale=0.7, normalize=False, restore=0.1).double()
+    whole = injected(interface, message)
+    ours = whole - 0.1 * (message - 3.0)  # the restoring force is not weighed
+    interface.audit(message, real * ours)
+    torch.testing.assert_close(interface.trust, torch.tensor(trust, dtype=torch.float64))
+    torch.testing.assert_close(injected(interface, message), trust * ours + 0.1 * (message - 3.0))
+
+
+def test_trust_is_least_squares_over_fading_audits_of_the_rows_that_go_on(generator):
+    said, message = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64)
+    done = torch.tensor([False, True, False, False])
+    interface = Interface(Says(said), normalize=False, centre=True).double()
+    ours = injected(interface, message, done)
+    assert not ours[1].any()
+    noise = [torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(3)]
+    reals = [(0.4 * ours + 0.2 * each) * ~done.unsqueeze(1) for each in noise]
+    products, squares = 0.0, 0.0
+    for real in reals:
+        interface.audit(message, real, done=done)
+        products = 0.8 * products + float((ours * real).sum())
+        squares = 0.8 * squares + float((ours * ours).sum())
+    assert 0.1 < products / squares < 0.9
+    assert float(interface.trust) == pytest.approx(products / squares, rel=1e-9)
+
+
+def test_an_audit_of_nothing_said_gives_no_trust():
+    interface = Interface(Says(torch.zeros(2, 3)))
+    assert interface.trust == 1.0
+    interface.audit(torch.ones(2, 3), torch.ones(2, 3))
+    assert interface.trust == 0.0

@@ -147,7 +147,14 @@ def after_update(monkeypatch, step, act):
 
 METHODS = {
     "bptt": {},
-    "dni": {"dni": True, "context": "next-tokens:3", "centre": True, "restore": 0.5, "scale": 0.5},
+    "dni": {
+        "dni": True,
+        "context": "next-tokens:3",
+        "centre": True,
+        "restore": 0.5,
+        "scale": 0.5,
+        "audit": 7,
+    },
     "aux": {"dni": True, "aux": True, "context": "next-tokens:2:4"},
     "next-output": {"dni": True, "reading": "next-output", "synthesizer_reads": "state", "layers": 2},
     "accumulate": {"dni": True, "accumulate": 2, "core": "gru", "clip": 0.0},
@@ -931,3 +938,21 @@ def test_no_tensor_outlives_its_update(settings, text):
     assert counts[0] == counts[1]
     kept = [learner.loss + i for i in range(3)]
     assert live_tensors() == counts[1] + len(kept)
+
+
+def test_an_audit_changes_nothing_but_the_trust(text):
+    learner = Learner(
+        TrainConfig(**SMALL, dni=True, audit=1000), Text(path=text).load(None), torch.device("cpu")
+    )
+    for _ in range(5):
+        learner.update()
+    before, values = learner.state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    gradients = [p.grad.clone() for p in learner.net]
+    learner._audit()
+    after, values_after = learner.state_dict()
+    assert values_after == values
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {"model.core.interface.audited", "model.core.interface.trust"}
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(learner.net, gradients, strict=True))
+    assert 0.0 <= learner.metrics()["trust"] <= 1.0
