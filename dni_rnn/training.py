@@ -442,6 +442,16 @@ class Best(NamedTuple):
         return self.value != other.value and metric.reached(self.value, other.value)
 
 
+TRACE = 12
+"""Points of the curve beside the progress bar."""
+
+
+def _spark(values: list[float]) -> str:
+    """A curve in one line of text, from the lowest to the highest of its values."""
+    low, high = min(values), max(values)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low or 1.0))] for value in values)
+
+
 class _Stopwatch:
     """Seconds of training: runs from `seconds` on, but not inside `paused`."""
 
@@ -474,6 +484,7 @@ class _Loop:
         self.saved = time.perf_counter()
         self.logged_at, self.logged_symbols = seconds, learner.symbols
         self.log = MetricsLog(run)
+        self.trace: list[float] = []
         units = {"steps": "update", "minutes": "min", "symbols": self.metric.unit}
         self.bar = tqdm(
             total=self.budget, initial=self._done(), desc=run.path.name, unit=units[self.counted],
@@ -532,7 +543,10 @@ class _Loop:
             | {"seconds": round(seconds, 3), "symbols_per_second": round(speed)}
         )
         key, unit = self.metric.key, self.metric.unit
-        self.bar.set_postfix_str(f"{measured[key]:.3f} {key}, {speed / 1e3:.1f}k {unit}s/s", refresh=False)
+        self.trace = [*self.trace, measured[key]][-TRACE:]
+        self.bar.set_postfix_str(
+            f"{_spark(self.trace)} {measured[key]:.3f} {key}, {speed / 1e3:.1f}k {unit}s/s", refresh=False
+        )
         self.bar.update(self._done() - self.bar.n)
 
     def _validate(self) -> None:

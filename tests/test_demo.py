@@ -1,10 +1,13 @@
 """The demo, end to end on a little text, and the sentence it ends with."""
 
+from dataclasses import replace
+
 import pytest
 
+from dni_rnn import demo
 from dni_rnn.cli import main
 from dni_rnn.compare import Record
-from dni_rnn.demo import METHODS, SAMPLED, verdict
+from dni_rnn.demo import METHODS, RECALL_METHODS, SAMPLED, recall_verdict, verdict
 
 
 def record(test, seconds, bptt=2):
@@ -32,16 +35,29 @@ def test_the_verdict_follows_the_numbers(tests, told):
     assert sentence == f"In these runs, one seed each, synthetic gradients {told}"
 
 
-def test_a_demo_and_a_second_one_in_the_same_place(tmp_path, capsys):
+def test_the_verdict_on_recall():
+    said = recall_verdict(record(1.99, 5.0), record(0.001, 9.0))
+    assert (
+        "truncated BPTT has not (1.990 bits, chance is 2); with synthetic gradients it has learnt it" in said
+    )
+    assert recall_verdict(record(0.0, 5.0), record(2.0, 9.0)).count("has learnt it") == 1
+
+
+def test_a_demo_and_a_second_one_in_the_same_place(tmp_path, capsys, monkeypatch):
     out = tmp_path / "demo"
+    for name, config in RECALL_METHODS.items():
+        monkeypatch.setitem(demo.RECALL_METHODS, name, replace(config, chars=640, eval_every=640))
     assert main(["demo", "--out", str(out), "--chars", "2000"]) == 0
     printed = capsys.readouterr().out
     table = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
-    assert [line[0].strip() for line in table[2:]] == list(METHODS)
+    assert [line[0].strip() for line in table[2:4]] == list(RECALL_METHODS)
+    assert [line[0].strip() for line in table[6:]] == list(METHODS)
     assert "unfinished" not in printed
     assert "In these runs, one seed each, synthetic gradients" in printed
     assert len(printed.partition(" writes:\n")[2]) > SAMPLED
-    assert sorted(path.name for path in out.iterdir()) == sorted(["demo.png", *METHODS])
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["demo.png", "recall.png", *METHODS, *RECALL_METHODS]
+    )
 
     (out / "mine.txt").write_text("not the demo's")
     assert main(["demo", "--out", str(out), "--chars", "1000"]) == 0
