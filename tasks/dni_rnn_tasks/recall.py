@@ -35,20 +35,20 @@ class Recall:
                 "hidden": 128,
                 "embedding": 4,
                 "bptt": 4,
-                "lr": 5e-3,
-                "beta2": 0.95,
+                "lr": 3e-3,
+                "beta2": 0.99,
                 "chars": 2_000_000,
                 "eval_every": 1_000_000,
             },
             dni={
                 "context": "next-tokens:40",
                 "synthesizer": "linear",
-                "synthesizer_lr": 5e-3,
+                "synthesizer_lr": 3e-3,
                 "scale": 1.0,
                 "discount": 0.97,
             },
         ),
-        "paper": Preset(run={"hidden": 128, "embedding": 4, "bptt": 4, "lr": 5e-3}, dni=PUBLISHED_DNI),
+        "paper": Preset(run={"hidden": 128, "embedding": 4, "bptt": 4, "lr": 3e-3}, dni=PUBLISHED_DNI),
     }
 
     delay: int = 8
