@@ -225,6 +225,8 @@ def _means(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def diagnose_run(path: Path, bptts: str, device: torch.device, data_dir: Path | None = None) -> Diagnosis:
     """`diagnose` a run's best weights: prints two tables, writes diagnostics.json and diagnostics.png.
 
+    Where training measured its trust (`--audit`), the plot shows it too.
+
     Raises:
       UsageError: there is no such run, or `bptts` is not a list of lengths from 1 to 60.
     """
@@ -260,7 +262,9 @@ def diagnose_run(path: Path, bptts: str, device: torch.device, data_dir: Path | 
             )
         )
     write_atomically(path / "diagnostics.json", (json.dumps(asdict(found), indent=1) + "\n").encode())
-    save_lines(path / "diagnostics.png", _panels(found))
+    trust = [(row["symbols"], row["trust"]) for row in Run.open(path).rows() if "trust" in row]
+    panels = [Panel("symbols trained on", "trust", {"trust": trust}, logarithmic=False)] if trust else []
+    save_lines(path / "diagnostics.png", [*_panels(found), *panels])
     return found
 
 

@@ -61,11 +61,12 @@ class MeanPoint(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One of the panels of `save_lines`; the horizontal axis is logarithmic."""
+    """One of the panels of `save_lines`."""
 
     x: str
     y: str
     lines: dict[str, list[tuple[float, float]]]  # by label
+    logarithmic: bool = True  # the horizontal axis
 
 
 def mean_curve(runs: Sequence[Sequence[Point]]) -> list[MeanPoint]:
@@ -110,10 +111,13 @@ def save_lines(path: Path, panels: Sequence[Panel]) -> None:
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for number, (label, points) in enumerate(panel.lines.items()):
                 x, y = zip(*points, strict=True)
-                style = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 4}
+                style = {"color": COLOURS[number % len(COLOURS)]}
+                style |= {"marker": "o", "markersize": 4} if panel.logarithmic else {}
                 axes.plot(x, y, label=label, **style)
-            axes.set(xlabel=panel.x, ylabel=panel.y, xscale="log")
-            axes.xaxis.set_major_formatter("{x:g}")
+            axes.set(xlabel=panel.x, ylabel=panel.y)
+            if panel.logarithmic:
+                axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}" if panel.logarithmic else EngFormatter(sep=""))
             axes.legend(frameon=False)
         return figure
 

@@ -102,7 +102,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     source, run = tmp_path / "text.txt", tmp_path / "run"
     source.write_text("to be or not to be, that is the question\n" * 800)
     options = ["--hidden", "6", "--steps", "20", "--batch-size", "4", "--threads", "1", "--out", str(run)]
-    assert main(["train", "text", str(source), "--bptt", "4", "--dni", *options]) == 0
+    assert main(["train", "text", str(source), "--bptt", "4", "--dni", "--audit", "3", *options]) == 0
     assert main(["diagnose", str(run), "--bptt", "4,20"]) == 0
     assert "relative error" in capsys.readouterr().out
     saved = json.loads((run / "diagnostics.json").read_text())
