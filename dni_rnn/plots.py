@@ -149,21 +149,22 @@ def _draw(curves: Sequence[Curve], metric: Metric) -> Figure:
     by_symbols, by_seconds = figure.subplots(1, 2, sharey=True)
     handles = []
     for curve, style in zip(curves, _styles(curves), strict=True):
-        points = mean_curve(curve.runs)
-        # A line of a single validation shows only as a marker.
-        marker = style["marker"] or ("." if len(points) == 1 else "")
-        low = [p.value - p.sd for p in points]
-        high = [p.value + p.sd for p in points]
-        for axes, x in (
-            (by_symbols, [p.symbols for p in points]),
-            (by_seconds, [p.seconds for p in points]),
-        ):
-            handle = axes.plot(x, [p.value for p in points], **style | {"marker": marker})[0]
-            axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        # Validations come after the same numbers of symbols in every run, so they can be averaged.
+        lines = [mean_curve(curve.runs)] if metric.validated else [mean_curve([run]) for run in curve.runs]
+        for points in lines:
+            # A line of a single validation shows only as a marker.
+            marker = style["marker"] or ("." if len(points) == 1 else "")
+            low = [p.value - p.sd for p in points]
+            high = [p.value + p.sd for p in points]
+            for axes, x in (
+                (by_symbols, [p.symbols for p in points]),
+                (by_seconds, [p.seconds for p in points]),
+            ):
+                handle = axes.plot(x, [p.value for p in points], **style | {"marker": marker})[0]
+                axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
         handles.append(handle)
-    by_symbols.set(
-        xlabel=f"{metric.unit}s of training", ylabel=f"validation {metric.label} ({metric.meaning})"
-    )
+    label = f"validation {metric.label} ({metric.meaning})" if metric.validated else metric.label
+    by_symbols.set(xlabel=f"{metric.unit}s of training", ylabel=label)
     by_symbols.xaxis.set_major_formatter(EngFormatter(sep=""))
     by_seconds.set(xlabel="seconds of training (logarithmic)", xscale="log")  # T changes speed tenfold
     by_seconds.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

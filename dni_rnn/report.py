@@ -86,7 +86,7 @@ def mean_sd(values: Sequence[float], digits: int) -> str:
 
 
 def seconds_to(points: Sequence[Point], target: float, metric: Metric) -> float | None:
-    """Seconds of training until a validation curve first reaches `target`, linear between its points.
+    """Seconds of training until a curve first reaches `target`, linear between its validations.
 
     A curve whose first point is there already gives the seconds of that point, an upper bound; one
     that never gets there gives None.
@@ -94,7 +94,7 @@ def seconds_to(points: Sequence[Point], target: float, metric: Metric) -> float 
     before = None
     for point in points:
         if metric.reached(point.value, target):
-            if before is None:
+            if before is None or not metric.validated:
                 return point.seconds
             share = (before.value - target) / (before.value - point.value)
             return before.seconds + share * (point.seconds - before.seconds)
@@ -173,7 +173,7 @@ def render_table(
                 curves = [_curve(row, metric) for row in found]
                 line.append(
                     mean_sd([curve[-1].seconds for curve in curves], 0)
-                    if name == about.reference
+                    if name == about.reference and metric.validated
                     else _time_to(curves, target, metric)
                 )
         else:
@@ -209,11 +209,12 @@ def _time_to(curves: Sequence[Sequence[Point]], target: float, metric: Metric) -
     there = [seconds for seconds in times if seconds is not None]
     if len(there) < len(times):
         return f"not reached ({len(times) - len(there)} of {len(times)})"
-    bound = any(metric.reached(curve[0].value, target) for curve in curves)
+    bound = metric.validated and any(metric.reached(curve[0].value, target) for curve in curves)
     return ("≤ " if bound else "") + mean_sd(there, 0)
 
 
 def _legend(about: About, target: float | None, metric: Metric) -> str:
+    plotted = "mean over seeds, band ± 1 standard deviation" if metric.validated else "a line for each seed"
     splits = (
         "Best valid is the best validation of each run, test is measured with the weights of that "
         "validation. "
@@ -221,8 +222,7 @@ def _legend(about: About, target: float | None, metric: Metric) -> str:
     text = (
         f"{metric.label}: {metric.meaning}; mean ± sample standard deviation over n seeds. "
         f"{splits if metric.validated else ''}{metric.unit}s/s and "
-        "seconds: means, of training alone, validation not counted. Plot: mean over seeds, band ± 1 standard "
-        "deviation."
+        f"seconds: means, of training alone, validation not counted. Plot: {plotted}."
     )
     if about.speeds is not None:
         text += (
@@ -230,7 +230,12 @@ def _legend(about: About, target: float | None, metric: Metric) -> str:
             "apart, all cells in turn in one process, one thread (`benchmarks/throughput.py`, `speed.json`): "
             "the runs themselves shared a busy machine."
         )
-    if target is not None:
+    if target is not None and not metric.validated:
+        text += (
+            f" Seconds to {target:.{metric.digits}f}: until each seed had solved what `{about.reference}` "
+            "had at its end (mean over its seeds); not reached (k of n): k of the n seeds did not get there."
+        )
+    elif target is not None:
         text += (
             f" Seconds to {target:.{metric.digits}f}: until the validation curve of each seed reaches the "
             f"{metric.label} at which `{about.reference}` ends (mean of its last validations; its own entry "

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,9 @@ import pytest
 from dni_rnn.cli import main
 from dni_rnn.config import TrainConfig, to_json
 from dni_rnn.errors import UsageError
+from dni_rnn.metrics import BPC, metric_of
 from dni_rnn.plots import COLOURS, Curve, Point, mean_curve, save_curves
 from dni_rnn.report import (
-    BPC,
     About,
     Metric,
     mean_sd,
@@ -112,8 +113,9 @@ def folder(tmp_path):
 
 
 def render(folder, rows=None):
-    cells = read_sweep(folder)
-    return render_table(cells, read_rows(folder) if rows is None else rows, read_about(folder, cells))
+    cells, rows = read_sweep(folder), read_rows(folder) if rows is None else rows
+    metric = metric_of(rows[0]) if rows else BPC
+    return render_table(cells, rows, read_about(folder, cells), metric)
 
 
 @pytest.mark.parametrize("rows", sorted(RESULTS.glob("*/rows.jsonl")), ids=lambda path: path.parent.name)
@@ -124,8 +126,9 @@ def test_committed_tables_are_what_their_rows_say(rows):
     assert (folder / "table.md").read_text(encoding="utf-8") == render(folder), stale
     table = (folder / "table.csv").read_text(encoding="utf-8")
     assert table == render_csv(read_sweep(folder), read_rows(folder)), stale
-    assert (folder / "bpc.png").exists(), stale
-    assert (folder / "bpc.svg").exists(), stale
+    name = metric_of(read_rows(folder)[0]).key
+    assert (folder / f"{name}.png").exists(), stale
+    assert (folder / f"{name}.svg").exists(), stale
 
 
 def test_the_numbers_of_a_table(folder):
@@ -337,3 +340,22 @@ assert main(["compare", {str(run)!r}, "--out", {str(folder / "compare.png")!r}])
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_task_that_grows_is_judged_by_what_it_solved(folder):
+    rows = []
+    for row in read_rows(folder):
+        solved = {"T=2": 2, "T=4": 4}.get(row["cell"].split()[-1], 3) + row["seed"]
+        climbs = [{"symbols": 100 * n, "seconds": 10.0 * n, "solved": n} for n in range(solved + 1)]
+        rows.append(row | {"solved": solved, "climbs": climbs})
+    about = About("Growing", reference=rows[0]["cell"])
+    text = render_table(read_sweep(folder), rows, about, metric_of(rows[0]))
+    groups = {name: [r for r in rows if r["cell"] == name] for name in dict.fromkeys(r["cell"] for r in rows)}
+    target = sum(r["solved"] for r in groups[rows[0]["cell"]]) / len(groups[rows[0]["cell"]])
+    for name, found in groups.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"| {name} "))
+        assert f" {mean_sd([r['solved'] for r in found], 1)} " in line
+        times = [10.0 * math.ceil(target) for r in found if r["solved"] >= target]
+        reached = mean_sd(times, 0) if len(times) == len(found) else "not reached"
+        assert reached in line
+    assert "Best valid" not in text
