@@ -252,6 +252,10 @@ class TrainConfig(RunConfig):
             ):  # fmt: skip
                 if getattr(self, name) != defaults[name]:
                     raise UsageError(f"--{name.replace('_', '-')} does nothing without --dni; add --dni")
+        if self.dni and self.centre and self.batch_size == 1:
+            raise UsageError(
+                "--batch-size 1: a mean over one row leaves no synthetic gradient; add --no-centre"
+            )
         if not self.aux and self.aux_weight != defaults["aux_weight"]:
             raise UsageError("--aux-weight does nothing without --aux; add --aux")
         SynthesizerSpec.parse(self.synthesizer)

@@ -229,6 +229,8 @@ MISTAKES = [
     *((["--dni", "--aux", f"--{name}", "0"], f"--{name} must be positive, not 0") for name in POSITIVE),
     *((["--dni", f"--{name}", "-1"], f"--{name} must not be negative") for name in NOT_NEGATIVE),
     (["--lr", "nan"], "--lr must be positive, not nan"),
+    (["--dni", "--batch-size", "1"], "--batch-size 1: a mean over one row leaves no synthetic gradient"),
+    (["--beta2", "1"], "--beta2 must lie between 0 and 1, not 1.0"),
     (["--clip", "nan"], "--clip must not be negative"),
     *((["--dni", "--discount", d], "--discount must lie above 0") for d in ("0", "-0.5", "1.01", "nan")),
     *((["--seed", s], "--seed must lie between 0 and 2^63 - 1") for s in ("-1", str(2**63), str(2**70))),
