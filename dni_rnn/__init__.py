@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dni_rnn.estimators import DNI, Estimate, FullBPTT, TruncatedBPTT, Window
-    from dni_rnn.interface import Interface
+    from dni_rnn.feedforward import Decoupled, decouple
+    from dni_rnn.interface import Critique, Interface
     from dni_rnn.recurrent import Boundary, CoreOutput, RecurrentCore, SequenceModel
-    from dni_rnn.synthesizers import ContextMLP, EmbeddedTokens, MLPSynthesizer, OneHotTokens
+    from dni_rnn.synthesizers import ContextMLP, Critic, EmbeddedTokens, MLPSynthesizer, OneHotTokens, Rows
     from dni_rnn.trees import LSTMState
 
 _PUBLIC = {
     "estimators": ("DNI", "Estimate", "FullBPTT", "TruncatedBPTT", "Window"),
-    "interface": ("Interface",),
+    "feedforward": ("Decoupled", "decouple"),
+    "interface": ("Critique", "Interface"),
     "recurrent": ("Boundary", "CoreOutput", "RecurrentCore", "SequenceModel"),
-    "synthesizers": ("ContextMLP", "EmbeddedTokens", "MLPSynthesizer", "OneHotTokens"),
+    "synthesizers": ("ContextMLP", "Critic", "EmbeddedTokens", "MLPSynthesizer", "OneHotTokens", "Rows"),
     "trees": ("LSTMState",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
@@ -27,15 +29,20 @@ __all__ = [  # noqa: RUF022  (by module)
     "FullBPTT",
     "TruncatedBPTT",
     "Window",
+    "Decoupled",
+    "decouple",
+    "Critique",
     "Interface",
     "Boundary",
     "CoreOutput",
     "RecurrentCore",
     "SequenceModel",
     "ContextMLP",
+    "Critic",
     "EmbeddedTokens",
     "MLPSynthesizer",
     "OneHotTokens",
+    "Rows",
     "LSTMState",
 ]
 

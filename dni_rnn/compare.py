@@ -11,7 +11,7 @@ from dni_rnn.config import TrainConfig, from_json
 from dni_rnn.errors import UsageError
 from dni_rnn.files import read_jsonl
 from dni_rnn.metrics import BPC, Metric, Point
-from dni_rnn.plots import Curve, check_format, save_curves
+from dni_rnn.plots import Curve, Panel, check_format, save_curves, save_lines
 from dni_rnn.report import markdown_table
 from dni_rnn.task import config_of, installed_tasks
 
@@ -114,6 +114,36 @@ def plot_records(records: Sequence[Record], out: Path) -> bool:
     return True
 
 
+def plot_layers(path: Path) -> bool:
+    """Draw what a run has logged of its synthetic gradients layer by layer, to layers.svg in its directory.
+
+    Against updates, a line per cut: cosine with the true gradient, explained variance, and the loss of
+    the synthesizer. False, and no plot, when it has logged no agreement (`--agreement-every`).
+    """
+    rows = read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
+    panels = []
+    for name, label in LAYER_PANELS.items():
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            for key, value in row.items():
+                if key.startswith(f"{name}_"):
+                    cut = f"cut {key.removeprefix(f'{name}_')}"
+                    lines.setdefault(cut, []).append((float(row["step"]), value))
+        panels.append(Panel("updates", label, lines))
+    if not all(panel.lines for panel in panels):
+        return False
+    save_lines(path / "layers.svg", panels)
+    return True
+
+
+LAYER_PANELS = {
+    "cosine": "cosine with the true gradient",
+    "explained": "explained share of the true gradient",
+    "synthesizer_loss": "loss of the synthesizer",
+}
+"""Quantities that are logged per cut, and what they are called."""
+
+
 def compare_runs(paths: Sequence[Path], out: Path) -> None:
     """Print a table of runs and save the plot of their validation curves."""
     check_format(out)
@@ -124,4 +154,6 @@ def compare_runs(paths: Sequence[Path], out: Path) -> None:
     if len({record.metric for record in records}) > 1:
         raise UsageError(f"{paths[0]} and others are judged by different metrics; compare runs of one kind")
     print(render_comparison(records), end="")
+    for path in filter(plot_layers, paths):
+        print(f"synthetic gradients layer by layer: {path / 'layers.svg'}")
     print(f"validation curves: {out}" if plot_records(records, out) else "no validation yet: no plot")

@@ -229,7 +229,9 @@ class Critic(nn.Module):
         for states and feature maps one behind `Rows`.
       symbols: number of distinct targets.
       weight: of a row's future loss, relative to the mean over rows; 1 for a loss that is such a mean.
-      value: weight of ℓ, in nats, beside the match.
+      value: weight of ℓ, in nats, beside the match. The match draws the classifier from its own task to the
+        net's, and a larger share of it has been worse (MNIST, 6 layers, validation error after 10 passes:
+        1.88 % with 100, 2.12 % with 10).
 
     Shapes: context (B,) or (W, B), integers, -1 where nothing is known (which adds nothing).
 
@@ -238,7 +240,7 @@ class Critic(nn.Module):
     """
 
     def __init__(
-        self, classifier: nn.Module, symbols: int, *, weight: float = 1.0, value: float = 10.0
+        self, classifier: nn.Module, symbols: int, *, weight: float = 1.0, value: float = 100.0
     ) -> None:
         super().__init__()
         self.classifier, self.symbols, self.weight, self.value = classifier, symbols, weight, value

@@ -1,0 +1,310 @@
+"""Labelled examples: files that are checked, batches made on the device, and runs on them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference import close
+
+from dni_rnn.cli import main
+from dni_rnn.config import FeedforwardConfig
+from dni_rnn.errors import UsageError
+from dni_rnn.examples import Batches, Examples, hold_out, shifted
+from dni_rnn.layered import LayeredLearner, loss_of, wrong
+from dni_rnn.runs import Run
+from dni_rnn.training import Interrupted, train
+from dni_rnn_tasks import images
+from dni_rnn_tasks.addition import Addition, AdditionConfig
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+CPU = torch.device("cpu")
+
+
+def pictures(count: int, seed: int = 0) -> Examples:
+    """Random pictures whose class is the brightest of their three channels."""
+    random = np.random.default_rng(seed)
+
+    def some(n: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = random.integers(0, 3, n)
+        made = random.integers(0, 100, (n, 3, 8, 8))
+        made[np.arange(n), labels] += 100
+        return made.astype(np.uint8), labels.astype(np.uint8)
+
+    return Examples("made up", ("red", "green", "blue"), some(count), some(40), some(50), flips=True)
+
+
+# Files.
+
+
+def small_idx(folder: Path) -> None:
+    for file in images.IDX_GZ:
+        (folder / file.name).write_bytes(b"\0" * 100)
+
+
+def test_a_truncated_image_file_is_refused(tmp_path):
+    small_idx(tmp_path)
+    with pytest.raises(UsageError, match=r"train-images-idx3-ubyte.gz: not the published file \(100 bytes"):
+        images.MNIST().load(tmp_path)
+
+
+def test_a_corrupted_image_file_is_refused(tmp_path):
+    for file in images.CIFAR:
+        with open(tmp_path / file.name, "wb") as sparse:
+            sparse.truncate(file.size)  # the right length, and nothing in it
+    with pytest.raises(UsageError, match=r"data_batch_1.bin: not the published file \(SHA-256"):
+        images.CIFAR10().load(tmp_path)
+
+
+def test_a_missing_image_file_is_named(tmp_path):
+    small_idx(tmp_path)
+    (tmp_path / images.IDX_GZ[2].name).unlink()
+    with pytest.raises(UsageError, match=r"no t10k-images-idx3-ubyte.gz there"):
+        images.MNIST().load(tmp_path)
+
+
+def test_one_flipped_byte_of_the_real_files_is_refused(tmp_path):
+    if not (DATA / "mnist").is_dir():
+        pytest.skip("skipped: a damaged MNIST file, because the real ones are not there")
+    shutil.copytree(DATA / "mnist", tmp_path / "mnist")
+    path = tmp_path / "mnist" / images.IDX_GZ[1].name
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="SHA-256"):
+        images.MNIST().load(tmp_path)
+
+
+def test_mnist():
+    if not (DATA / "mnist").is_dir():
+        pytest.skip("skipped: MNIST, because its files are not there")
+    data = images.MNIST().load(DATA)
+    assert [len(data.split(s)[0]) for s in ("train", "valid", "test")] == [55_000, 5_000, 10_000]
+    assert data.shape == (1, 28, 28)
+    assert np.bincount(data.test[1]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    together = np.bincount(np.concatenate([data.train[1], data.valid[1]]))
+    assert together.tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+
+
+# Batches.
+
+
+def test_what_is_held_out_is_neither_lost_nor_shared():
+    inputs, targets = np.arange(50, dtype=np.uint8)[:, None], np.arange(50, dtype=np.uint8)
+    (train_x, train_y), (valid_x, valid_y) = hold_out(inputs, targets, 8)
+    assert len(valid_x) == 8
+    assert sorted([*train_y, *valid_y]) == list(range(50))
+    assert (train_x[:, 0] == train_y).all()
+    assert (valid_x[:, 0] == valid_y).all()
+    again = hold_out(inputs, targets, 8)
+    assert (again[1][1] == valid_y).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_pass_shows_every_example_once_in_an_order_of_its_own(seed):
+    nothing = (np.zeros((1, 1), np.uint8), np.zeros(1))
+    some = (np.arange(20, dtype=np.uint8)[:, None], np.arange(20))
+    data = Examples("numbers", ("a",), some, nothing, nothing)
+    batches = Batches(data, "train", 5, CPU, seed)
+    assert batches.per_pass == 4
+    passes = [[int(y) for i in range(4) for y in batches.batch(4 * n + i)[1]] for n in range(2)]
+    assert [sorted(each) for each in passes] == [list(range(20))] * 2
+    assert passes[0] != passes[1]
+    other = Batches(data, "train", 5, CPU, seed)
+    assert other.batch(6)[1].tolist() == passes[1][10:15]  # the number of a batch alone says what is in it
+    assert Batches(data, "train", 5, CPU, seed + 1).batch(0)[1].tolist() != passes[0][:5]
+
+
+def test_inputs_are_normalised_channel_by_channel():
+    batches = Batches(pictures(64), "train", 64, CPU)
+    x, _ = batches.batch(0)
+    assert x.dtype == torch.float32
+    close(x.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-4)
+    close(x.std((0, 2, 3), correction=0), torch.ones(3), rtol=1e-4)
+    valid = torch.cat([x for x, _ in Batches(pictures(64), "valid", 1, CPU).in_order(7)])
+    assert valid.shape == (40, 3, 8, 8)
+    assert 0 < float(valid.mean().abs()) < 0.1  # by the training pictures' numbers
+
+
+def test_shifts_move_whole_pictures_and_flips_mirror_them():
+    torch.manual_seed(0)
+    first = torch.zeros(500, 1, 8, 8, dtype=torch.uint8)
+    first[:, 0, 4, 2], first[:, 0, 4, 3] = 7, 9
+    moved = shifted(first, flips=True)
+    assert moved.shape == first.shape
+    seen = set()
+    for picture in moved[:, 0]:
+        (y, x), (other_y, other_x) = ((picture == v).nonzero()[0].tolist() for v in (7, 9))
+        assert int((picture > 0).sum()) == 2
+        assert y == other_y
+        seen.add((y - 4, other_x - x))
+    assert seen == {(dy, step) for dy in (-1, 0, 1) for step in (-1, 1)}
+    assert {
+        int((p == 9).nonzero()[0, 1] - (p == 7).nonzero()[0, 1]) for p in shifted(first, False)[:, 0]
+    } == {1}
+
+
+def test_losses_and_errors_by_arithmetic():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    labels = torch.tensor([0, 0])
+    softplus = torch.nn.functional.softplus
+    one, two = softplus(torch.tensor(-2.0).double()), softplus(torch.tensor(1.0).double())
+    close(loss_of(logits, labels), (one + two) / 2)
+    assert int(wrong(logits, labels)) == 1
+    bits = torch.tensor([[1, 0], [0, 0]])
+    zero = softplus(torch.tensor(0.0).double())
+    close(loss_of(logits, bits), (one + zero + zero + two) / 2)
+    assert int(wrong(logits, bits)) == 1
+    # Smoothing pulls the best answer to 1 − s + s / classes.
+    best = torch.tensor([[np.log(0.95 / 0.05), 0.0]], requires_grad=True, dtype=torch.float64)
+    loss_of(best, labels[:1], 0.1).backward()
+    assert best.grad is not None
+    assert float(best.grad.abs().max()) < 1e-12
+
+
+# Runs.
+
+
+def run_of(path: Path, **settings: object) -> Run:
+    defaults = {"width": 8, "epochs": 3.0, "batch_size": 32, "log_every": 3, "eval_every": 400, "threads": 1}
+    config = AdditionConfig(**{**defaults, **settings}, out=path).resolved  # pyright: ignore[reportArgumentType]
+    return Run(path, "addition", Addition(bits=4), config)
+
+
+@pytest.mark.parametrize("method", ["bprop", "none", "dni", "cdni", "critic"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, tmp_path, monkeypatch):
+    settings = {"method": method}
+    if method in ("cdni", "critic"):
+        settings |= {"update_probability": 0.6, "unlock": True, "agreement_every": 2}
+    whole = train(run_of(tmp_path / "whole", **settings), quiet=True)
+    update = LayeredLearner.update
+
+    def stop_in_the_middle(self: LayeredLearner) -> None:
+        update(self)
+        if self.step == 7:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(LayeredLearner, "update", stop_in_the_middle)
+    with pytest.raises(Interrupted):
+        train(run_of(tmp_path / "parts", **settings), quiet=True)
+    monkeypatch.setattr(LayeredLearner, "update", update)
+    parts = train(run_of(tmp_path / "parts", **settings, resume=True), quiet=True)
+    timed = ("seconds", "symbols_per_second", "peak_memory_mb")
+    assert {k: v for k, v in parts.items() if k not in timed} == {
+        k: v for k, v in whole.items() if k not in timed
+    }
+    rows = [
+        [{k: v for k, v in row.items() if k not in timed} for row in run_of(tmp_path / name).rows()]
+        for name in ("whole", "parts")
+    ]
+    assert rows[0] == rows[1]
+    assert any("valid_error" in row for row in rows[0])
+
+
+def test_the_metrics_say_how_the_synthesizers_do(tmp_path):
+    train(run_of(tmp_path, method="critic", agreement_every=2), quiet=True)
+    row = next(row for row in run_of(tmp_path).rows() if "loss" in row)
+    for cut in (1, 2):
+        assert {f"cosine_{cut}", f"explained_{cut}", f"synthesizer_loss_{cut}"} <= row.keys()
+        assert -1.0 <= row[f"cosine_{cut}"] <= 1.0
+
+
+def test_rates_of_the_recipes():
+    data = Addition(bits=4).load(None)
+    fast = LayeredLearner(AdditionConfig(epochs=100.0, width=4), data, CPU)
+    factors = []
+    for step in range(fast.steps):
+        fast.step = step
+        factors.append(fast.rate())
+    peak = factors.index(max(factors))
+    assert peak / fast.steps == pytest.approx(0.15, abs=0.02)
+    assert factors[:peak] == sorted(factors[:peak])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+    assert max(factors) <= 1.0
+    assert factors[-1] < 0.01
+    paper = LayeredLearner(AdditionConfig(epochs=100.0, width=4, recipe="paper"), data, CPU)
+    steps = [0, 0.59, 0.61, 0.79, 0.81]
+    found = []
+    for share in steps:
+        paper.step = round(share * paper.steps)
+        found.append(round(paper.rate(), 6))
+    assert found == [1.0, 1.0, 0.1, 0.1, 0.01]
+
+
+def test_the_published_recipe():
+    config = images.CIFARConfig(recipe="paper", method="dni").resolved
+    assert (config.width, config.lr, config.synthesizer) == (1000, 3e-5, "mlp:4000")
+    config = FeedforwardConfig(recipe="paper", method="cdni", model="cnn").resolved
+    assert (config.width, config.synthesizer) == (64, "linear")
+    assert FeedforwardConfig(recipe="paper", width=3).resolved.width == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--layers 1", "at least 2"),
+        ("--cuts 0", "--cuts 0: give all"),
+        ("--cuts 2,1", "rising"),
+        ("--cuts x", "rising"),
+        ("--method bprop --update-probability 0.5", "needs synthetic gradients"),
+        ("--method none --unlock", "needs synthetic gradients"),
+        ("--update-probability 0", "above 0"),
+        ("--synthesizer deep", "--synthesizer deep"),
+        ("--epochs 0", "must be positive"),
+        ("--smoothing 1", "--smoothing"),
+    ],
+)
+def test_settings_that_cannot_be(flags, message, tmp_path, capsys):
+    assert main(["train", "addition", *flags.split(), "--out", str(tmp_path / "run")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_in_a_process_of_its_own(tmp_path):
+    """Train, evaluate and compare, as a user does."""
+
+    def say(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "dni_rnn", *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    shared = ["--bits", "3", "--epochs", "2", "--threads", "1", "--log-every", "1"]
+    for method in ("bprop", "critic"):
+        words = ["--method", method, "--out", method]
+        if method == "critic":
+            words += ["--agreement-every", "1"]
+        assert "addition/3 " in say("train", "addition", *shared, *words)
+        summary = json.loads((tmp_path / method / "summary.json").read_text())
+        assert f"{summary['test_error']:.4f} error" in say("eval", method)
+    assert (tmp_path / "critic" / "best.safetensors").exists()
+    table = say("compare", "bprop", "critic", "--out", "curves.svg")
+    assert "test error %" in table
+    assert (tmp_path / "curves.svg").exists()
+    assert (tmp_path / "critic" / "layers.svg").exists()
+    assert not (tmp_path / "bprop" / "layers.svg").exists()
+
+
+def test_mnist_from_the_command_line(tmp_path):
+    if not (DATA / "mnist").is_dir():
+        pytest.skip("skipped: a run on MNIST, because its files are not there")
+    words = ["--data-dir", str(DATA), "--epochs", "0.3", "--width", "16", "--threads", "1"]
+    assert main(["train", "mnist", *words, "--layers", "3", "--out", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_error"] < 40
