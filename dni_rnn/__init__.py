@@ -10,7 +10,15 @@ if TYPE_CHECKING:
     from dni_rnn.feedforward import Decoupled, decouple
     from dni_rnn.interface import Critique, Interface
     from dni_rnn.recurrent import Boundary, CoreOutput, RecurrentCore, SequenceModel
-    from dni_rnn.synthesizers import ContextMLP, Critic, EmbeddedTokens, MLPSynthesizer, OneHotTokens, Rows
+    from dni_rnn.synthesizers import (
+        BackwardGRU,
+        ContextMLP,
+        Critic,
+        EmbeddedTokens,
+        MLPSynthesizer,
+        OneHotTokens,
+        Rows,
+    )
     from dni_rnn.trees import LSTMState
 
 _PUBLIC = {
@@ -18,7 +26,15 @@ _PUBLIC = {
     "feedforward": ("Decoupled", "decouple"),
     "interface": ("Critique", "Interface"),
     "recurrent": ("Boundary", "CoreOutput", "RecurrentCore", "SequenceModel"),
-    "synthesizers": ("ContextMLP", "Critic", "EmbeddedTokens", "MLPSynthesizer", "OneHotTokens", "Rows"),
+    "synthesizers": (
+        "BackwardGRU",
+        "ContextMLP",
+        "Critic",
+        "EmbeddedTokens",
+        "MLPSynthesizer",
+        "OneHotTokens",
+        "Rows",
+    ),
     "trees": ("LSTMState",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
@@ -37,6 +53,7 @@ __all__ = [  # noqa: RUF022  (by module)
     "CoreOutput",
     "RecurrentCore",
     "SequenceModel",
+    "BackwardGRU",
     "ContextMLP",
     "Critic",
     "EmbeddedTokens",

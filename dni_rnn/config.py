@@ -42,23 +42,29 @@ class SynthesizerSpec:
 class ContextSpec:
     """`--context` read: how many coming symbols M is told, and how they are encoded."""
 
+    encoder: str
+    """`none`, `next-tokens` or `gru`."""
     window: int
-    embedding: int
-    """Width of the shared table; 0 for one-hot."""
+    width: int
+    """Of the shared table of next-tokens, 0 for one-hot; of the GRU."""
 
     @classmethod
     def parse(cls, text: str) -> ContextSpec:
-        """`none`, `next-tokens:W` (one-hot), `next-tokens:W:E` (embedded in E dimensions)."""
+        """`none`, `next-tokens:W` (one-hot), `next-tokens:W:E` (embedded in E dimensions), `gru:W:UNITS`, or
+        `gru:W` with 128 units.
+        """
         if text == "none":
-            return cls(window=0, embedding=0)
-        name, *numbers = text.split(":")
+            return cls(encoder="none", window=0, width=0)
+        wrong = f"--context {text}: give none, next-tokens:W, next-tokens:W:EMBEDDING, gru:W or gru:W:UNITS"
+        encoder, *numbers = text.split(":")
         try:
-            window, embedding = (int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 0)
-        except (ValueError, IndexError):
-            window, embedding = 0, 0
-        if name != "next-tokens" or len(numbers) > 2 or window < 1 or embedding < 0:
-            raise UsageError(f"--context {text}: give none, next-tokens:W or next-tokens:W:EMBEDDING")
-        return cls(window=window, embedding=embedding)
+            least, usual = {"next-tokens": (0, 0), "gru": (1, 128)}[encoder]
+            window, width = int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else usual
+        except (KeyError, IndexError, ValueError):
+            raise UsageError(wrong) from None
+        if len(numbers) > 2 or window < 1 or width < least:
+            raise UsageError(wrong)
+        return cls(encoder=encoder, window=window, width=width)
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,7 @@ class TrainConfig(RunConfig):
     synthesizer_reads: Literal["hidden", "state"] = "hidden"
     """The synthesizer reads the hidden state, which is the core's output, or the whole state."""
     context: str = "next-tokens:8"
-    """What the synthesizer is told of what comes: none, next-tokens:W or next-tokens:W:EMBEDDING."""
+    """What the synthesizer is told of what comes: none, next-tokens:W[:EMBEDDING] or gru:W[:UNITS]."""
     reading: Literal["boundary", "next-output"] = "boundary"
     """The synthesizer reads the boundary state, or the state after one more input."""
     scale: float = 0.9

@@ -81,6 +81,43 @@ class EmbeddedTokens(ContextEncoder):
         return self.project(embedded.transpose(0, 1).flatten(1))
 
 
+class BackwardGRU(ContextEncoder):
+    """A window of W symbols, embedded and read backwards by a GRU: what comes first it reads last.
+
+        h_W = 0;   h_i = GRU(E[token_i], h_{i+1}),   i = W − 1, ..., 0;   e = P h_0
+
+    The order is that of the gradient itself, which also comes from the far end of the future. E[−1] is
+    zero and the GRU has no biases, so it stays at zero until it meets a symbol that is known: past the end
+    of a sequence adds nothing. W steps of a GRU per boundary: by far the dearest of the encoders.
+
+    Args:
+      symbols: number of distinct symbols.
+      window: W.
+      units: width of h.
+      embedding: width of E.
+
+    Shapes: those of `OneHotTokens`.
+    """
+
+    project: nn.Linear
+
+    def __init__(self, symbols: int, window: int, units: int = 128, embedding: int = 32) -> None:
+        super().__init__()
+        self.symbols, self.window = symbols, window
+        self.embed = nn.Embedding(symbols + 1, embedding, padding_idx=symbols)
+        self.gru = nn.GRU(embedding, units, bias=False)
+
+    def build(self, width: int, *, zero: bool) -> None:
+        self.project = nn.Linear(self.gru.hidden_size, width, bias=False)
+        if zero:
+            nn.init.zeros_(self.project.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        backwards = tokens.reshape(self.window, -1).flip(0)
+        _, last = self.gru(self.embed(torch.where(backwards < 0, self.symbols, backwards)))
+        return self.project(last[0])
+
+
 class ContextMLP(nn.Module):
     """A multilayer perceptron that is also told a context, and starts by saying zero.
 
@@ -93,7 +130,8 @@ class ContextMLP(nn.Module):
     Args:
       inputs, outputs: features of a row of x and of the result; with `kernel`, channels.
       hidden: widths of the hidden layers; none makes it linear.
-      context: encoder of the context: `OneHotTokens`, `EmbeddedTokens` or another `ContextEncoder`.
+      context: encoder of the context: `OneHotTokens`, `EmbeddedTokens`, `BackwardGRU` or another
+        `ContextEncoder`.
       norm: batch normalisation of the hidden layers, as published; off, norm is the identity.
       kernel: make every W a convolution of kernel × kernel (odd) that keeps the resolution. The context
         is then added at every place alike, which is what label planes through a convolution are (but for

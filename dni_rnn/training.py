@@ -23,7 +23,14 @@ from dni_rnn.estimators import DNI, TruncatedBPTT, state_gradients, window_loss
 from dni_rnn.metrics import Metric
 from dni_rnn.recurrent import RecurrentCore, SequenceModel
 from dni_rnn.runs import MetricsLog, Run
-from dni_rnn.synthesizers import ContextEncoder, ContextMLP, EmbeddedTokens, MLPSynthesizer, OneHotTokens
+from dni_rnn.synthesizers import (
+    BackwardGRU,
+    ContextEncoder,
+    ContextMLP,
+    EmbeddedTokens,
+    MLPSynthesizer,
+    OneHotTokens,
+)
 from dni_rnn.task import Data, Split
 from dni_rnn.trees import flatten, flatten_rows, map_tree, unflatten
 
@@ -82,8 +89,10 @@ def _context_encoder(config: TrainConfig, data: Data) -> ContextEncoder | None:
     spec = config.context_spec
     if not spec.window:
         return None
-    if spec.embedding:
-        return EmbeddedTokens(data.target_symbols, spec.window, spec.embedding)
+    if spec.encoder == "gru":
+        return BackwardGRU(data.target_symbols, spec.window, spec.width)
+    if spec.width:
+        return EmbeddedTokens(data.target_symbols, spec.window, spec.width)
     return OneHotTokens(data.target_symbols, spec.window)
 
 

@@ -224,6 +224,7 @@ SYNTHESIZERS = ("", "mpl", "mlp:", "mlp:0", "mlp:-1", "mlp:a", "mlp:1,2,3", "mlp
 CONTEXTS = (
     "", "all", "next-tokens", "next-tokens:", "next-tokens:0", "next-tokens:-2", "next-tokens:2:-1",
     "next-tokens:a", "next-tokens:2:", "next-tokens:2:3:4", "none:3", "next-token:2",
+    "gru", "gru:", "gru:0", "gru:4:0", "gru:4:-1", "gru:4:", "gru:4:8:2", "gru:a", "next-token:2:3",
 )  # fmt: skip
 MISTAKES = [
     *((["--dni", "--aux", f"--{name}", "0"], f"--{name} must be positive, not 0") for name in POSITIVE),
@@ -246,7 +247,7 @@ MISTAKES = [
         (["--dni", "--synthesizer", t], f"--synthesizer {t}: give linear, mlp, mlp:WIDTH")
         for t in SYNTHESIZERS
     ),
-    *((["--dni", "--context", t], f"--context {t}: give none, next-tokens:W or") for t in CONTEXTS),
+    *((["--dni", "--context", t], f"--context {t}: give none, next-tokens:W,") for t in CONTEXTS),
 ]
 
 
@@ -282,12 +283,15 @@ def test_settings_survive_json():
 
 def test_the_names_of_methods():
     dni = {"dni": True, "context": "next-tokens:8"}
-    settings: list[dict[str, Any]] = [{}, {"dni": True, "context": "none"}, dni, {**dni, "aux": True}]
+    gru = {"dni": True, "context": "gru:16:64"}
+    online = {"dni": True, "context": "none"}
+    settings: list[dict[str, Any]] = [{}, online, dni, {**dni, "aux": True}, gru]
     assert [TrainConfig(**each).method for each in settings] == [
         "bptt",
         "dni-online",
         "dni+next-tokens:8",
         "dni+next-tokens:8+aux",
+        "dni+gru:16:64",
     ]
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from reference import close, grad, random, randomize
+from reference import close, grad, gru_cell, random, randomize
 from torch import Tensor, nn
 
 from dni_rnn.interface import Interface
 from dni_rnn.synthesizers import (
+    BackwardGRU,
     ContextEncoder,
     ContextMLP,
     Critic,
@@ -31,10 +32,13 @@ def tokens(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def encoder(kind: str, window: int = WINDOW) -> ContextEncoder:
+    if kind == "gru":
+        return BackwardGRU(SYMBOLS, window, units=3, embedding=2)
     return OneHotTokens(SYMBOLS, window) if kind == "one-hot" else EmbeddedTokens(SYMBOLS, window, 2)
 
 
-either_encoder = pytest.mark.parametrize("kind", ["one-hot", "embedded"])
+ENCODERS = ["one-hot", "embedded", "gru"]
+every_encoder = pytest.mark.parametrize("kind", ENCODERS)
 
 
 def built(kind: str, generator: torch.Generator, window: int = WINDOW) -> ContextEncoder:
@@ -88,7 +92,35 @@ def test_embedded_tokens_are_a_product_with_their_embeddings(window, generator):
     assert len(made(given).unique(dim=0)) > 1
 
 
-@either_encoder
+@pytest.mark.parametrize("window", [1, WINDOW])
+def test_backward_gru_is_a_loop_from_the_far_end(window, generator):
+    made = built("gru", generator, window)
+    given = tokens(generator, window, ROWS)
+    if window > 1:
+        given[1, 2] = given[2, 3] = -1
+    embed, project = made.get_parameter("embed.weight"), made.get_parameter("project.weight")
+    w_ih, w_hh = made.get_parameter("gru.weight_ih_l0"), made.get_parameter("gru.weight_hh_l0")
+    no_bias = torch.zeros(9, dtype=torch.float64)
+    for row in range(ROWS):
+        state = (torch.zeros(1, 3, dtype=torch.float64),)
+        for token in reversed(given[:, row].tolist()):
+            x = torch.zeros_like(embed[:1]) if token == -1 else embed[token : token + 1]
+            state = gru_cell(x, state, w_ih, w_hh, no_bias, no_bias)
+        close(made(given)[row], (state[0] @ project.T)[0])
+    assert len(made(given).unique(dim=0)) > 1
+
+
+def test_past_the_end_a_backward_gru_is_one_of_the_symbols_that_are_left(generator):
+    made = built("gru", generator)
+    given = tokens(generator)
+    given[-1] = -1
+    shorter = built("gru", generator, WINDOW - 1)
+    shorter.load_state_dict(made.state_dict())
+    close(made(given), shorter(given[:-1]))
+    assert not torch.allclose(made(given), made(given.roll(1, 0)))  # unknown first is another matter
+
+
+@pytest.mark.parametrize("kind", ["one-hot", "embedded"])
 def test_an_unknown_token_adds_nothing(kind, generator):
     """What is left is the sum over the positions that are known."""
     made = built(kind, generator)
@@ -106,8 +138,8 @@ def test_an_unknown_token_adds_nothing(kind, generator):
     close(made(given)[0], (alone[0] + alone[1] + alone[2])[0])
 
 
-@either_encoder
-def test_an_unknown_token_still_adds_nothing_after_learning(kind, generator):
+@every_encoder
+def test_where_nothing_is_known_nothing_is_added_even_after_learning(kind, generator):
     made = built(kind, generator)
     optimizer = torch.optim.SGD(made.parameters(), lr=1.0)
     given = tokens(generator)
@@ -119,7 +151,7 @@ def test_an_unknown_token_still_adds_nothing_after_learning(kind, generator):
     assert not made(torch.full_like(given, -1)).any()
 
 
-@either_encoder
+@every_encoder
 def test_labels_are_a_window_of_one(kind, generator):
     made = built(kind, generator, window=1)
     labels = tokens(generator, ROWS)
@@ -127,7 +159,7 @@ def test_labels_are_a_window_of_one(kind, generator):
     assert made(labels).shape == (ROWS, WIDTH)
 
 
-@either_encoder
+@every_encoder
 def test_integers_of_any_width_will_do(kind, generator):
     made, given = built(kind, generator), tokens(generator)
     assert torch.equal(made(given.to(torch.int32)), made(given))
@@ -137,7 +169,7 @@ def test_integers_of_any_width_will_do(kind, generator):
 
 
 @pytest.mark.parametrize("hidden", [(), (7,), (7, 5)], ids=str)
-@pytest.mark.parametrize("kind", [None, "one-hot", "embedded"])
+@pytest.mark.parametrize("kind", [None, *ENCODERS])
 def test_context_mlp_is_its_equation(hidden, kind, generator):
     mlp = ContextMLP(3, hidden, 2, encoder(kind) if kind else None).double()
     randomize(mlp, generator)
@@ -155,7 +187,7 @@ def test_context_mlp_is_its_equation(hidden, kind, generator):
     close(mlp(x, context), a)
 
 
-@either_encoder
+@every_encoder
 def test_a_missing_context_is_refused(kind):
     mlp = ContextMLP(3, [4], 2, encoder(kind))
     with pytest.raises(ValueError, match="must be called with a context"):
@@ -195,7 +227,7 @@ def test_an_encoder_of_ones_own(generator):
 
 @every_message
 @pytest.mark.parametrize("hidden", [(), (7,), (7, 5)], ids=str)
-@pytest.mark.parametrize("kind", [None, "one-hot", "embedded"])
+@pytest.mark.parametrize("kind", [None, *ENCODERS])
 def test_it_starts_by_saying_zero_and_can_learn(shape, hidden, kind, generator):
     message, batch_dim = messages(generator)[shape]
     context = encoder(kind) if kind else None
