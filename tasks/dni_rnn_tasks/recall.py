@@ -48,7 +48,10 @@ class Recall:
                 "discount": 0.97,
             },
         ),
-        "paper": Preset(run={"hidden": 128, "embedding": 4, "bptt": 4, "lr": 3e-3}, dni=PUBLISHED_DNI),
+        "paper": Preset(
+            run={"hidden": 128, "embedding": 4, "bptt": 4, "lr": 3e-3, "chars": 2_000_000},
+            dni=PUBLISHED_DNI,
+        ),
     }
 
     delay: int = 8
