@@ -2,18 +2,19 @@
 
     python examples/addition.py
 
-Two binary numbers go in, their sum comes out of a sigmoid net of 3 layers. It is trained three times:
-by backpropagation, with synthetic gradients predicted from a layer's output alone, and with ones
-predicted from the output and the data (here the wanted sum).
+Two binary numbers go in, their sum comes out of a sigmoid net of 3 layers. It is trained four times: by
+backpropagation; with synthetic gradients regressed on a layer's output alone, which says little about the
+sum that was wanted, and the net hardly learns; with ones regressed on the output and the data (the wanted
+sum); and with ones that are the derivative of a predicted loss, from the same two.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dni_rnn import ContextMLP, Interface, OneHotTokens
+from dni_rnn import ContextMLP, Critic, Interface, OneHotTokens
 
-BITS, HIDDEN, STEPS = 4, 32, 2000
+BITS, HIDDEN, STEPS = 4, 32, 4000
 
 
 def batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,11 +40,15 @@ def train(method: str) -> float:
     interfaces = nn.ModuleList()
     if method != "backpropagation":
         for _ in layers:
-            data = OneHotTokens(2, BITS + 1) if method == "output and data" else None
-            interfaces.append(Interface(ContextMLP(HIDDEN, [64], HIDDEN, data)))
+            if method == "predicted loss":
+                synthesizer = Critic(ContextMLP(HIDDEN, [], 2 * (BITS + 1)), 2)
+            else:
+                data = OneHotTokens(2, BITS + 1) if method == "output and data" else None
+                synthesizer = ContextMLP(HIDDEN, [64], HIDDEN, data)
+            interfaces.append(Interface(synthesizer))
 
     optimizer = torch.optim.Adam([*layers.parameters(), *readout.parameters()], 1e-2)
-    learning = torch.optim.Adam(interfaces.parameters(), 1e-2) if len(interfaces) else None
+    learning = torch.optim.Adam(interfaces.parameters(), 3e-2) if len(interfaces) else None
     for _ in range(STEPS):
         x, wanted = batch(64)
         h = x
@@ -68,5 +73,5 @@ def train(method: str) -> float:
 
 
 if __name__ == "__main__":
-    for method in ("backpropagation", "output alone", "output and data"):
+    for method in ("backpropagation", "output alone", "output and data", "predicted loss"):
         print(f"{method:16} {train(method):6.1%} of the sums right", flush=True)

@@ -81,6 +81,21 @@ def test_examples_run(
     assert bits[1] < 0.8 * bits[0], "the example learns"
 
 
+def test_the_net_of_the_addition_example_adds() -> None:
+    made = runpy.run_path(str(ROOT / "examples" / "addition.py"))
+    made["train"].__globals__["STEPS"] = 1500
+    assert made["train"]("predicted loss") > 0.8
+
+
+def test_the_cut_resnet_of_the_example_learns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["resnet_decoupled.py"])
+    runpy.run_path(str(ROOT / "examples" / "resnet_decoupled.py"), run_name="__main__")
+    (right,) = re.findall(r"(\d+)% of new pictures right", capsys.readouterr().out)
+    assert int(right) > 80
+
+
 def test_two_lines_of_the_example_loop_change() -> None:
     before, after = (
         (ROOT / "examples" / f"char_model_{when}.py").read_text().split("for step in", 1)[1]

@@ -22,6 +22,14 @@ class AdditionConfig(FeedforwardConfig):
     """sigmoid: Linear-Sigmoid; mlp: Linear-BN-ReLU."""
     layers: int = 3
     """Layers, the last one included."""
+    width: int | None = 64
+    """Units per hidden layer."""
+    epochs: float | None = 100.0
+    """Passes over the training data."""
+    lr: float | None = 2e-2
+    """Adam's largest learning rate for the net."""
+    synthesizer_lr: float | None = 3e-2
+    """Adam's largest learning rate for the synthesizers."""
     batch_size: int = 64
     """Rows per update."""
 
