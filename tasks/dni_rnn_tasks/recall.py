@@ -38,7 +38,7 @@ class Recall:
                 "lr": 3e-3,
                 "beta2": 0.99,
                 "chars": 2_000_000,
-                "eval_every": 1_000_000,
+                "eval_every": 200_000,
             },
             dni={
                 "context": "next-tokens:40",
