@@ -202,7 +202,7 @@ def _train_command(name: str, task: type[Task], arguments: list[str]) -> type:
     presets = {"default": Preset(), **getattr(task, "presets", {})}
     chosen = presets.get(_preset(arguments), Preset())
     kind, settings = config_of(task), dict(chosen.run)
-    if kind is TrainConfig and "--dni" in arguments:
+    if issubclass(kind, TrainConfig) and "--dni" in arguments:
         settings |= {"dni": True, **chosen.dni}
     if any(word.partition("=")[0] in ("--chars", "--minutes", "--steps") for word in arguments):
         settings = {name: value for name, value in settings.items() if name not in BUDGETS}

@@ -303,6 +303,44 @@ class TrainConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LiveConfig(TrainConfig):
+    """A recurrent run on a stream that is read once, as it comes."""
+
+    learner: ClassVar[str] = "dni_rnn.live:LiveLearner"
+
+    lag: int | None = None
+    """Symbols that training stays behind the newest: the synthesizer is told these, as --context
+    next-tokens:LAG. 0 is strictly online. The default is what --context reaches."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lag is None:
+            return
+        if not self.dni:
+            raise UsageError("--lag does nothing without --dni; add --dni")
+        if self.lag < 0:
+            raise UsageError(f"--lag must not be negative, not {self.lag}")
+        if self.context != TrainConfig.context and self.context_spec.window != self.lag:
+            raise UsageError(
+                f"--lag {self.lag} and --context {self.context} disagree on how much is known; give one"
+            )
+
+    @property
+    def resolved(self) -> LiveConfig:
+        if self.lag is None:
+            return dataclasses.replace(self, lag=self.context_spec.window) if self.dni else self
+        if self.context_spec.window == self.lag:
+            return self
+        return dataclasses.replace(self, context=f"next-tokens:{self.lag}" if self.lag else "none")
+
+    @property
+    def method(self) -> str:
+        """As offline, and that what is known costs a lag: `dni+next-tokens:8+lag`."""
+        known = self.dni and self.context_spec.window
+        return f"{super().method}+lag" if known else super().method
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeedforwardConfig(RunConfig):
     """Everything that decides what a feed-forward training run does, beside the options of its task."""
 

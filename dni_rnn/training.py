@@ -127,6 +127,8 @@ class BaseLearner:
       optimizer: of both.
       one_pass: symbols in one pass over the training data, the default budget.
       step, symbols, updates: since the start; `updates` since the last metrics row.
+      ended: there is nothing more to learn from, whatever the budget.
+      keeps_best: what is kept is the weights of the best validation, not those of the last.
     """
 
     averages: tuple[str, ...]
@@ -136,7 +138,9 @@ class BaseLearner:
     net: list[nn.Parameter]
     synthesizer: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
-    one_pass: int
+    one_pass: float
+    ended: bool = False
+    keeps_best: bool = True
 
     def __init__(self, config: Any, data: Any, device: torch.device) -> None:
         torch.manual_seed(config.seed)
@@ -159,6 +163,10 @@ class BaseLearner:
         for name in self.averages:
             setattr(self, name, torch.zeros((), device=self.device))
         self.updates = 0
+
+    def ready(self) -> bool:
+        """Whether there is something to learn from; a live source waits a moment for it."""
+        return True
 
     def update(self) -> None:
         """One update: forward, backward, step."""
@@ -490,7 +498,7 @@ class _Loop:
         self.metric = config.metric
         self.counted, self.budget = config.budget or ("symbols", learner.one_pass)
         self.clock = _Stopwatch(seconds)
-        self.saved = time.perf_counter()
+        self.saved, self.saved_step = time.perf_counter(), learner.step
         self.logged_at, self.logged_symbols = seconds, learner.symbols
         self.log = MetricsLog(run)
         self.trace: list[float] = []
@@ -510,9 +518,14 @@ class _Loop:
         next_eval = (learner.symbols // config.eval_every + 1) * config.eval_every
         last = self._finished()
         while not last and not stop:
-            learner.update()
+            if learner.ready():
+                learner.update()
+            elif not learner.ended:
+                if learner.step > self.saved_step and self._due():
+                    self._save()
+                continue
             last = self._finished()
-            if learner.step % config.log_every == 0 or last:
+            if learner.updates and (learner.step % config.log_every == 0 or last):
                 self._log()
             if learner.symbols >= next_eval or last:
                 next_eval = (learner.symbols // config.eval_every + 1) * config.eval_every
@@ -531,7 +544,7 @@ class _Loop:
         return time.perf_counter() - self.saved > self.config.save_every
 
     def _finished(self) -> bool:
-        return self._done() >= self.budget
+        return self.learner.ended or self._done() >= self.budget
 
     def _done(self) -> float:
         """How much of the budget is used up, in the units it is given in."""
@@ -570,7 +583,7 @@ class _Loop:
             values["level"] = level
         self.log.write(values | {"seconds": seconds})
         found = Best(level or 0, value)
-        if self.best is None or found.beats(self.best, self.metric):
+        if self.best is None or not learner.keeps_best or found.beats(self.best, self.metric):
             self.best = found
             checkpoint.save_checkpoint(self.run.best, learner.model.state_dict(), values)
 
@@ -581,7 +594,7 @@ class _Loop:
         tensors, values = learner.state_dict()
         values |= {"seconds": self.clock.read(), "best": self.best}
         checkpoint.save_checkpoint(self.run.checkpoint, tensors, values)
-        self.saved = time.perf_counter()
+        self.saved, self.saved_step = time.perf_counter(), learner.step
 
     def _summarise(self) -> dict[str, Any]:
         learner = self.learner

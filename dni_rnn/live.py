@@ -1,0 +1,196 @@
+"""Learning from a stream that is read once and never comes back: standard input, a sensor, a log.
+
+Training stays as many symbols behind the newest one as the synthesizer is told (`--lag`), so that it knows
+at each boundary what comes. Memory is constant: what has been learnt is forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import time
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dni_rnn.config import LiveConfig
+from dni_rnn.errors import UsageError
+from dni_rnn.estimators import Window
+from dni_rnn.recurrent import Boundary
+from dni_rnn.task import Data
+from dni_rnn.training import BITS, Learner
+
+WAIT_SECONDS = 0.2
+"""How long training waits for symbols before it looks whether it should stop."""
+
+READ_BYTES = 1 << 16
+
+
+class Source(Protocol):
+    """Where symbols come from."""
+
+    def read(self, seconds: float) -> np.ndarray | None:
+        """The symbols that have come, after waiting `seconds` at most for the first; None at the end."""
+        ...
+
+
+class StandardInput:
+    """The bytes of a file descriptor, by default standard input."""
+
+    def __init__(self, descriptor: int = 0) -> None:
+        self._descriptor = descriptor
+
+    def read(self, seconds: float) -> np.ndarray | None:
+        try:
+            ready, _, _ = select.select([self._descriptor], [], [], seconds)
+            data = os.read(self._descriptor, READ_BYTES) if ready else None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"standard input cannot be read ({error}); pipe a stream into it") from None
+        if data == b"":
+            return None
+        return np.frombuffer(data or b"", dtype=np.uint8)
+
+
+class LiveStream:
+    """Windows of B rows over a source that is read once.
+
+    With one row, the row is the source. Otherwise the source is dealt out in turns: of each B·L symbols, row
+    b gets L consecutive ones, after those it got before. The target of a symbol is the one after it in the
+    source. Where two stretches of a row meet, L steps apart, the symbols in between went to other rows.
+
+    The context at a boundary before input t is inputs t, t + 1, ..., t + W − 1 of the row, −1 past the end.
+    So a window is given out when the W symbols after it have come. It may be shorter than asked at the end of
+    the source, where at most B symbols are not used.
+
+    Args:
+      source: of symbols.
+      batch_size: B.
+      stretch: L.
+    """
+
+    ladder = None
+    size = 0
+
+    def __init__(self, source: Source, batch_size: int, stretch: int) -> None:
+        self.batch_size, self.stretch, self.closed = batch_size, stretch, False
+        self._source, self._device = source, torch.device("cpu")
+        self._dealt = torch.zeros(2, 0, batch_size, dtype=torch.long)  # inputs and targets by time
+        self._coming = np.zeros(0, dtype=np.int64)  # read and not dealt out
+
+    def to(self, device: torch.device) -> LiveStream:
+        self._device, self._dealt = device, self._dealt.to(device)
+        return self
+
+    def ready(self, steps: int, context: int, seconds: float) -> bool:
+        """Whether `window` has `steps` steps, or the last ones; waits for them for `seconds` at most."""
+        until, needed = time.monotonic() + seconds, steps + max(context, 1)
+        while not self.closed and self._dealt.shape[1] < needed:
+            come = self._source.read(max(until - time.monotonic(), 0.0))
+            if come is None:
+                self.closed = True
+            else:
+                self._coming = np.concatenate([self._coming, come.astype(np.int64)])
+            self._deal()
+            if time.monotonic() >= until:
+                break
+        return self._dealt.shape[1] >= (1 if self.closed else needed)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the source has ended and all of it was given out."""
+        return self.closed and not self._dealt.shape[1]
+
+    def _deal(self) -> None:
+        rows = self.batch_size
+        while True:
+            whole = len(self._coming) - 1
+            length = whole // rows
+            if rows > 1:
+                length = min(length, self.stretch) if self.closed else self.stretch
+            if length < 1 or rows * length > whole:
+                return
+            pair = np.stack([self._coming[: rows * length], self._coming[1 : rows * length + 1]])
+            stretch = torch.from_numpy(pair.reshape(2, rows, length).transpose(0, 2, 1).copy())
+            self._dealt = torch.cat([self._dealt, stretch.to(self._device)], dim=1)
+            self._coming = self._coming[rows * length :]
+
+    def window(self, steps: int, context: int) -> Window:
+        """The next window; `ready` has said that there is one."""
+        steps = min(steps, self._dealt.shape[1])
+        inputs, targets = self._dealt[:, :steps]
+        start, end = self._boundary(0, context), self._boundary(steps, context)
+        self._dealt = self._dealt[:, steps:]
+        return Window(inputs, targets, start, end, inputs.numel())
+
+    def _boundary(self, position: int, context: int) -> Boundary:
+        following = self._dealt[0, position : position + max(context, 1)]
+        next_input = following[0] if len(following) else following.new_zeros(self.batch_size)
+        done = None if len(following) else torch.ones(self.batch_size, dtype=torch.bool, device=self._device)
+        if not context:
+            return Boundary(None, next_input, done)
+        padding = following.new_full((context - len(following), self.batch_size), -1)
+        return Boundary(torch.cat([following, padding]), next_input, done)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was read and not yet learnt."""
+        return {"dealt": self._dealt.tolist(), "coming": self._coming.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with it; then comes what the source gives."""
+        self._dealt = torch.tensor(state["dealt"], dtype=torch.long, device=self._device)
+        self._dealt = self._dealt.reshape(2, -1, self.batch_size)
+        self._coming = np.array(state["coming"], dtype=np.int64)
+
+
+class LiveLearner(Learner):
+    """A recurrent model that learns from a stream as it comes.
+
+    Every symbol is predicted before it is learnt, so the training loss is that of unseen text: the
+    "validation" is its mean since the one before, the "test" its mean over all (progressive validation).
+    The weights that are kept are the last ones.
+
+    Source: Dawid 1984, "Present position and potential developments: the prequential approach".
+    """
+
+    keeps_best = False
+    stream: LiveStream
+
+    def __init__(self, config: LiveConfig, data: Data, device: torch.device) -> None:
+        super().__init__(config, data, device)
+        self.one_pass = math.inf
+        # Nats and symbols, since the last look and over all.
+        self.recent, self.whole = torch.zeros(2, 2, dtype=torch.float64, device=device)
+
+    def ready(self) -> bool:
+        steps = self.config.bptt * self.config.accumulate
+        return self.stream.ready(steps, self.context, WAIT_SECONDS)
+
+    @property
+    def ended(self) -> bool:
+        return self.stream.ended
+
+    def update(self) -> None:
+        loss, scored = self.loss, self.scored
+        super().update()
+        heard = torch.stack([(self.loss - loss).double(), self.whole.new_tensor(self.scored - scored)])
+        self.recent, self.whole = self.recent + heard, self.whole + heard
+
+    def evaluate(self, split: str, level: int | None) -> float:
+        """Bits per symbol since the last look ("valid"), or since the beginning ("test")."""
+        nats, symbols = (self.recent if split == "valid" and self.recent[1] else self.whole).tolist()
+        if not symbols:
+            raise UsageError("the stream ended before there was one window to learn; send more symbols")
+        if split == "valid":
+            self.recent = torch.zeros_like(self.recent)
+        return nats * BITS / symbols
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, values = super().state_dict()
+        return tensors | {"recent": self.recent, "whole": self.whole}, values
+
+    def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        super().load_state_dict(tensors, values)
+        self.recent, self.whole = tensors["recent"].to(self.device), tensors["whole"].to(self.device)
