@@ -117,8 +117,8 @@ def plot_records(records: Sequence[Record], out: Path) -> bool:
 def plot_layers(path: Path) -> bool:
     """Draw what a run has logged of its synthetic gradients layer by layer, to layers.svg in its directory.
 
-    Against updates, a line per cut: cosine with the true gradient, explained variance, and the loss of
-    the synthesizer. False, and no plot, when it has logged no agreement (`--agreement-every`).
+    Against updates, a line per cut: cosine with the true gradient, explained variance, trust, and the
+    loss of the synthesizer. False, and no plot, when it has logged no agreement (`--agreement-every`).
     """
     rows = read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
     panels = []
@@ -139,6 +139,7 @@ def plot_layers(path: Path) -> bool:
 LAYER_PANELS = {
     "cosine": "cosine with the true gradient",
     "explained": "explained share of the true gradient",
+    "trust": "trust: the multiple nearest to the true gradient",
     "synthesizer_loss": "loss of the synthesizer",
 }
 """Quantities that are logged per cut, and what they are called."""

@@ -389,7 +389,7 @@ class FeedforwardConfig(RunConfig):
     augment: bool = False
     """Random shifts, and flips where the task has them."""
     agreement_every: int = 0
-    """Log cosine and explained variance of the synthetic gradients every so many updates; 0 never does."""
+    """Log cosine, explained variance and trust of the synthetic gradients every so many updates; 0: never."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

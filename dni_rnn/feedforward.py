@@ -301,10 +301,13 @@ class Agreement(NamedTuple):
     Attributes:
       cosine: of the angle between them.
       explained: 1 − ‖ĝ − g‖² / ‖g‖²; 0 is what saying nothing gives.
+      trust: the multiple of ĝ that comes nearest to g, Σ ĝ·g / Σ ĝ·ĝ, kept within 0 and 1: how far ĝ can
+        be relied on, as `Interface.audit` measures it (nothing is changed by it here).
     """
 
     cosine: float
     explained: float
+    trust: float
 
 
 def agreement(model: Decoupled, x: Tensor, context: Any, loss: Callable[[Tensor], Tensor]) -> list[Agreement]:
@@ -330,7 +333,8 @@ def agreement(model: Decoupled, x: Tensor, context: Any, loss: Callable[[Tensor]
         guess = interface.synthetic_gradient(message.detach(), context)
         cosine = F.cosine_similarity(guess.flatten(), g.flatten(), dim=0)
         explained = 1.0 - (guess - g).square().sum() / g.square().sum()
-        found.append(Agreement(float(cosine), float(explained)))
+        trust = ((guess * g).sum() / guess.square().sum()).nan_to_num(0.0).clamp(0.0, 1.0)
+        found.append(Agreement(float(cosine), float(explained), float(trust)))
     for name, buffer in model.named_buffers():
         buffer.copy_(kept[name])
     return found

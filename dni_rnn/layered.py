@@ -162,6 +162,7 @@ class LayeredLearner(BaseLearner):
         for cut, each in enumerate(found, start=1):
             self.agreements[f"cosine_{cut}"] = each.cosine
             self.agreements[f"explained_{cut}"] = each.explained
+            self.agreements[f"trust_{cut}"] = each.trust
 
     def metrics(self) -> dict[str, float]:
         examples = self.updates * self.batches.batch_size
