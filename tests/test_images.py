@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from dni_rnn.runs import Run
 from dni_rnn.training import Interrupted, train
 from dni_rnn_tasks import images
 from dni_rnn_tasks.addition import Addition, AdditionConfig
+from dni_rnn_tasks.files import KnownFile
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 CPU = torch.device("cpu")
@@ -91,6 +94,52 @@ def test_mnist():
     assert np.bincount(data.test[1]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     together = np.bincount(np.concatenate([data.train[1], data.valid[1]]))
     assert together.tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+
+
+def hub(monkeypatch, name: str, splits: dict[str, dict[str, list]]) -> None:
+    """A `datasets` that serves `splits` under `name`, its rows as the real one gives them."""
+    module = ModuleType("datasets")
+
+    def load_dataset(asked: str) -> dict[str, dict[str, list]]:
+        assert asked == name
+        return splits
+
+    vars(module)["load_dataset"] = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+def test_mnist_from_the_hub_is_the_published_one(monkeypatch):
+    if not (DATA / "mnist").is_dir():
+        pytest.skip("skipped: MNIST, because its files are not there")
+    raw = [gzip.decompress((DATA / "mnist" / file.name).read_bytes()) for file in images.IDX_GZ]
+    rows = [
+        {
+            "image": list(np.frombuffer(raw[i], np.uint8, offset=16).reshape(-1, 28, 28)),
+            "label": list(raw[i + 1][8:]),
+        }
+        for i in (0, 2)
+    ]
+    hub(monkeypatch, "ylecun/mnist", {"train": rows[0], "test": rows[1]})
+    contents = images.mnist_datasets()
+    assert [file.mismatch(contents[file.name]) for file in images.IDX] == [None] * 4
+
+
+def test_cifar_from_the_hub_has_the_layout_of_the_binary_version(monkeypatch):
+    """By hand: a record is the label, then 1,024 pixels of red, of green, of blue, row by row."""
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    rows = {"img": list(pictures[:5]), "label": [3, 1, 4, 1, 5]}
+    hub(
+        monkeypatch,
+        "uoft-cs/cifar10",
+        {"test": {"img": [pictures[5]], "label": [9]}, "train": rows},
+    )
+    monkeypatch.setattr(images, "CIFAR", [KnownFile(f.name, images.RECORD, "") for f in images.CIFAR])
+    contents = list(images.cifar_datasets().values())
+    assert [content[0] for content in contents] == [3, 1, 4, 1, 5, 9]
+    for content, picture in zip(contents, pictures, strict=True):
+        for channel, row, column in ((0, 0, 0), (1, 2, 31), (2, 31, 5)):
+            assert content[1 + 1024 * channel + 32 * row + column] == picture[row, column, channel]
 
 
 # Batches.
