@@ -67,11 +67,12 @@ class Sample:
     """Folder that holds the data files; the default is the run's."""
 
     def __call__(self) -> None:
-        from dni_rnn.inference import load_run, sample
+        from dni_rnn.inference import load_run
+        from dni_rnn.sampling import sample
         from dni_rnn.training import choose_device
 
         loaded = load_run(self.run, choose_device("cpu"), self.data_dir)
-        print(sample(loaded, self.prompt, self.chars, self.temperature, self.seed))
+        print(sample(loaded.model, loaded.data, self.prompt, self.chars, self.temperature, self.seed))
 
 
 @dataclass(frozen=True)
@@ -119,35 +120,48 @@ class Diagnose:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Run a grid of training commands with seeds; can be stopped and started again at any point."""
+    """Run a grid of training commands with seeds; can be stopped, killed and started again at any point."""
 
     folder: tyro.conf.Positional[Path]
     """Folder with a sweep.toml; finished rows are appended to its rows.jsonl."""
     work: Path = Path("runs/sweeps")
     """Where the run directories go, in a folder named after the sweep's."""
+    budget: str | None = None
+    """Stop after this long (90s, 9m, 1h30m), with checkpoints; all cells share the time, in rounds."""
     parallel: int = 1
     """Processes at a time."""
-    minutes: float | None = None
-    """Stop after this long, with checkpoints."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where to compute, for cells that do not say so."""
+    carry: Path | None = None
+    """Folder to carry unfinished runs elsewhere: read at the start, written at the end, parts below 16 MB."""
 
     def __call__(self) -> None:
-        from dni_rnn.sweep import run_sweep
+        from dni_rnn.sweep import parse_duration, run_sweep
 
-        if run_sweep(self.folder, self.work / self.folder.resolve().name, self.parallel, self.minutes):
+        failed = run_sweep(
+            self.folder,
+            self.work / self.folder.resolve().name,
+            self.parallel,
+            budget=None if self.budget is None else parse_duration(self.budget),
+            device=self.device,
+            carry=self.carry,
+        )
+        if failed:
             sys.exit(1)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Write the table and the plot of a sweep from its finished rows."""
+    """Write the table, the plots and the page of a sweep, or the overview of a folder of sweeps."""
 
     folder: tyro.conf.Positional[Path]
-    """Folder with a sweep.toml and its rows.jsonl; table.md, table.csv, bpc.png and bpc.svg go there too."""
+    """Folder with a sweep.toml and its rows.jsonl, or with an about.toml: table.md, report.html and more go
+    there too. A folder of such folders: all of them, and their README.md."""
 
     def __call__(self) -> None:
-        from dni_rnn.report import write_report
+        from dni_rnn.index import write_reports
 
-        write_report(self.folder)
+        write_reports(self.folder)
 
 
 @dataclass(frozen=True)

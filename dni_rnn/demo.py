@@ -16,8 +16,9 @@ import torch
 from dni_rnn.compare import Record, plot_records, read_record, render_comparison
 from dni_rnn.config import TrainConfig
 from dni_rnn.errors import UsageError
-from dni_rnn.inference import load_run, sample
+from dni_rnn.inference import load_run
 from dni_rnn.runs import Run
+from dni_rnn.sampling import sample
 from dni_rnn.task import installed_tasks
 from dni_rnn.training import train
 
@@ -76,7 +77,7 @@ def run_demo(out: Path, chars: int) -> None:
     print(verdict(*records) + "\n")
     best = min(records, key=lambda record: record.best or float("inf"))
     loaded = load_run(out / best.name, torch.device("cpu"))
-    print(f"{best.name} writes:\n{sample(loaded, PROMPT, SAMPLED, 0.8, 0)}")
+    print(f"{best.name} writes:\n{sample(loaded.model, loaded.data, PROMPT, SAMPLED, 0.8, 0)}")
 
 
 def _train(

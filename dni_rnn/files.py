@@ -1,11 +1,15 @@
-"""Files that are replaced whole or not at all, and files of JSON lines."""
+"""Files that are replaced whole or not at all, files of JSON lines, and folders that one process holds."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from dni_rnn.errors import UsageError
 
@@ -52,3 +56,21 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Replace a file of JSON lines, whole or not at all."""
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone, by a lock on `folder/.lock` that ends with the process.
+
+    Raises:
+      UsageError: another process holds it.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UsageError(f"{folder}: another process is at work there; let it end, or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -13,6 +13,7 @@ class Point(NamedTuple):
     symbols: int  # trained on so far
     seconds: float  # of training so far
     value: float
+    step: float | None = None  # updates so far; None where it is not known
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,11 @@ class Metric:
     def points(self, validations: Iterable[Mapping[str, Any]]) -> list[Point]:
         """The validation curve from the rows that hold one: of `curve` or `climbs`, or of metrics.jsonl."""
         name = f"valid_{self.key}" if self.validated else self.key
-        return [Point(row["symbols"], row["seconds"], row[name]) for row in validations if name in row]
+        return [
+            Point(row["symbols"], row["seconds"], row[name], row.get("step"))
+            for row in validations
+            if name in row
+        ]
 
 
 BPC = Metric("bpc", "BPC", "bits per character")
@@ -66,3 +71,13 @@ def metric_of(row: Mapping[str, Any]) -> Metric:
     if SOLVED.key in row:
         return SOLVED
     return BPC if f"test_{BPC.key}" in row else ERROR
+
+
+TRACES: Mapping[str, str] = {
+    "trust": "trust in the synthetic gradient",
+    "cosine": "cosine with the true gradient",
+    "explained": "explained share of the true gradient",
+    "synthesizer_loss": "loss of the synthesizer",
+    "state_rms": "root mean square of the state",
+}
+"""What is logged of how things go inside, and what it is called; per cut as NAME_CUT."""

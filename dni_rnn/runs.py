@@ -11,6 +11,7 @@ events.out.tfevents.*     when tensorboard is installed
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -130,8 +131,10 @@ class Run:
                     "resume it with the same settings or give another --out"
                 )
 
-    def write_config(self, data: Data, device: str, threads: int) -> None:
-        """Write config.json."""
+    def write_config(self, data: Data, device: str, threads: int, budget: tuple[str, float]) -> None:
+        """Write config.json. A run that goes on elsewhere names every machine it was on."""
+        written = self.path / "config.json"
+        before = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
         values = {
             "task": self.task_name,
             "task_options": to_json(self.task),
@@ -141,12 +144,13 @@ class Run:
             "command": ["dni-rnn", *sys.argv[1:]],
             "versions": {name: _version(name) for name in REPORTED_PACKAGES},
             "python": platform.python_version(),
-            "commit": _commit(),
+            "commit": source_commit(),
             "device": device,
             "threads": threads,
-            "machine": platform.machine(),
+            "machines": list(dict.fromkeys([*before.get("machines", []), machine_name()])),
+            "budget": budget if math.isfinite(budget[1]) else None,
         }
-        write_atomically(self.path / "config.json", (json.dumps(values, indent=1) + "\n").encode())
+        write_atomically(written, (json.dumps(values, indent=1) + "\n").encode())
 
     def write_summary(self, values: dict[str, Any]) -> None:
         """Write summary.json."""
@@ -195,6 +199,17 @@ def _symbols(data: Data) -> list[str] | int:
     return list(getattr(data, "symbols", ())) or data.input_symbols
 
 
+def machine_name() -> str:
+    """Processor and number of cores that this process may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not on Linux, or a processor that has no name there
+        name = platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -202,7 +217,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """The commit of the source, with `+` behind it when code was changed; None for an installed wheel."""
     here = Path(__file__).resolve().parent
     if not (here.parent / ".git").exists():

@@ -20,9 +20,11 @@ from dni_rnn import checkpoint
 from dni_rnn.config import RunConfig, TrainConfig
 from dni_rnn.errors import DivergedError, UsageError
 from dni_rnn.estimators import DNI, TruncatedBPTT, state_gradients, window_loss
+from dni_rnn.files import held
 from dni_rnn.metrics import Metric
 from dni_rnn.recurrent import RecurrentCore, SequenceModel
 from dni_rnn.runs import MetricsLog, Run
+from dni_rnn.sampling import sample
 from dni_rnn.synthesizers import (
     BackwardGRU,
     ContextEncoder,
@@ -31,13 +33,16 @@ from dni_rnn.synthesizers import (
     MLPSynthesizer,
     OneHotTokens,
 )
-from dni_rnn.task import Data, Split
+from dni_rnn.task import Corpus, Data, Split
 from dni_rnn.trees import flatten, flatten_rows, map_tree, unflatten
 
 BITS = 1.0 / math.log(2.0)
 """Bits per nat."""
 
 EVAL_ROWS, EVAL_STEPS = 128, 100
+
+SAMPLED = 200
+"""Characters that a text run writes at its end."""
 
 AUDIT_STEPS = 32
 """How far the gradient is backpropagated that a synthetic one is compared with."""
@@ -192,8 +197,8 @@ class BaseLearner:
         """`score` of the model as it is."""
         return self.score(self.model, self.data, split, self.device, level)
 
-    def summary(self) -> dict[str, float]:
-        """What the summary says besides what every run's does."""
+    def summary(self) -> dict[str, Any]:
+        """What the summary says besides what every run's does. The model has its best weights."""
         return {}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -321,9 +326,14 @@ class Learner(BaseLearner):
                 f"limit {self.config.state_limit:g})"
             )
 
-    def summary(self) -> dict[str, float]:
-        solved = {} if self.stream.ladder is None else {"solved": self.stream.ladder.solved}
-        return {**solved, "state_rms": self.state_rms()}
+    def summary(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"state_rms": self.state_rms()}
+        if self.stream.ladder is not None:
+            values["solved"] = self.stream.ladder.solved
+        if isinstance(self.data, Corpus):
+            how = {"characters": SAMPLED, "temperature": 0.8, "seed": 0}
+            values["sample"] = {"text": sample(self.model, self.data, "", **how), **how}
+        return values
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = super().state_dict()
@@ -416,24 +426,27 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     learner = learner_class(config)(config, data, device)
     size = sum(t.numel() * t.element_size() for t in learner.model.state_dict().values())
     run.prepare(needed_bytes=12 * size)
-    seconds, best = 0.0, None
-    if config.resume and run.checkpoint.exists():
-        run.check_symbols(data)
-        tensors, values = checkpoint.load_checkpoint(run.checkpoint)
-        try:
-            learner.load_state_dict(tensors, values)
-            seconds, best = values["seconds"], values["best"] and Best(*values["best"])
-        except (KeyError, RuntimeError, ValueError):
-            raise UsageError(
-                f"{run.checkpoint}: not a checkpoint of this run; remove it to start anew"
-            ) from None
     with ExitStack() as stack:
+        stack.enter_context(held(run.path))
+        seconds, best = 0.0, None
+        if config.resume and run.checkpoint.exists():
+            run.check_symbols(data)
+            tensors, values = checkpoint.load_checkpoint(run.checkpoint)
+            try:
+                learner.load_state_dict(tensors, values)
+                seconds, best = values["seconds"], values["best"] and Best(*values["best"])
+            except (KeyError, RuntimeError, ValueError):
+                raise UsageError(
+                    f"{run.checkpoint}: not a checkpoint of this run; remove it to start anew"
+                ) from None
+        stop = stack.enter_context(_stop_requests())  # first: config.json says that it can be asked to stop
         try:
-            run.write_config(data, _device_name(device), torch.get_num_threads())
+            budget = config.budget or ("symbols", learner.one_pass)
+            run.write_config(data, _device_name(device), torch.get_num_threads(), budget)
             run.keep_rows(learner.step)
-            loop = _Loop(run, learner, seconds, best, quiet)
+            loop = _Loop(run, learner, budget, seconds, best, quiet)
             stack.callback(loop.close)
-            return loop.fit(stack.enter_context(_stop_requests()))
+            return loop.fit(stop)
         except OSError as error:
             raise UsageError(
                 f"{run.path}: writing failed at update {learner.step} ({error.strerror}); "
@@ -491,12 +504,18 @@ class _Loop:
     """One call of `train`: when to log, to validate, to save and to stop."""
 
     def __init__(
-        self, run: Run, learner: BaseLearner, seconds: float, best: Best | None, quiet: bool
+        self,
+        run: Run,
+        learner: BaseLearner,
+        budget: tuple[str, float],
+        seconds: float,
+        best: Best | None,
+        quiet: bool,
     ) -> None:
         config = run.config
         self.run, self.learner, self.config, self.best = run, learner, config, best
         self.metric = config.metric
-        self.counted, self.budget = config.budget or ("symbols", learner.one_pass)
+        self.counted, self.budget = budget
         self.clock = _Stopwatch(seconds)
         self.saved, self.saved_step = time.perf_counter(), learner.step
         self.logged_at, self.logged_symbols = seconds, learner.symbols

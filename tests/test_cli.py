@@ -27,7 +27,8 @@ from dni_rnn.checkpoint import load_checkpoint, save_checkpoint
 from dni_rnn.cli import main, parse_train
 from dni_rnn.config import PUBLISHED_DNI, TrainConfig, from_json, to_json
 from dni_rnn.errors import UsageError
-from dni_rnn.inference import load_run, sample
+from dni_rnn.inference import load_run
+from dni_rnn.sampling import sample
 from dni_rnn.task import config_of, installed_tasks
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -521,7 +522,7 @@ def test_samples_follow_the_models_distribution(trained):
         symbols = sorted(set(trained[0].read_text()))
         logits, _ = run.model(torch.tensor([[symbols.index("t")]]), run.model.initial_state(1))
         expected = torch.softmax(logits[-1, 0], dim=0)
-    draws = [sample(run, "t", 1, 1.0, seed)[1] for seed in range(400)]
+    draws = [sample(run.model, run.data, "t", 1, 1.0, seed)[1] for seed in range(400)]
     counts = torch.tensor([draws.count(symbol) for symbol in symbols]) / len(draws)
     assert (counts - expected).abs().max() < 4 * math.sqrt(0.25 / len(draws))
 

@@ -1,7 +1,6 @@
 """Sweeps: every cell and seed becomes one row, whatever happens on the way."""
 
 import contextlib
-import itertools
 import json
 import os
 import shlex
@@ -11,7 +10,6 @@ import sys
 import time
 from collections import Counter
 from random import Random
-from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +17,18 @@ from dni_rnn import sweep
 from dni_rnn.checkpoint import load_checkpoint
 from dni_rnn.cli import main
 from dni_rnn.errors import UsageError
-from dni_rnn.sweep import Cell, read_rows, read_sweep, run_sweep
+from dni_rnn.overview import duration
+from dni_rnn.runs import machine_name
+from dni_rnn.sweep import (
+    Cell,
+    pack_runs,
+    parse_duration,
+    read_failures,
+    read_rows,
+    read_sweep,
+    run_sweep,
+    unpack_runs,
+)
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat")
 SETTINGS = "--hidden 8 --embedding 4 --batch-size 4 --bptt 5 --log-every 10 --save-every 0 --threads 1"
@@ -105,7 +114,17 @@ def test_every_cell_and_seed_has_a_whole_row(finished):
         for name in ("versions", "python", "commit", "device", "threads"):
             assert row[name] == written[name]
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        curve = [(p["symbols"], p["seconds"], round(p["valid_bpc"], 5)) for p in lines if "valid_bpc" in p]
+        curve = [
+            (p["symbols"], p["seconds"], round(p["valid_bpc"], 5), p["step"])
+            for p in lines
+            if "valid_bpc" in p
+        ]
+        assert row["machine"] == machine_name()
+        assert len(row["sample"]["text"]) == 201
+        assert set(row["sample"]["text"]) <= set("".join(WORDS) + " ")
+        traced = [[p["step"], float(f"{p['state_rms']:.4g}")] for p in lines if "state_rms" in p]
+        assert row["traces"]["state_rms"] == traced
+        assert ("synthesizer_loss" in row["traces"]) == (row["cell"] == "dni T=5")
         assert [tuple(point.values()) for point in row["curve"]] == curve
         assert len(curve) >= 3
     assert len({row["test_bpc"] for row in rows}) == 4
@@ -128,8 +147,10 @@ def test_a_finished_sweep_runs_nothing(finished, monkeypatch, capsys):
     assert (folder / "rows.jsonl").read_bytes() == before
 
 
-def test_a_killed_sweep_goes_on(finished, tmp_path):
-    """kill -9 of the sweep and of what it had started, in the middle of its second run."""
+def test_a_killed_sweep_goes_on_elsewhere(finished, tmp_path, capsys):
+    """kill -9 of the sweep and of what it had started, in the middle of its second run; what is left is
+    carried to another folder. While it runs, nobody else gets at its folders.
+    """
     shared = (finished[0] / "sweep.toml").read_text().replace("[0, 1]", "[1]")
     folder, work, log = tmp_path / "grid", tmp_path / "work", tmp_path / "log"
     folder.mkdir()
@@ -141,6 +162,11 @@ def test_a_killed_sweep_goes_on(finished, tmp_path):
         )
     second = work / "grid" / "dni-T-5-seed1"
     wait_for(lambda: last_step(second) >= 30, process, log)
+    assert main(["sweep", str(folder), "--work", str(tmp_path / "other")]) == 2
+    _, *words = shlex.split(read_sweep(folder)[1].command)
+    assert main([*words, "--resume", "--out", str(second)]) == 2
+    there = "another process is at work there; let it end, or stop it"
+    assert capsys.readouterr().err == f"dni-rnn: {folder}: {there}\ndni-rnn: {second}: {there}\n"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert [row["cell"] for row in read_rows(folder)] == ["bptt T=5"]
@@ -148,7 +174,10 @@ def test_a_killed_sweep_goes_on(finished, tmp_path):
     saved = load_checkpoint(second / "checkpoint.safetensors")[1]["step"]
     lines = (second / "metrics.jsonl").read_text().splitlines()
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= saved]
-    assert main(["sweep", str(folder), "--work", str(work)]) == 0
+    carried, work = tmp_path / "carried", tmp_path / "elsewhere"
+    pack_runs(carried, [second])
+    second = work / "grid" / second.name
+    assert main(["sweep", str(folder), "--work", str(work), "--carry", str(carried)]) == 0
     expected = [comparable(row) for row in read_rows(finished[0]) if row["seed"] == 1]
     assert [comparable(row) for row in read_rows(folder)] == expected
     # It went on from its checkpoint: the rows before it are the first attempt's, times included.
@@ -157,10 +186,10 @@ def test_a_killed_sweep_goes_on(finished, tmp_path):
 
 def test_a_row_that_a_crash_cut_short_is_run_again(finished, tmp_path, monkeypatch):
     folder = write_sweep(tmp_path / "grid", "recall", [0], {"a": "", "b": ""})
-    row = json.dumps({"cell": "a", "seed": 0})
+    row = json.dumps(made(Cell("a", 0, ())))
     (folder / "rows.jsonl").write_text(row + "\n" + row.replace('"a"', '"b"')[:-5])
     started = []
-    monkeypatch.setattr(sweep, "_start", lambda cell, work: started.append(cell.name) or Finished(0))
+    monkeypatch.setattr(sweep, "_start", lambda cell, *_: started.append(cell.name) or Finished(0))
     monkeypatch.setattr(sweep, "make_row", lambda cell, run: made(cell))
     assert run_sweep(folder, tmp_path / "work", 1) == 0
     assert started == ["b"]
@@ -174,11 +203,12 @@ class Finished:
     """A process that has ended, or ends after some looks at it."""
 
     def __init__(self, code, looks=0):
-        self.code, self.looks, self.terminated = code, looks, 0
+        self.code, self.looks, self.terminated, self.returncode = code, looks, 0, None
 
     def poll(self):
         self.looks -= 1
-        return None if self.looks >= 0 else self.code
+        self.returncode = None if self.looks >= 0 else self.code
+        return self.returncode
 
     def terminate(self):
         self.terminated += 1
@@ -187,46 +217,64 @@ class Finished:
         return self.code
 
 
+class Endless(Finished):
+    """A process that ends some looks after it was asked to."""
+
+    def __init__(self, code=143):
+        super().__init__(code, looks=10**9)
+
+    def terminate(self):
+        super().terminate()
+        self.looks = 3
+
+
 def made(cell):
-    return {"cell": cell.name, "seed": cell.seed, "test_bpc": 1.0, "seconds": 1.0}
+    return {"cell": cell.name, "seed": cell.seed, "best_valid_bpc": 1.0, "test_bpc": 1.0, "seconds": 1.0}
 
 
 def pretend(monkeypatch, start):
-    monkeypatch.setattr(sweep, "_start", start)
+    def begin(cell, work, device):
+        (work / f"{cell.folder}.log").touch()
+        return start(cell, work, device)
+
+    monkeypatch.setattr(sweep, "_start", begin)
     monkeypatch.setattr(sweep, "make_row", lambda cell, run: made(cell))
 
 
-def time_is_up(monkeypatch):
-    """A clock that jumps past every deadline when the first run has started."""
-    times = itertools.chain([0.0] * 4, itertools.repeat(1e9))
-    clock = SimpleNamespace(monotonic=lambda: next(times), sleep=lambda _: None)
-    monkeypatch.setattr(sweep, "time", clock)
-
-
-def test_a_failing_cell_is_tried_once_more_and_reported(tmp_path, capsys):
-    """Real processes: a setting that is refused. The other cell gets its row."""
-    folder = write_sweep(
-        tmp_path / "grid",
-        f"recall --delay 1 {SETTINGS} --steps 2",
-        [0],
-        {"bad": "--dni --scale -1", "good": ""},
-    )
+def test_a_failing_cell_is_tried_once_more_and_recorded(tmp_path, capsys, monkeypatch):
+    """Real processes: a state that is called run away. The other cell gets its row."""
+    folder, work = tmp_path / "grid", tmp_path / "work"
+    bad = "--log-every 1 --state-limit 1e-9"
+    write_sweep(folder, f"recall --delay 1 {SETTINGS} --steps 2", [0], {"bad": bad, "good": ""})
+    command = ["sweep", str(folder), "--work", str(work)]
     with pytest.raises(SystemExit) as stop:
-        main(["sweep", str(folder), "--work", str(tmp_path / "work")])
+        main(command)
     assert stop.value.code == 1
     printed = capsys.readouterr().out
-    assert printed.count("bad, seed 0: failed with exit code 2, will be tried again") == 1
-    log = tmp_path / "work" / "grid" / "bad-seed0.log"
-    assert f"bad, seed 0: failed with exit code 2, see {log}" in printed
-    assert log.read_text() == 2 * "dni-rnn: --scale must not be negative\n"
+    assert printed.count("bad, seed 0: failed with exit code 3, will be tried again") == 1
+    assert f"bad, seed 0: failed with exit code 3, see {work / 'grid' / 'bad-seed0.log'}" in printed
     assert [row["cell"] for row in read_rows(folder)] == ["good"]
+    (record,) = read_failures(folder)
+    assert (record["cell"], record["seed"], record["times"], record["exit_code"]) == ("bad", 0, 2, 3)
+    assert record["command"].endswith(f"{bad} --seed 0")
+    assert record["reason"].startswith("dni-rnn: stopped: update 1: the recurrent state has run away")
+    # It would diverge again, so it waits for another command.
+    started = []
+    pretend(monkeypatch, lambda cell, *_: started.append(cell.name) or Finished(0))
+    assert main(command) == 0
+    assert started == []
+    assert "bad, seed 0: diverged twice and is left out" in capsys.readouterr().out
+    write_sweep(folder, f"recall --delay 1 {SETTINGS} --steps 2", [0], {"bad": "--log-every 1", "good": ""})
+    assert main(command) == 0
+    assert started == ["bad"]
+    assert read_failures(folder) == []
 
 
 def test_a_cell_that_fails_once_is_no_failure(tmp_path, monkeypatch):
     folder = write_sweep(tmp_path / "grid", "recall", [0, 1], {"a": "", "b": ""})
     seen = Counter()
 
-    def start(cell, work):
+    def start(cell, *_):
         seen[cell] += 1
         return Finished(3 if cell == Cell("b", 0, ("recall",)) and seen[cell] == 1 else 0)
 
@@ -245,7 +293,7 @@ def test_no_more_processes_than_asked_for(parallel, tmp_path, monkeypatch):
     folder = write_sweep(tmp_path / "grid", "recall", [0, 1, 2], {"a": "", "b": ""})
     running, most = [], []
 
-    def start(cell, work):
+    def start(cell, *_):
         running[:] = [process for process in running if process.looks >= 0]
         running.append(Finished(0, looks=3))
         most.append(len(running))
@@ -257,28 +305,65 @@ def test_no_more_processes_than_asked_for(parallel, tmp_path, monkeypatch):
     assert len(read_rows(folder)) == 6
 
 
-def test_a_run_is_asked_to_stop_once(tmp_path, monkeypatch):
+def test_a_run_is_asked_to_stop_once(tmp_path, monkeypatch, capsys):
     """A second SIGTERM does not wait for a checkpoint, and a validation may take longer than one look."""
     folder = write_sweep(tmp_path / "grid", "recall", [0], {"a": "", "b": ""})
     processes = []
+    pretend(monkeypatch, lambda *_: processes.append(Endless()) or processes[-1])
+    assert run_sweep(folder, tmp_path / "work", budget=0.5) == 0
+    # Nothing says that it has begun to train, so it keeps its turn to the end of the budget.
+    assert [process.terminated for process in processes] == [1]
+    assert read_rows(folder) == read_failures(folder) == []
+    printed = capsys.readouterr().out
+    assert "a, seed 0: saved at 0%; 2 unfinished" in printed
+    assert "time is up, 2 unfinished" in printed
 
-    def start(cell, work):
-        processes.append(Finished(143, looks=6))
-        return processes[-1]
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_budget_is_shared_in_rounds(parallel, tmp_path, monkeypatch):
+    folder = write_sweep(tmp_path / "grid", "recall", [0], dict.fromkeys("abcde", ""))
+    work, started = tmp_path / "work", []
+    monkeypatch.setattr(sweep, "LEAST_TURN", 0.1)
+
+    def start(cell, *_):
+        """It has got as far as it has had turns, but `a` takes less to do."""
+        started.append(cell.name)
+        run = work / cell.folder
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps({"budget": ["steps", 20 if cell.name == "a" else 40]}))
+        row = {"step": started.count(cell.name), "symbols": 0, "seconds": 0}
+        (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        os.utime(
+            run / "config.json", ns=(len(started), len(started))
+        )  # however coarse the clock of the files is
+        return Endless()
 
     pretend(monkeypatch, start)
-    time_is_up(monkeypatch)
-    run_sweep(folder, tmp_path / "work", 1, minutes=1.0)
-    assert [process.terminated for process in processes] == [1]
+    assert run_sweep(folder, work, parallel, budget=4.0) == 0
+    counts = Counter(started)
+    assert started[:5] == list("abcde")
+    assert started[5:10] == list("bcdea")[: len(started) - 5], "those that have got least far come first"
+    assert len(started) > 5, "more than one round"
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_out_of_time_is_no_failure(tmp_path, monkeypatch, capsys):
+def test_time_of_a_run_that_has_not_begun_is_not_over(tmp_path, monkeypatch):
+    """A process that is still starting could not make a checkpoint."""
     folder = write_sweep(tmp_path / "grid", "recall", [0], {"a": "", "b": ""})
-    time_is_up(monkeypatch)
-    pretend(monkeypatch, lambda cell, work: Finished(143, looks=1))
-    assert run_sweep(folder, tmp_path / "work", 1, minutes=1.0) == 0
-    assert read_rows(folder) == []
-    assert "a, seed 0: stopped, saved; 1 waiting" in capsys.readouterr().out
+    monkeypatch.setattr(sweep, "LEAST_TURN", 0.01)
+    processes = {}
+
+    def start(cell, work, _):
+        processes[cell.name] = Endless()
+        if cell.name == "a":
+            (work / cell.folder).mkdir()
+            (work / cell.folder / "config.json").write_text("{}")
+        return processes[cell.name]
+
+    pretend(monkeypatch, start)
+    run_sweep(folder, tmp_path / "work", 2, budget=1.0)
+    assert processes["b"].terminated == 1
+    assert len(processes) == 2
 
 
 def test_what_was_started_is_stopped_with_the_sweep(tmp_path, monkeypatch):
@@ -286,7 +371,7 @@ def test_what_was_started_is_stopped_with_the_sweep(tmp_path, monkeypatch):
     folder = write_sweep(tmp_path / "grid", "recall", [0], {"a": "", "b": "", "c": ""})
     processes = []
 
-    def start(cell, work):
+    def start(cell, *_):
         if len(processes) == 2:
             raise KeyboardInterrupt
         processes.append(Finished(0, looks=1000))
@@ -302,7 +387,7 @@ def test_what_was_started_is_stopped_when_the_sweep_is_terminated(tmp_path, monk
     folder = write_sweep(tmp_path / "grid", "recall", [0], {"a": "", "b": ""})
     processes, before = [], signal.getsignal(signal.SIGTERM)
 
-    def start(cell, work):
+    def start(cell, *_):
         if processes:
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # it would end this process
             signal.raise_signal(signal.SIGTERM)
@@ -319,7 +404,62 @@ def test_what_was_started_is_stopped_when_the_sweep_is_terminated(tmp_path, monk
 def test_no_processes_at_a_time(tmp_path):
     folder = write_sweep(tmp_path / "grid", "recall", [0], {"a": ""})
     with pytest.raises(UsageError, match="--parallel"):
-        run_sweep(folder, tmp_path / "work", 0, minutes=0.001)  # the minutes only bound this test
+        run_sweep(folder, tmp_path / "work", 0, budget=0.1)  # the budget only bounds this test
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("9m", 540), ("2h", 7200), ("1h30m", 5400), ("1.5h", 5400), ("1m5s", 65)],
+)
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+    assert parse_duration(duration(seconds)) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "9", "m", "9 m", "m9", "0s", "-9m", "1.2.3s", "9d", "nan"])
+def test_what_is_no_duration(text):
+    with pytest.raises(UsageError, match="90s, 9m or 1h30m"):
+        parse_duration(text)
+
+
+# On another machine
+
+
+def test_parts_that_do_not_belong_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "PART_BYTES", 1000)
+    run = tmp_path / "work" / "a"
+    run.mkdir(parents=True)
+    content = {"config.json": b"{}", "checkpoint.safetensors": bytes(range(256)) * 40, "other": b"left out"}
+    for name, data in content.items():
+        (run / name).write_bytes(data)
+    pack_runs(tmp_path / "carried", [run, tmp_path / "work" / "never begun"])
+    parts = sorted((tmp_path / "carried").iterdir())
+    assert max(part.stat().st_size for part in parts) == 1000
+    assert len(parts) > 10
+    parts[3].unlink()
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(UsageError, match="copy them again"):
+        unpack_runs(tmp_path / "carried", tmp_path / "elsewhere")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    pack_runs(tmp_path / "carried", [])
+    assert len(list((tmp_path / "carried").iterdir())) < len(parts), "parts of an earlier call are replaced"
+
+
+def test_what_has_got_further_stays(tmp_path):
+    def write(run, step):
+        run.mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps({"budget": ["steps", 10]}))
+        (run / "metrics.jsonl").write_text(json.dumps({"step": step, "symbols": 0, "seconds": 0}) + "\n")
+        (run / "checkpoint.safetensors").write_text(str(step))
+
+    write(tmp_path / "there" / "a", 3)
+    write(tmp_path / "there" / "b", 5)
+    pack_runs(tmp_path / "carried", [tmp_path / "there" / "a", tmp_path / "there" / "b"])
+    write(tmp_path / "here" / "a", 4)
+    write(tmp_path / "here" / "b", 4)
+    unpack_runs(tmp_path / "carried", tmp_path / "here")
+    assert (tmp_path / "here" / "a" / "checkpoint.safetensors").read_text() == "4"
+    assert (tmp_path / "here" / "b" / "checkpoint.safetensors").read_text() == "5"
 
 
 # What a sweep.toml says
