@@ -10,7 +10,7 @@ from pathlib import Path
 from dni_rnn.config import TrainConfig, from_json
 from dni_rnn.errors import UsageError
 from dni_rnn.files import read_jsonl
-from dni_rnn.metrics import BPC, Metric, Point
+from dni_rnn.metrics import BPC, TRACES, Metric, Point
 from dni_rnn.plots import Curve, Panel, check_format, save_curves, save_lines
 from dni_rnn.report import markdown_table
 from dni_rnn.task import config_of, installed_tasks
@@ -122,27 +122,22 @@ def plot_layers(path: Path) -> bool:
     """
     rows = read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
     panels = []
-    for name, label in LAYER_PANELS.items():
+    for name in LAYERED:
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             for key, value in row.items():
                 if key.startswith(f"{name}_"):
                     cut = f"cut {key.removeprefix(f'{name}_')}"
                     lines.setdefault(cut, []).append((float(row["step"]), value))
-        panels.append(Panel("updates", label, lines))
+        panels.append(Panel("updates", TRACES[name], lines))
     if not all(panel.lines for panel in panels):
         return False
     save_lines(path / "layers.svg", panels)
     return True
 
 
-LAYER_PANELS = {
-    "cosine": "cosine with the true gradient",
-    "explained": "explained share of the true gradient",
-    "trust": "trust: the multiple nearest to the true gradient",
-    "synthesizer_loss": "loss of the synthesizer",
-}
-"""Quantities that are logged per cut, and what they are called."""
+LAYERED = ("cosine", "explained", "trust", "synthesizer_loss")
+"""What is logged per cut (`TRACES`)."""
 
 
 def compare_runs(paths: Sequence[Path], out: Path) -> None:

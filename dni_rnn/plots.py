@@ -1,9 +1,17 @@
-"""Validation curves as pictures. The only module that imports matplotlib."""
+"""Curves as pictures. The only module that imports matplotlib.
+
+A picture says in its metadata what it was drawn from (`fingerprint`), so that a stale one can be told
+although another version of matplotlib would draw another file. SVG files follow the reader's choice of
+a light or dark page; PNG files are light.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -15,8 +23,10 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from dni_rnn.errors import UsageError
 from dni_rnn.metrics import Metric, Point
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""One per depth (T, or layers): Okabe and Ito's colour-blind-safe set, without the yellow lost on white."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+"""One per depth (T, or layers): Okabe and Ito's colour-blind-safe set, without the yellow lost on white, and
+with a grey for the black lost on a dark page.
+"""
 
 LINES = ("-", "--", ":", "-.")
 """One per method."""
@@ -26,7 +36,13 @@ MARKERS = ("", "o", "s", "^", "D", "v")
 
 FORMATS = (".png", ".svg", ".pdf")
 
+INK, INK_ON_DARK = "#1f2328", "#e6edf3"
+DARK = "".join(f'[style*="{what}: {INK}"]{{{what}:{INK_ON_DARK}!important}}' for what in ("fill", "stroke"))
+
 SETTINGS: dict[Any, Any] = {
+    **{f"{part}.color": INK for part in ("text", "xtick", "ytick")},
+    **{f"axes.{part}": INK for part in ("edgecolor", "labelcolor", "titlecolor")},
+    "axes.facecolor": "none",
     "svg.hashsalt": "dni-rnn",  # the same picture is the same file
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -37,6 +53,8 @@ SETTINGS: dict[Any, Any] = {
 
 class Curve(NamedTuple):
     """What one line of the plot shows: the validations of one run, or of one run per seed.
+
+    Points that all know their update are drawn against updates too.
 
     Attributes:
       label: in the legend.
@@ -58,6 +76,7 @@ class MeanPoint(NamedTuple):
     seconds: float
     value: float
     sd: float  # of the values, n - 1 below the fraction; 0 for a single run
+    step: float | None = None  # updates, mean over the runs
 
 
 class Panel(NamedTuple):
@@ -77,7 +96,9 @@ def mean_curve(runs: Sequence[Sequence[Point]]) -> list[MeanPoint]:
         points = [each[symbols] for each in by_symbols]
         values = [point.value for point in points]
         sd = stdev(values) if len(values) > 1 else 0.0
-        curve.append(MeanPoint(symbols, fmean(point.seconds for point in points), fmean(values), sd))
+        steps = [point.step for point in points if point.step is not None]
+        step = fmean(steps) if len(steps) == len(points) else None
+        curve.append(MeanPoint(symbols, fmean(point.seconds for point in points), fmean(values), sd, step))
     return curve
 
 
@@ -88,7 +109,7 @@ def check_format(path: Path) -> None:
 
 
 def save_curves(paths: Sequence[Path], curves: Sequence[Curve], metric: Metric) -> None:
-    """Draw `curves` against symbols and against seconds, and save that as each of `paths`.
+    """Draw `curves` against symbols, seconds and updates, and save that as each of `paths`.
 
     Lines are means over runs, bands one standard deviation to either side. Equal curves give equal
     SVG files.
@@ -100,7 +121,52 @@ def save_curves(paths: Sequence[Path], curves: Sequence[Curve], metric: Metric) 
     Raises:
       UsageError: a file has another ending or cannot be written.
     """
-    _save(paths, lambda: _draw([curve for curve in curves if mean_curve(curve.runs)], metric))
+    drawn = [curve for curve in curves if mean_curve(curve.runs)]
+    _save(paths, lambda: _draw(drawn, metric), fingerprint(curves, metric))
+
+
+def save_traces(paths: Sequence[Path], curves: Sequence[Curve], traces: Traces) -> None:
+    """Draw what went on inside, a panel for each quantity, against updates (see `save_curves`).
+
+    Args:
+      paths: png, svg or pdf by their ending.
+      curves: label, method and depth of the lines.
+      traces: by quantity and label, pairs (updates, value).
+    """
+
+    def draw() -> Figure:
+        columns = min(len(traces), 3)
+        rows = -(-len(traces) // columns)
+        figure = Figure(figsize=(4.6 * columns, 3.8 * rows + 0.8), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).flat
+        handles = {}
+        for axes, (quantity, lines) in zip(grid, traces.items(), strict=False):
+            for curve, style in zip(curves, _styles(curves), strict=True):
+                if curve.label in lines:
+                    x, y = zip(*lines[curve.label], strict=True)
+                    handles[curve.label] = axes.plot(x, y, **style | {"marker": ""})[0]
+            axes.set(xlabel="updates", title=quantity)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        for axes in [*grid][len(traces) :]:
+            axes.remove()
+        _legend(figure, handles)
+        return figure
+
+    _save(paths, draw, fingerprint(curves, traces))
+
+
+Traces = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
+
+
+def fingerprint(*content: Any) -> str:
+    """Of what a picture shows."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def fingerprint_of(path: Path) -> str | None:
+    """The `fingerprint` that a png or svg file was drawn from."""
+    found = re.search(rb"(?:<dc:description>|Description\0)([0-9a-f]{16})", path.read_bytes())
+    return found and found[1].decode()
 
 
 def save_lines(path: Path, panels: Sequence[Panel]) -> None:
@@ -121,10 +187,10 @@ def save_lines(path: Path, panels: Sequence[Panel]) -> None:
             axes.legend(frameon=False)
         return figure
 
-    _save([path], draw)
+    _save([path], draw, fingerprint(panels))
 
 
-def _save(paths: Sequence[Path], draw: Callable[[], Figure]) -> None:
+def _save(paths: Sequence[Path], draw: Callable[[], Figure], content: str) -> None:
     for path in paths:
         check_format(path)
     with matplotlib.rc_context():
@@ -133,52 +199,75 @@ def _save(paths: Sequence[Path], draw: Callable[[], Figure]) -> None:
         figure = draw()
         for path in paths:
             # Neither dates nor versions, which would change the file although the picture is the same.
-            nothing = {"Software": None} if path.suffix == ".png" else {"Creator": None}
+            about = {
+                ".png": {"Software": None, "Description": content},
+                ".svg": {"Creator": None, "Date": None, "Description": content},
+                ".pdf": {"Creator": None, "CreationDate": None, "Producer": None, "Subject": content},
+            }[path.suffix]
+            picture = io.BytesIO()
+            paper = "none" if path.suffix == ".svg" else "white"
+            figure.savefig(picture, format=path.suffix[1:], dpi=110, metadata=about, facecolor=paper)
+            drawn = picture.getvalue()
             if path.suffix == ".svg":
-                nothing["Date"] = None
-            elif path.suffix == ".pdf":
-                nothing |= {"CreationDate": None, "Producer": None}
+                style = f"<style>@media (prefers-color-scheme: dark) {{{DARK}}}</style>"
+                drawn = drawn.replace(b" <metadata>", f" {style}\n <metadata>".encode(), 1)
             try:
-                figure.savefig(path, dpi=150, metadata=nothing)
+                path.write_bytes(drawn)
             except OSError as error:
                 raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _draw(curves: Sequence[Curve], metric: Metric) -> Figure:
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    by_symbols, by_seconds = figure.subplots(1, 2, sharey=True)
-    handles = []
-    for curve, style in zip(curves, _styles(curves), strict=True):
-        # Validations come after the same numbers of symbols in every run, so they can be averaged.
-        lines = [mean_curve(curve.runs)] if metric.validated else [mean_curve([run]) for run in curve.runs]
-        for points in lines:
-            # A line of a single validation shows only as a marker.
-            marker = style["marker"] or ("." if len(points) == 1 else "")
-            low = [p.value - p.sd for p in points]
-            high = [p.value + p.sd for p in points]
-            for axes, x in (
-                (by_symbols, [p.symbols for p in points]),
-                (by_seconds, [p.seconds for p in points]),
-            ):
-                handle = axes.plot(x, [p.value for p in points], **style | {"marker": marker})[0]
+    # Validations come after the same numbers of symbols in every run, so they can be averaged.
+    lines = {
+        curve.label: [mean_curve(curve.runs)]
+        if metric.validated
+        else [mean_curve([run]) for run in curve.runs]
+        for curve in curves
+    }
+    points = [point for each in lines.values() for line in each for point in line]
+    axis = {"symbols": f"{metric.unit}s of training", "seconds": "seconds of training (logarithmic)"}
+    if all(point.step is not None for point in points):
+        axis["step"] = "updates (logarithmic)"
+    figure = Figure(figsize=(5.5 * len(axis), 5), layout="constrained")
+    panels = figure.subplots(1, len(axis), sharey=True)
+    handles = {}
+    for axes, (attribute, label) in zip(panels, axis.items(), strict=True):
+        for curve, style in zip(curves, _styles(curves), strict=True):
+            for line in lines[curve.label]:
+                x = [getattr(p, attribute) for p in line]
+                # A line of a single validation shows only as a marker.
+                marker = style["marker"] or ("." if len(line) == 1 else "")
+                drawn = axes.plot(x, [p.value for p in line], **style | {"marker": marker})
+                low, high = ([p.value + sign * p.sd for p in line] for sign in (-1, 1))
                 axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
-        handles.append(handle)
-    label = f"validation {metric.label} ({metric.meaning})" if metric.validated else metric.label
-    by_symbols.set(xlabel=f"{metric.unit}s of training", ylabel=label)
-    by_symbols.xaxis.set_major_formatter(EngFormatter(sep=""))
-    by_seconds.set(xlabel="seconds of training (logarithmic)", xscale="log")  # T changes speed tenfold
-    by_seconds.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    by_seconds.xaxis.set_major_formatter("{x:,g}")
-    by_seconds.xaxis.set_minor_locator(NullLocator())
+                handles[curve.label] = drawn[0]
+        axes.set_xlabel(label)
+        if attribute == "seconds":  # T changes speed tenfold
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:,g}")
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            if attribute == "step":  # and the number of updates as much
+                axes.set_xscale("log")
+                axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    text = f"validation {metric.label} ({metric.meaning})" if metric.validated else metric.label
+    panels[0].set_ylabel(text)
+    _legend(figure, handles)
+    return figure
+
+
+def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
     figure.legend(
-        handles,
-        [curve.label for curve in curves],
+        list(handles.values()),
+        list(handles),
         loc="outside lower center",
         ncols=4,
         handlelength=3.5,
         frameon=False,
     )
-    return figure
 
 
 def _styles(curves: Sequence[Curve]) -> Iterator[dict[str, Any]]:

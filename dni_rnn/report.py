@@ -1,13 +1,16 @@
-"""Reports: the rows of a sweep as a table and a plot, generated and never edited.
+"""Reports: the rows of a sweep as a table, plots and a page, generated and never edited.
 
 A sweep.toml may say more than a sweep needs, above its [cells]:
 
     title = "Penn Treebank, characters"
-    note = "Markdown that goes under the title."
+    note = "Markdown that goes under the title: what was run."
+    shows = "Markdown that goes under the table: what came out."
     reference = "bptt T=20"        # how soon do the other cells get where this one ends?
 
     [published]                    # below [cells]: an extra column
     "bptt T=20" = "1.42 (Jaderberg et al.)"
+
+What another program has measured has an about.toml with title, note and shows beside a table.md of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import csv
 import io
 import json
 import re
+import textwrap
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,17 +29,20 @@ from statistics import fmean, stdev
 from typing import Any
 
 from dni_rnn.errors import UsageError
-from dni_rnn.metrics import BPC, Metric, Point, metric_of
-from dni_rnn.plots import Curve, save_curves
-from dni_rnn.sweep import Cell, read_rows, read_sweep
+from dni_rnn.files import write_atomically
+from dni_rnn.metrics import BPC, TRACES, Metric, Point, metric_of
+from dni_rnn.page import render_page
+from dni_rnn.plots import Curve, save_curves, save_traces
+from dni_rnn.sweep import Cell, read_failures, read_rows, read_sweep
 
 
 @dataclass(frozen=True)
 class About:
-    """What a sweep.toml says for its report alone; `title` is the folder's name unless given."""
+    """What a sweep.toml or about.toml says for the report alone. Without a title, it is the folder's name."""
 
     title: str
     note: str = ""
+    shows: str = ""
     reference: str | None = None
     published: dict[str, str] = field(default_factory=dict)
     speeds: dict[str, int] | None = None
@@ -46,27 +53,34 @@ class About:
         return [row if self.speeds is None else _retimed(row, self.speeds[row["cell"]]) for row in rows]
 
 
-def read_about(folder: Path, cells: Sequence[Cell]) -> About:
-    """The part of `folder/sweep.toml` that is for the report.
+def read_about(folder: Path, cells: Sequence[Cell] | None = None) -> About:
+    """The part of `folder/sweep.toml` that is for the report; where there are no cells, `folder/about.toml`.
 
     Raises:
       UsageError: it speaks of a cell that the sweep does not have.
     """
-    values = tomllib.loads((folder / "sweep.toml").read_text(encoding="utf-8"))
+    path = folder / ("about.toml" if cells is None else "sweep.toml")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path}: not TOML ({error})") from None
     about = About(
         values.get("title", folder.resolve().name),
         values.get("note", ""),
+        values.get("shows", ""),
         values.get("reference"),
         values.get("published", {}),
         _read_speeds(folder / "speed.json"),
     )
+    if cells is None:
+        return about
     missing = sorted({cell.name for cell in cells} - set(about.speeds or [cell.name for cell in cells]))
     if missing:
         raise UsageError(f"{folder / 'speed.json'} lacks {missing[0]!r}: measure it again")
     named = {*about.published, *([about.reference] if about.reference is not None else [])}
     unknown = sorted(named - {cell.name for cell in cells})
     if unknown:
-        raise UsageError(f"{folder / 'sweep.toml'}: {unknown[0]!r} is not one of its cells")
+        raise UsageError(f"{path}: {unknown[0]!r} is not one of its cells")
     return about
 
 
@@ -132,15 +146,20 @@ def by_cell(cells: Sequence[Cell], rows: Iterable[dict[str, Any]]) -> dict[str, 
 
 
 def render_table(
-    cells: Sequence[Cell], rows: Sequence[dict[str, Any]], about: About, metric: Metric = BPC
+    cells: Sequence[Cell],
+    rows: Sequence[dict[str, Any]],
+    about: About,
+    metric: Metric = BPC,
+    failures: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """The contents of table.md: a pure function of what sweep.toml and rows.jsonl say.
+    """The contents of table.md: a pure function of what sweep.toml, rows.jsonl and failed.jsonl say.
 
     Args:
       cells: of the sweep, one for each seed.
       rows: the finished ones, in any order.
-      about: title, note, reference cell and published numbers.
+      about: title, note, what it shows, reference cell and published numbers.
       metric: which number is reported.
+      failures: of `read_failures`.
     """
     groups = by_cell(cells, about.timed(rows))
     planned = Counter(cell.name for cell in cells)
@@ -189,18 +208,56 @@ def render_table(
         parts.append(f"![{metric.label}]({metric.key}.svg)\n")
     parts.append(markdown_table(header, lines))
     parts.append(_legend(about, target, metric) + "\n")
+    parts += [f"{text}\n" for text in (_failed(failures), _machines(rows), about.shows.strip()) if text]
+    if traces_of(groups):
+        parts.append(f"![What went on inside]({INSIDE}.svg)\n")
+        parts.append("What went on inside, of the first seed of each cell; cuts and layers averaged.\n")
+    parts.append(_samples(groups))
     parts.append(_commands(cells, groups))
     if rows:
         parts.append(_provenance(rows))
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
+
+
+INSIDE = "inside"
+"""What the plot of `traces_of` is called."""
+
+
+def curves_of(groups: Mapping[str, Sequence[dict[str, Any]]], metric: Metric) -> list[Curve]:
+    """How each cell of `by_cell` came to its numbers."""
+    return [
+        Curve(name, found[0]["method"], _depth(found[0]), [_curve(row, metric) for row in found])
+        for name, found in groups.items()
+        if found
+    ]
+
+
+def traces_of(
+    groups: Mapping[str, Sequence[dict[str, Any]]],
+) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """What went on inside the first run of each cell, by quantity and cell: pairs (updates, mean over cuts).
+
+    Quantities that no such run has logged are left out; so are all of rows made before they were kept.
+    """
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for quantity, label in TRACES.items():
+        for name, rows in groups.items():
+            traces = rows[0].get("traces", {}) if rows else {}
+            alike = [points for key, points in traces.items() if re.fullmatch(rf"{quantity}(_\d+)?", key)]
+            if alike:
+                found.setdefault(label, {})[name] = [
+                    (each[0][0], fmean(value for _, value in each)) for each in zip(*alike, strict=True)
+                ]
+    return found
 
 
 def _curve(row: Mapping[str, Any], metric: Metric) -> list[Point]:
     """How a row came to its number; of a task that gets harder up to the end, where it stood."""
-    if metric.validated:
-        return metric.points(row["curve"])
-    last = {name: row[name] for name in ("symbols", "seconds", metric.key)}
-    return metric.points([*row["climbs"], last])
+    # Rows made before the curves had updates: there were as many for each symbol all along.
+    pace = row["steps"] / row["symbols"] if "steps" in row else None
+    known = {} if pace is None else {"step": lambda point: round(pace * point["symbols"])}
+    points = row["curve"] if metric.validated else [*row["climbs"], row]
+    return metric.points([{name: make(p) for name, make in known.items()} | p for p in points])
 
 
 def _time_to(curves: Sequence[Sequence[Point]], target: float, metric: Metric) -> str:
@@ -245,6 +302,45 @@ def _legend(about: About, target: float | None, metric: Metric) -> str:
     return text
 
 
+def _failed(failures: Sequence[dict[str, Any]]) -> str:
+    """Which runs failed and are not in the table."""
+    return " ".join(
+        f"Not in the table: {f['cell']}, seed {f['seed']}, failed with exit code {f['exit_code']} "
+        f"(`{f['reason'].removeprefix('dni-rnn: ')}`)."
+        for f in failures
+    )
+
+
+def _machines(rows: Sequence[dict[str, Any]]) -> str:
+    """On what machine the rows were made whose budget is in minutes, and which mean nothing without it."""
+    timed = [row for row in rows if row["config"].get("minutes") is not None]
+    if not timed:
+        return ""
+    machines = _distinct(
+        f"{row['device']}, threads {row['threads']}, machine {row.get('machine', 'not recorded')}"
+        for row in timed
+    )
+    return f"The budget is in minutes, so the machine is part of the result: {machines}."
+
+
+def _samples(groups: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """What the first run of each cell has written, where it is text."""
+    parts = []
+    for name, rows in groups.items():
+        if rows and "sample" in rows[0]:
+            text = "\n".join(
+                textwrap.fill(line, 100, replace_whitespace=False, drop_whitespace=False)
+                for line in rows[0]["sample"]["text"].splitlines()
+            )
+            fence = max(["~~~", *re.findall("~+", text)], key=len) + "~"  # none of the text ends it
+            parts.append(f"{name}:\n\n{fence}text\n{text}\n{fence}\n")
+    if not parts:
+        return ""
+    how = next(rows[0]["sample"] for rows in groups.values() if rows and "sample" in rows[0])
+    about = f"Text written by the first seed, at temperature {how['temperature']}"
+    return f"<details>\n<summary>{about}</summary>\n\n" + "\n".join(parts) + "\n</details>\n"
+
+
 def _commands(cells: Sequence[Cell], groups: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     """What was run for each cell, or what will be; more than one command when its rows disagree."""
     lines = []
@@ -271,6 +367,8 @@ def _provenance(rows: Sequence[dict[str, Any]]) -> str:
         "device": [row["device"] for row in rows],
         "threads": [row["threads"] for row in rows],
     }
+    if any("machine" in row for row in rows):
+        made["machine"] = [row.get("machine") for row in rows]
     text = "; ".join(f"{name} {_distinct(values)}" for name, values in made.items())
     if any((row["commit"] or "").endswith("+") for row in rows):
         text += " (+: with uncommitted changes)"
@@ -307,7 +405,7 @@ def render_csv(cells: Sequence[Cell], rows: Iterable[dict[str, Any]]) -> str:
 
 
 def write_report(folder: Path) -> None:
-    """Write table.md, table.csv and the plots beside the rows they are made from.
+    """Write table.md, table.csv, the plots and report.html beside the rows they are made from.
 
     Raises:
       UsageError: `folder` holds no sweep or no rows, or they do not belong together.
@@ -317,18 +415,23 @@ def write_report(folder: Path) -> None:
         raise UsageError(f"{folder}: no rows yet; run dni-rnn sweep {folder} first")
     about = read_about(folder, cells)
     metric = metric_of(rows[0])
-    table = render_table(cells, rows, about, metric)
-    curves = [
-        Curve(name, found[0]["method"], _depth(found[0]), [_curve(r, metric) for r in found])
-        for name, found in by_cell(cells, about.timed(rows)).items()
-        if found
-    ]
-    plots = [folder / f"{metric.key}.png", folder / f"{metric.key}.svg"]
-    save_curves(plots, curves, metric)
-    (folder / "table.csv").write_text(render_csv(cells, rows), encoding="utf-8", newline="\n")
-    (folder / "table.md").write_text(table, encoding="utf-8", newline="\n")
-    names = f"table.md, table.csv, {metric.key}.png, {metric.key}.svg"
-    print(f"{folder}: {len(rows)} of {len(cells)} rows -> {names}")
+    table = render_table(cells, rows, about, metric, read_failures(folder))
+    groups = by_cell(cells, about.timed(rows))
+    curves, traces = curves_of(groups, metric), traces_of(groups)
+    names = ["table.md", "table.csv", "report.html", f"{metric.key}.png", f"{metric.key}.svg"]
+    save_curves([folder / name for name in names[3:]], curves, metric)
+    if traces:
+        names += [f"{INSIDE}.png", f"{INSIDE}.svg"]
+        save_traces([folder / name for name in names[5:]], curves, traces)
+    write_text(folder / "table.csv", render_csv(cells, rows))
+    write_text(folder / "table.md", table)
+    write_text(folder / "report.html", render_page(table, folder))
+    print(f"{folder}: {len(rows)} of {len(cells)} rows -> {', '.join(names)}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file, whole or not at all."""
+    write_atomically(path, text.encode())
 
 
 def _depth(row: dict[str, Any]) -> int:

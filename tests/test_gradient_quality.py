@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from dni_rnn.files import read_jsonl
+from dni_rnn.plots import fingerprint, fingerprint_of
 from dni_rnn.task import Corpus
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,8 @@ def test_the_committed_table_is_what_its_rows_say(benchmark: ModuleType) -> None
     seconds = benchmark.read_seconds(FOLDER / "seconds.jsonl")
     stale = "stale: run python benchmarks/gradient_quality.py --report"
     assert (FOLDER / "table.md").read_text(encoding="utf-8") == benchmark.render(rows, seconds), stale
+    for ending in ("png", "svg"):
+        assert fingerprint_of(FOLDER / f"error.{ending}") == fingerprint(benchmark.panels(rows)), stale
     found = [(benchmark.candidate_of(row), row["seed"]) for row in rows]
     assert set(found) <= {(candidate, seed) for candidate, seeds in benchmark.PLAN for seed in range(seeds)}
     assert len(set(found)) == len(found) >= 9

@@ -34,6 +34,10 @@ def test_commands_of_the_readme_run_in_the_order_given(
         pytest.skip("skipped: the README's commands, because the Penn Treebank or MNIST files are not there")
     monkeypatch.chdir(tmp_path)
     assert len(commands()) >= 6
+    (grid,) = blocks("toml")
+    (tmp_path / "results" / "mine").mkdir(parents=True)
+    grid = grid.replace("[0, 1, 2]", "[0]").replace('"recall ', '"recall --steps 3 --hidden 8 ')
+    (tmp_path / "results" / "mine" / "sweep.toml").write_text(grid)
     for command in commands():
         words = [str(DATA) if word == "DATA" else word for word in shlex.split(command)[1:]]
         if words[0] == "train":
@@ -47,6 +51,7 @@ def test_commands_of_the_readme_run_in_the_order_given(
     assert "the company said" in written
     assert "ptb/char test:" in written
     assert (tmp_path / "runs" / "a" / "summary.json").exists()
+    assert "<h1>Recall" in (tmp_path / "results" / "mine" / "report.html").read_text()
 
 
 def test_python_of_the_readme_runs() -> None:

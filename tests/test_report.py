@@ -4,8 +4,12 @@ import csv
 import io
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,19 +17,25 @@ import pytest
 from dni_rnn.cli import main
 from dni_rnn.config import TrainConfig, to_json
 from dni_rnn.errors import UsageError
+from dni_rnn.index import render_index, result_folders
 from dni_rnn.metrics import BPC, metric_of
-from dni_rnn.plots import COLOURS, Curve, Point, mean_curve, save_curves
+from dni_rnn.page import render_page
+from dni_rnn.plots import COLOURS, Curve, Point, fingerprint, fingerprint_of, mean_curve, save_curves
 from dni_rnn.report import (
+    INSIDE,
     About,
     Metric,
+    by_cell,
+    curves_of,
     mean_sd,
     read_about,
     render_csv,
     render_table,
     seconds_to,
+    traces_of,
     write_report,
 )
-from dni_rnn.sweep import read_rows, read_sweep
+from dni_rnn.sweep import read_failures, read_rows, read_sweep
 
 RESULTS = Path(__file__).parents[1] / "results"
 ACCURACY = Metric("accuracy", "accuracy", "share of right answers", lower_is_better=False)
@@ -74,6 +84,7 @@ def made_up_row(cell, curve):
         "seed": cell.seed,
         "command": cell.command,
         "method": cell.name.partition(" ")[0],
+        "steps": symbols // 10,
         "symbols": symbols,
         "seconds": seconds,
         "symbols_per_second": round(symbols / seconds),
@@ -115,23 +126,50 @@ def folder(tmp_path):
 def render(folder, rows=None):
     cells, rows = read_sweep(folder), read_rows(folder) if rows is None else rows
     metric = metric_of(rows[0]) if rows else BPC
-    return render_table(cells, rows, read_about(folder, cells), metric)
+    return render_table(cells, rows, read_about(folder, cells), metric, read_failures(folder))
 
 
-SWEEPS = sorted(path.parent for path in RESULTS.glob("*/sweep.toml") if path.with_name("rows.jsonl").exists())
+FOLDERS = sorted(path for path in RESULTS.glob("*") if path.is_dir())
+SWEEPS = [path for path in FOLDERS if (path / "sweep.toml").exists() and (path / "rows.jsonl").exists()]
+
+
+def stale(folder):
+    return f"stale: run dni-rnn report {folder}"
 
 
 @pytest.mark.parametrize("folder", SWEEPS, ids=lambda folder: folder.name)
 def test_committed_tables_are_what_their_rows_say(folder):
-    stale = f"stale: run dni-rnn report {folder}"
-    if not (folder / "table.md").exists() and len(read_rows(folder)) < len(read_sweep(folder)):
+    cells, rows = read_sweep(folder), read_rows(folder)
+    if not (folder / "table.md").exists() and len(rows) < len(cells):
         pytest.skip("a sweep that is still running and was never reported")
-    assert (folder / "table.md").read_text(encoding="utf-8") == render(folder), stale
-    table = (folder / "table.csv").read_text(encoding="utf-8")
-    assert table == render_csv(read_sweep(folder), read_rows(folder)), stale
-    name = metric_of(read_rows(folder)[0]).key
-    assert (folder / f"{name}.png").exists(), stale
-    assert (folder / f"{name}.svg").exists(), stale
+    about, metric = read_about(folder, cells), metric_of(rows[0])
+    assert (folder / "table.md").read_text(encoding="utf-8") == render(folder), stale(folder)
+    assert (folder / "table.csv").read_text(encoding="utf-8") == render_csv(cells, rows), stale(folder)
+    groups = by_cell(cells, about.timed(rows))
+    pictures = {metric.key: fingerprint(curves_of(groups, metric), metric)}
+    if traces_of(groups):
+        pictures[INSIDE] = fingerprint(curves_of(groups, metric), traces_of(groups))
+    for name, content in pictures.items():
+        for ending in ("png", "svg"):
+            assert fingerprint_of(folder / f"{name}.{ending}") == content, stale(folder)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_committed_pages_are_what_their_tables_say(folder):
+    assert folder in result_folders(RESULTS), "what no sweep has made needs an about.toml: title, note, shows"
+    if not (folder / "table.md").exists():
+        pytest.skip("nothing measured yet")
+    table = (folder / "table.md").read_text(encoding="utf-8")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page == render_page(table, folder), stale(folder)
+
+
+def test_the_committed_overview_is_what_the_folders_say():
+    if not RESULTS.exists():
+        pytest.skip("results come with the repository alone")
+    assert (RESULTS / "README.md").read_text(encoding="utf-8") == render_index(RESULTS), stale(RESULTS)
+    for link in re.findall(r"\]\(([^)#:]+)\)", render_index(RESULTS)):
+        assert (RESULTS / link).exists(), link
 
 
 def test_the_numbers_of_a_table(folder):
@@ -242,18 +280,153 @@ def test_the_mean_of_curves():
     # Only the first run was validated after 150 characters, only the second after 300.
     first = points((100, 10.0, 3.0), (150, 15.0, 2.0), (200, 20.0, 1.0))
     second = points((100, 14.0, 3.0), (200, 24.0, 2.0), (300, 30.0, 1.0))
-    assert mean_curve([first, second]) == [(100, 12.0, 3.0, 0.0), (200, 22.0, 1.5, pytest.approx(0.5**0.5))]
-    assert mean_curve([second]) == [(100, 14.0, 3.0, 0.0), (200, 24.0, 2.0, 0.0), (300, 30.0, 1.0, 0.0)]
+    means = [(100, 12.0, 3.0, 0.0, None), (200, 22.0, 1.5, pytest.approx(0.5**0.5), None)]
+    assert mean_curve([first, second]) == means
+    assert mean_curve([second]) == [(p.symbols, p.seconds, p.value, 0.0, None) for p in second]
+    first, second = points((100, 10.0, 3.0, 5)), points((100, 14.0, 3.0, 10))
+    assert mean_curve([first, second]) == [(100, 12.0, 3.0, 0.0, 7.5)]
 
 
 def test_a_report_is_the_same_file_every_time(folder, capsys):
-    names = ("table.md", "table.csv", "bpc.svg", "bpc.png")
+    names = ("table.md", "table.csv", "bpc.svg", "bpc.png", "report.html")
     assert main(["report", str(folder)]) == 0
     first = {name: (folder / name).read_bytes() for name in names}
     assert main(["report", str(folder)]) == 0
     assert {name: (folder / name).read_bytes() for name in names} == first
     assert first["table.md"].decode() == render(folder)
     assert "5 of 8 rows" in capsys.readouterr().out
+
+
+def test_a_picture_says_what_it_was_drawn_from(tmp_path):
+    curves = [Curve("run", "bptt", 2, [points((100, 10.0, 3.0, 7), (200, 20.0, 1.0, 14))])]
+    pictures = [tmp_path / "a.png", tmp_path / "a.svg"]
+    save_curves(pictures, curves, BPC)
+    assert {fingerprint_of(path) for path in pictures} == {fingerprint(curves, BPC)}
+    assert "prefers-color-scheme: dark" in pictures[1].read_text()
+    moved = [Curve("run", "bptt", 2, [points((100, 10.0, 3.0, 7), (200, 20.0, 1.1, 14))])]
+    assert fingerprint(moved, BPC) != fingerprint(curves, BPC)
+    (tmp_path / "b.svg").write_text("<svg/>")
+    assert fingerprint_of(tmp_path / "b.svg") is None
+
+
+class Elements(HTMLParser):
+    """What a page consists of."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.ids, self.links, self.text = Counter(), [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.tags[tag] += 1
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [
+            values[name] for name in ("src", "href", "xlink:href") if name in values and tag != "a"
+        ]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def with_insides(folder):
+    """The rows of `folder` with what newer ones have: traces, a text, a machine, a budget in minutes."""
+    rows = read_rows(folder)
+    for row in rows:
+        row["traces"] = {"trust": [[1, 0.5], [9, 0.25 + row["seed"]]]}
+        row["sample"] = {"text": f"<script>&{row['seed']}\n~~~~ _end_ " + "long " * 40, "temperature": 0.8}
+        row["machine"] = "Abacus, 2 cores"
+        row["config"]["minutes"] = 10
+    rows[0].pop("machine")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_a_page_needs_nothing_else(folder):
+    with_insides(folder)
+    write_report(folder)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    found = Elements(page)
+    assert found.tags["svg"] == 2
+    assert (found.tags["script"], found.tags["img"], found.tags["link"]) == (0, 0, 0)
+    assert all(link.startswith("#") for link in found.links), "all of it is in the page"
+    assert len(set(found.ids)) == len(found.ids) > 10
+    assert {link[1:] for link in found.links} <= set(found.ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(found.ids)
+    assert "<script>&0\n~~~~ _end_ long" in found.text, "what a net wrote is shown as it is"
+    assert found.tags["table"] == 1
+    assert "1.42 | theirs" in found.text
+    assert "url(" not in re.sub(r"url\(#", "", page)
+
+
+def test_what_went_on_inside(folder):
+    rows = with_insides(folder)
+    groups = by_cell(read_sweep(folder), rows)
+    assert traces_of(groups) == {
+        "trust in the synthetic gradient": {
+            name: [(1, 0.5), (9, 0.25)] for name in ("bptt T=2", "bptt T=20", "dni T=2")
+        }
+    }
+    for cut in (1, 2):
+        groups["dni T=2"][0]["traces"][f"cosine_{cut}"] = [[5, 0.2 * cut], [10, 0.5]]
+    assert traces_of(groups)["cosine with the true gradient"] == {
+        "dni T=2": [(5, pytest.approx(0.3)), (10, 0.5)]
+    }
+
+
+def test_the_machine_is_part_of_a_result_in_minutes(folder):
+    assert "machine" not in render(folder)
+    text = render(folder, with_insides(folder))
+    made = "cpu, threads 1, machine Abacus, 2 cores (4 rows), cpu, threads 1, machine not recorded (1 rows)"
+    assert f"The budget is in minutes, so the machine is part of the result: {made}." in text
+    assert "machine Abacus, 2 cores (4 rows), unknown (1 rows)." in text
+
+
+def test_failures_are_told(folder):
+    (folder / "failed.jsonl").write_text(
+        json.dumps({"cell": "dni T=4", "seed": 0, "exit_code": 3, "reason": "dni-rnn: stopped: why"}) + "\n"
+    )
+    assert "dni T=4, seed 0, failed with exit code 3 (`stopped: why`)." in render(folder)
+
+
+def test_all_results_at_a_glance(folder, tmp_path_factory):
+    results = tmp_path_factory.mktemp("results")
+    shutil.copytree(folder, results / "made-up")
+    text = SWEEP.replace("note =", "shows = 'See [there](../else.md) and [rows](rows.jsonl).'\nnote =")
+    (results / "made-up" / "sweep.toml").write_text(text)
+    (results / "planned").mkdir()
+    (results / "planned" / "sweep.toml").write_text("train = 'recall'\nseeds = [0]\n[cells]\na = ''\n")
+    (results / "other").mkdir()
+    (results / "other" / "about.toml").write_text("title = 'By hand'\nshows = 'Something else.'\n")
+    (results / "other" / "table.md").write_text("# Counted\n\n| a |\n| - |\n| 1 |\n")
+    (results / "about.toml").write_text("title = 'All of it'\nnote = 'As follows.'\n")
+    assert main(["report", str(results)]) == 0
+    text = (results / "README.md").read_text()
+    assert text.startswith("# All of it\n\nAs follows.\n\n## A made-up sweep\n")
+    assert cells_of(text)[0] == ["test BPC, n = 2, lower is better", "T=2", "T=4", "T=20"]
+    assert cells_of(text)[2:] == [
+        ["bptt", "1.500 ± 0.000", "", "2.000 ± 0.707"],
+        ["*published figure*", "", "", "1.42 \\", "theirs"],
+        ["dni", "2.100 ± – (1 of 2)", "–", ""],
+    ]
+    assert "See [there](else.md) and [rows](made-up/rows.jsonl)." in text
+    assert "## By hand\n\n[Table](other/table.md), [page](other/report.html)\n\nSomething else.\n" in text
+    assert "- planned: `dni-rnn sweep " in text
+    assert "<td>1</td>" in (results / "other" / "report.html").read_text()
+    assert (results / "made-up" / "report.html").exists()
+    assert render_index(results) == text
+
+
+def test_nothing_to_report(tmp_path, capsys):
+    (tmp_path / "about.toml").write_text("title = 'Nothing'\n")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no table.md there yet" in capsys.readouterr().err
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "about.toml").write_text("title =")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "part/about.toml: not TOML" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "no sweep there" in capsys.readouterr().err
 
 
 def test_a_plot_of_alike_curves_and_one_of_a_single_validation(tmp_path):
