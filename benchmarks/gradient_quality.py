@@ -314,8 +314,7 @@ neither scaled nor centred. *Seconds of training*: of M, the least of the n; the
 programs. The core's learning rate was 1e-3 to the end, the annealed one's 2e-3, falling to zero along a
 cosine.
 
-Made by `python benchmarks/gradient_quality.py` from [rows.jsonl](rows.jsonl). What it says:
-[README.md](README.md).
+Made by `python benchmarks/gradient_quality.py` from [rows.jsonl](rows.jsonl).
 """
 
 
