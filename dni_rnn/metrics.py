@@ -74,7 +74,7 @@ def metric_of(row: Mapping[str, Any]) -> Metric:
 
 
 TRACES: Mapping[str, str] = {
-    "trust": "trust: what audits support",
+    "trust": "trust: the multiple nearest to the true gradient",
     "cosine": "cosine with the true gradient",
     "explained": "explained share of the true gradient",
     "synthesizer_loss": "loss of the synthesizer",

@@ -363,7 +363,7 @@ def test_what_went_on_inside(folder):
     rows = with_insides(folder)
     groups = by_cell(read_sweep(folder), rows)
     assert traces_of(groups) == {
-        "trust in the synthetic gradient": {
+        "trust: the multiple nearest to the true gradient": {
             name: [(1, 0.5), (9, 0.25)] for name in ("bptt T=2", "bptt T=20", "dni T=2")
         }
     }
