@@ -46,12 +46,11 @@ class Overview:
     """
 
     def __init__(self, title: str, cells: int, parallel: int, done: int, deadline: float) -> None:
-        self.cells, self.deadline = cells, deadline
+        self.title, self.cells, self.deadline = title, cells, deadline
         self.started, self.begun_with = time.monotonic(), done
         self.told = self.started
         moving = sys.stderr.isatty()
-        form = "{desc} |{bar:20}| {postfix}"
-        self.bar = tqdm(total=cells, initial=done, desc=title, bar_format=form, disable=not moving)
+        self.bar = tqdm(total=cells, initial=done, bar_format="|{bar:20}| {desc}", disable=not moving)
         self.lines = [tqdm(bar_format="  {desc}", leave=False, disable=not moving) for _ in range(parallel)]
 
     def say(self, text: str) -> None:
@@ -74,7 +73,7 @@ class Overview:
         status = ", ".join(parts) + (f", {left} left" if left else "")
         if not self.bar.disable:
             self.bar.n = done + sum(shares.values())
-            self.bar.set_postfix_str(status)
+            self.bar.set_description_str(f"{self.title}: {status}")
             texts = [f"{share:4.0%} {name}" for name, share in shares.items()]
             for line, text in zip(self.lines, [*texts, *[""] * len(self.lines)], strict=False):
                 line.set_description_str(text)

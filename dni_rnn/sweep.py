@@ -37,6 +37,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ def run_sweep(
             signal.signal(signal.SIGTERM, before)
             sweep.close()
             if carry is not None:
-                pack_runs(carry, [work / cell.folder for cell in sweep.waiting])
+                pack_runs(carry, work, [cell.folder for cell in sweep.waiting])
         return sweep.failed
 
 
@@ -401,25 +402,29 @@ def _last_line(path: Path) -> str:
     return lines[-1].strip() if lines else ""
 
 
-def pack_runs(folder: Path, runs: Iterable[Path]) -> None:
-    """Write what unfinished runs need to go on to `folder`, as a tar archive in parts of at most 15 MB.
+def pack_runs(folder: Path, work: Path, runs: Iterable[str]) -> None:
+    """Write what `runs` in `work` need to go on to `folder`, as a tar archive in parts of at most 15 MB.
 
-    Outputs that a run can do without are left out, and so are finished runs: their rows are all there is
-    to keep. Parts of an earlier call are replaced.
+    Outputs that a run can do without are left out, and so are runs without a checkpoint. Parts that an
+    earlier call wrote for this `work` are replaced.
     """
+    begun = [run for run in runs if (work / run / "checkpoint.safetensors").exists()]
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
-        for run in runs:
-            for name in CARRIED:
-                if (run / "checkpoint.safetensors").exists() and (run / name).exists():
-                    tar.add(run / name, f"{run.name}/{name}")
-    content = archive.getvalue()
+        for run in begun:
+            for name in filter(lambda name: (work / run / name).exists(), CARRIED):
+                tar.add(work / run / name, f"{run}/{name}")
+    content = archive.getvalue() if begun else b""
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(content), PART_BYTES)
     for number, start in enumerate(starts):
-        write_atomically(folder / f"runs.tar.{number:03}", content[start : start + PART_BYTES])
-    for part in sorted(folder.glob("runs.tar.*"))[len(starts) :]:
+        write_atomically(folder / f"{work.name}.tar.{number:03}", content[start : start + PART_BYTES])
+    for part in _parts(folder, work)[len(starts) :]:
         part.unlink()
+
+
+def _parts(folder: Path, work: Path) -> list[Path]:
+    return sorted(folder.glob(f"{escape(work.name)}.tar.[0-9]*"))
 
 
 def unpack_runs(folder: Path, work: Path) -> None:
@@ -428,7 +433,7 @@ def unpack_runs(folder: Path, work: Path) -> None:
     Raises:
       UsageError: a part is missing or not whole.
     """
-    content = b"".join(part.read_bytes() for part in sorted(folder.glob("runs.tar.*")))
+    content = b"".join(part.read_bytes() for part in _parts(folder, work))
     if not content:
         return
     with tempfile.TemporaryDirectory(dir=work) as unpacked:
@@ -437,7 +442,7 @@ def unpack_runs(folder: Path, work: Path) -> None:
                 tar.extractall(unpacked, filter="data")
         except (tarfile.TarError, EOFError) as error:
             raise UsageError(
-                f"{folder}: its runs.tar.* do not belong together ({error}); copy them again"
+                f"{folder}: its {work.name}.tar.* do not belong together ({error}); copy them again"
             ) from None
         for run in sorted(Path(unpacked).iterdir()):
             if progress(run) > progress(work / run.name):

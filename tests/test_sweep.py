@@ -175,7 +175,7 @@ def test_a_killed_sweep_goes_on_elsewhere(finished, tmp_path, capsys):
     lines = (second / "metrics.jsonl").read_text().splitlines()
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= saved]
     carried, work = tmp_path / "carried", tmp_path / "elsewhere"
-    pack_runs(carried, [second])
+    pack_runs(carried, second.parent, [second.name])
     second = work / "grid" / second.name
     assert main(["sweep", str(folder), "--work", str(work), "--carry", str(carried)]) == 0
     expected = [comparable(row) for row in read_rows(finished[0]) if row["seed"] == 1]
@@ -432,17 +432,20 @@ def test_parts_that_do_not_belong_together(tmp_path, monkeypatch):
     content = {"config.json": b"{}", "checkpoint.safetensors": bytes(range(256)) * 40, "other": b"left out"}
     for name, data in content.items():
         (run / name).write_bytes(data)
-    pack_runs(tmp_path / "carried", [run, tmp_path / "work" / "never begun"])
+    pack_runs(tmp_path / "carried", run.parent, ["a", "never begun"])
     parts = sorted((tmp_path / "carried").iterdir())
     assert max(part.stat().st_size for part in parts) == 1000
     assert len(parts) > 10
     parts[3].unlink()
-    (tmp_path / "elsewhere").mkdir()
+    elsewhere = tmp_path / "elsewhere" / "work"
+    elsewhere.mkdir(parents=True)
     with pytest.raises(UsageError, match="copy them again"):
-        unpack_runs(tmp_path / "carried", tmp_path / "elsewhere")
-    assert list((tmp_path / "elsewhere").iterdir()) == []
-    pack_runs(tmp_path / "carried", [])
-    assert len(list((tmp_path / "carried").iterdir())) < len(parts), "parts of an earlier call are replaced"
+        unpack_runs(tmp_path / "carried", elsewhere)
+    assert list(elsewhere.iterdir()) == []
+    pack_runs(tmp_path / "carried", tmp_path / "of another sweep", [])
+    assert len(list((tmp_path / "carried").iterdir())) == len(parts) - 1
+    pack_runs(tmp_path / "carried", run.parent, [])
+    assert list((tmp_path / "carried").iterdir()) == [], "parts of an earlier call are replaced"
 
 
 def test_what_has_got_further_stays(tmp_path):
@@ -452,14 +455,15 @@ def test_what_has_got_further_stays(tmp_path):
         (run / "metrics.jsonl").write_text(json.dumps({"step": step, "symbols": 0, "seconds": 0}) + "\n")
         (run / "checkpoint.safetensors").write_text(str(step))
 
-    write(tmp_path / "there" / "a", 3)
-    write(tmp_path / "there" / "b", 5)
-    pack_runs(tmp_path / "carried", [tmp_path / "there" / "a", tmp_path / "there" / "b"])
-    write(tmp_path / "here" / "a", 4)
-    write(tmp_path / "here" / "b", 4)
-    unpack_runs(tmp_path / "carried", tmp_path / "here")
-    assert (tmp_path / "here" / "a" / "checkpoint.safetensors").read_text() == "4"
-    assert (tmp_path / "here" / "b" / "checkpoint.safetensors").read_text() == "5"
+    there, here = tmp_path / "there" / "grid", tmp_path / "here" / "grid"
+    write(there / "a", 3)
+    write(there / "b", 5)
+    pack_runs(tmp_path / "carried", there, ["a", "b"])
+    write(here / "a", 4)
+    write(here / "b", 4)
+    unpack_runs(tmp_path / "carried", here)
+    assert (here / "a" / "checkpoint.safetensors").read_text() == "4"
+    assert (here / "b" / "checkpoint.safetensors").read_text() == "5"
 
 
 # What a sweep.toml says
