@@ -211,7 +211,7 @@ def render_table(
     parts += [f"{text}\n" for text in (_failed(failures), _machines(rows), about.shows.strip()) if text]
     if traces_of(groups):
         parts.append(f"![What went on inside]({INSIDE}.svg)\n")
-        parts.append("What went on inside, of the first seed of each cell; cuts and layers averaged.\n")
+        parts.append("What went on inside, of the first seed of each cell; mean over cuts.\n")
     parts.append(_samples(groups))
     parts.append(_commands(cells, groups))
     if rows:
