@@ -26,7 +26,8 @@ from dni_rnn.config import TrainConfig
 from dni_rnn.errors import DivergedError, UsageError
 from dni_rnn.estimators import FullBPTT
 from dni_rnn.runs import Run
-from dni_rnn.training import Interrupted, Learner, train
+from dni_rnn.sampling import sample
+from dni_rnn.training import SAMPLED, Interrupted, Learner, train
 from dni_rnn_tasks.recall import Recall
 from dni_rnn_tasks.repeat import Copy
 from dni_rnn_tasks.text import Text
@@ -771,6 +772,7 @@ def test_results_of_a_run(text, tmp_path, monkeypatch, capsys):
     symbols = plain.data.input_symbols
     net = symbols * 4 + 4 * 8 * (4 + 8 + 2) + 8 * symbols + symbols
     m = (8 + 2 * symbols + 1) * 5 + 5 + 5 * 16 + 16  # one more row, of zeros, for what is not known
+    how = {"characters": SAMPLED, "temperature": 0.8, "seed": 0}
     expected = {
         "task": "text",
         "data": "text/words.txt",
@@ -782,6 +784,7 @@ def test_results_of_a_run(text, tmp_path, monkeypatch, capsys):
         "best_symbols": best["symbols"],
         "test_bpc": evaluate_(plain, "test", None),
         "state_rms": rows(out)[-2]["state_rms"],
+        "sample": {"text": sample(plain.model, plain.data, "", **how), **how},
         "net_parameters": net,
         "synthesizer_parameters": m,
     }
