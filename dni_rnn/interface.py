@@ -54,7 +54,10 @@ class _Edge(torch.autograd.Function):
         ctx.interface, ctx.done = interface, done
         ctx.passes_on = any(ctx.needs_input_grad[3 : 3 + count])
         # The size as it is now: backward moves it.
-        ctx.factor = interface.trust * interface._factor(len(tensors) > 2 * count) if ctx.passes_on else None
+        ctx.factor = None
+        if ctx.passes_on:
+            scale = 1.0 if interface.loss_scale is None else interface.loss_scale
+            ctx.factor = scale * interface.trust * interface._factor(len(tensors) > 2 * count)
         ctx.save_for_backward(*tensors[count:])
         return tuple(message.view_as(message) for message in messages)
 
@@ -65,7 +68,7 @@ class _Edge(torch.autograd.Function):
         losses = ctx.saved_tensors[-1] if len(ctx.saved_tensors) > len(gradients) else None
         onward: list[Tensor | None] = [None] * len(gradients)
         if ctx.passes_on:
-            onward = [(ctx.factor * p).to(g.dtype) for p, g in zip(predictions, gradients, strict=True)]
+            onward = [_times(ctx.factor, p).to(g.dtype) for p, g in zip(predictions, gradients, strict=True)]
         trained = ctx.interface._regress(predictions, gradients, ctx.done, losses)
         return None, None, None, *onward, *trained
 
@@ -127,6 +130,14 @@ class Interface(nn.Module):
     relied on. So `scale` is the weight of ĝ and, with it, the factor by which the
     future is discounted at every boundary it is bootstrapped across.
 
+    `loss_scale` is for a loss that is multiplied before backward and divided out of `.grad` after it, as
+    `torch.amp.GradScaler` does for float16. Set it whenever the factor may have changed:
+
+        interface.loss_scale = scaler.scale(torch.ones((), device=device))
+
+    Then ĝ and M's `.grad` are multiplied by it, and g is divided by it, so that after unscaling all is as
+    without a scaler. None, the default, is 1. bfloat16 needs no scaler.
+
     Args:
       synthesizer: M, any module.
       centre: subtract from what `send` injects its mean over the rows that are not done. What is the same in
@@ -148,6 +159,7 @@ class Interface(nn.Module):
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §2.
     """
 
+    loss_scale: Tensor | float | None
     target_square: Tensor
     target_count: Tensor
     regression_loss: Tensor
@@ -173,6 +185,7 @@ class Interface(nn.Module):
         self.normalize = normalize
         self.decay = decay
         self.batch_dim = batch_dim
+        self.loss_scale = None
         self.register_buffer("target_square", torch.zeros(()))
         self.register_buffer("target_count", torch.zeros(()))
         self.register_buffer("regression_loss", torch.ones(()))
@@ -212,7 +225,7 @@ class Interface(nn.Module):
         leaves, spec = flatten(message)
         if not torch.is_grad_enabled():
             return leaves[0].new_zeros(())
-        synthetic = self._synthesize(leaves, spec, context, done)
+        synthetic = self._synthesize(leaves, spec, context, done, self.loss_scale)
         return _Send.apply(len(leaves), *synthetic, *leaves)  # type: ignore[return-value]
 
     def forward(self, message: Tree, context: Any = None) -> Tree:
@@ -264,15 +277,24 @@ class Interface(nn.Module):
 
     @torch.no_grad()
     def _synthesize(
-        self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None
+        self,
+        leaves: list[Tensor],
+        spec: Spec,
+        context: Any,
+        done: Tensor | None,
+        loss_scale: Tensor | float | None = None,
     ) -> list[Tensor]:
         synthetic = self._untrusted(leaves, spec, context, done)
         for number, leaf in enumerate(leaves):
             gradient = self.trust * synthetic[number]
             if self.restore:
                 excess = leaf - leaf.clamp(-RESTORE_BEYOND, RESTORE_BEYOND)
-                gradient = gradient + (self.restore * self.size()) * excess
+                gradient = gradient + _times(self.restore * self.size(), excess)
                 gradient = gradient if done is None else self._without(done, gradient)
+            if loss_scale is not None:
+                gradient = (
+                    loss_scale * gradient
+                )  # before the cast: what it is there to save must not underflow
             synthetic[number] = gradient.to(leaf.dtype)
         return synthetic
 
@@ -280,7 +302,7 @@ class Interface(nn.Module):
         """ĝ at trust 1, without the restoring force."""
         predictions, critique = self._predict(leaves, spec, context, done)
         factor = self._factor(critique)
-        return [factor * (self._centred(p, done) if self.centre else p) for p in predictions]
+        return [_times(factor, self._centred(p, done) if self.centre else p) for p in predictions]
 
     @torch.no_grad()
     def _predict(
@@ -321,6 +343,8 @@ class Interface(nn.Module):
         Few and small tensor operations, none that waits for a device: this runs at every boundary.
         """
         targets = [gradient.to(self.target_square.dtype) for gradient in gradients]
+        if self.loss_scale is not None:
+            targets = [target / self.loss_scale for target in targets]
         elements = sum(target.numel() for target in targets)
         count: Tensor | float = float(elements)
         if done is not None:
@@ -347,13 +371,16 @@ class Interface(nn.Module):
         factor = (2.0 * trained) / count
         if losses is not None:
             factor = factor * inverse
+        if self.loss_scale is not None:
+            factor = self.loss_scale * factor
         slopes = [
             (residual * factor).nan_to_num_(0.0, 0.0, 0.0).to(prediction.dtype)
             for residual, prediction in zip(residuals, predictions, strict=True)
         ]
         if losses is not None:
             rows = torch.ones_like(losses) if done is None else (~done).to(losses.dtype)
-            slopes.append(rows / rows.sum().clamp_min(1.0))
+            slope = rows / rows.sum().clamp_min(1.0)
+            slopes.append(slope if self.loss_scale is None else self.loss_scale * slope)
         return slopes
 
     def _centred(self, leaf: Tensor, done: Tensor | None) -> Tensor:
@@ -369,6 +396,11 @@ class Interface(nn.Module):
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, normalize={self.normalize}, batch_dim={self.batch_dim}"
+
+
+def _times(factor: Tensor, tensor: Tensor) -> Tensor:
+    """A scalar tensor times another, in the wider dtype: a small factor would underflow in float16."""
+    return factor * tensor.to(torch.promote_types(tensor.dtype, factor.dtype))
 
 
 def _inverse(size: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn.interface import Interface
-from dni_rnn.synthesizers import MLPSynthesizer
+from dni_rnn.synthesizers import ContextMLP, Critic, MLPSynthesizer, OneHotTokens, Rows
 from dni_rnn.trees import LSTMState, Tree, flatten, map_tree, unflatten
 
 RNNS: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
@@ -920,6 +920,69 @@ def test_autocast(generator):
     ):
         assert float((plain - mixed).norm() / plain.norm()) < 0.05
     assert not torch.equal(results[0][0], results[1][0])
+
+
+def scaled_run(interface: Interface, scale: torch.amp.GradScaler | None, told: bool = True) -> list[Tensor]:
+    """Six windows of a recurrent net, one update each, below a cut; its parameters and M's afterwards."""
+    random_numbers = torch.Generator().manual_seed(1)
+    net = nn.GRU(3, 4).double()
+    randomize(net, random_numbers)
+    interface = copy.deepcopy(interface)
+    parameters = [*net.parameters(), *interface.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.05)
+    state = torch.zeros(1, 5, 4, dtype=torch.float64)
+    for _ in range(6):
+        if scale is not None and told:
+            interface.loss_scale = scale.scale(torch.ones(()))
+        x, targets = random(random_numbers, 3, 5, 3), torch.randint(2, (5,), generator=random_numbers)
+        _, state = net(x, interface.receive(state, targets))
+        middle = interface(state.tanh(), targets)  # as between layers
+        loss = (middle - x.mean()).square().sum() + interface.send(state, targets)
+        optimizer.zero_grad()
+        if scale is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scale.scale(loss).backward()
+            scale.step(optimizer)
+            scale.update()
+    return [p.detach() for p in parameters]
+
+
+@pytest.mark.parametrize("kind", ["regression", "critic"])
+def test_a_loss_scaler_changes_nothing_when_the_interface_is_told(kind, generator):
+    """Powers of two, so bit for bit; the scale doubles after every second step."""
+    rows = torch.zeros(1, 5, 4, dtype=torch.float64)
+    if kind == "critic":
+        classifier = nn.Sequential(Rows(), ContextMLP(4, [6], 2))
+        randomize(classifier, generator)
+        synthesizer: nn.Module = Critic(classifier, 2)
+    else:
+        synthesizer = MLPSynthesizer(rows, [6], context=OneHotTokens(2))
+        randomize(synthesizer, generator)
+    interface = Interface(synthesizer, scale=0.5, restore=0.1).double()
+
+    def scaler() -> torch.amp.GradScaler:
+        return torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
+
+    plain = scaled_run(interface, None)
+    for ours, wanted in zip(scaled_run(interface, scaler()), plain, strict=True):
+        assert torch.equal(ours, wanted)
+    untold = scaled_run(interface, scaler(), told=False)
+    assert not all(torch.allclose(a, b) for a, b in zip(untold, plain, strict=True))
+
+
+def test_a_scaled_synthetic_gradient_does_not_underflow_in_half_precision():
+    """ĝ = 1e-9 and the restoring force 1e-10: both vanish in float16, and times 2^20 they do not."""
+    interface = Interface(Says(torch.ones(2, 3, dtype=torch.float16)), restore=0.1)
+    interface.target_square.fill_(1e-18)
+    message = torch.full((2, 3), 4.0, dtype=torch.float16)
+    assert not injected(interface, message).any()
+    interface.loss_scale = 2.0**20
+    close(injected(interface, message).double(), torch.full((2, 3), 1.1e-9 * 2.0**20).double(), rtol=1e-3)
+    # And as the user reads it, it is in the units of the loss, whatever the scaler.
+    interface.target_square.fill_(1.0)
+    assert torch.equal(interface.synthetic_gradient(message), torch.full_like(message, 1.1))
 
 
 def test_a_copy_is_a_separate_interface(generator):
