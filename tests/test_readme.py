@@ -1,29 +1,38 @@
-"""The README and the examples do what they say: their commands and code are run here."""
+"""The README, the pages of the site and the examples do what they say: their commands and code are run."""
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from dni_rnn.cli import main
+from dni_rnn.cli import _parse, main
 
 ROOT = Path(__file__).parents[1]
+PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in sorted(ROOT.glob("docs/**/*.md"))}
 README = (ROOT / "README.md").read_text()
 DATA = ROOT.parent / "shared" / "data"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
-def commands() -> list[str]:
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+def programs(page: str) -> list[str]:
+    """The Python that is meant to be run as it stands."""
+    return [block for block in blocks("python", page) if "import torch" in block]
+
+
+def commands(page: str = README) -> list[str]:
+    lines = [line for block in blocks("bash", page) for line in block.splitlines()]
     return [line.split("#")[0].strip() for line in lines if line.startswith("dni-rnn")]
 
 
@@ -54,11 +63,44 @@ def test_commands_of_the_readme_run_in_the_order_given(
     assert "<h1>Recall" in (tmp_path / "results" / "mine" / "report.html").read_text()
 
 
-def test_python_of_the_readme_runs() -> None:
-    whole = [block for block in blocks("python") if "import torch" in block]
-    assert whole
-    for block in whole:
-        exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize(
+    "name", [name for name, text in {"README.md": README, **PAGES}.items() if programs(text)]
+)
+def test_python_of_a_page_runs(name: str) -> None:
+    for block in programs({"README.md": README, **PAGES}[name]):
+        exec(compile(block, name, "exec"), {"__name__": "__main__"})
+
+
+def test_commands_of_the_pages_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [command for page in PAGES.values() for command in commands(page)]
+    assert len(found) >= 8
+    for command in found:
+        try:
+            _parse(shlex.split(command)[1:])
+        except SystemExit:
+            pytest.fail(f"{command}: {capsys.readouterr()}")
+    with pytest.raises(SystemExit):
+        _parse(["diagnose", "runs/dni", "--bppt", "4"])
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Strictly, as it is published; every sweep's table is in it, as it stands."""
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for sweep in sorted(ROOT.glob("results/*/sweep.toml")):
+        table = sweep.with_name("table.md")
+        if table.exists():
+            cell = next(iter(tomllib.loads(sweep.read_text())["cells"]))
+            assert f"<td>{cell}</td>" in (site / "results" / sweep.parent.name / "table" / "index.html").read_text()
+    import dni_rnn
+
+    reference = "".join(page.read_text() for page in (site / "api").rglob("*.html"))
+    for name in dni_rnn.__all__:
+        assert re.search(rf'id="dni_rnn\.\w+\.{name}"', reference), f"{name} is on no page of the reference"
 
 
 def test_every_task_is_in_the_readme() -> None:
@@ -73,13 +115,26 @@ def test_links_of_the_readme_lead_somewhere() -> None:
         assert (ROOT / link).exists(), link
 
 
-@pytest.mark.parametrize("name", ["char_model_before.py", "char_model_after.py"])
+EXAMPLES = {
+    "char_model_before.py": "",
+    "char_model_after.py": "",
+    "accelerate_loop.py": "--precision bf16 --accumulate 2",
+    "lightning_module.py": "--accelerator cpu --precision bf16-mixed --accumulate 2",
+    "precision_and_accumulation.py": "--precision bf16 --accumulate 2",
+    "compiled_core.py": "--backend aot_eager",
+}
+
+
+@pytest.mark.filterwarnings("ignore:::lightning")
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated")  # torch.compile does so itself
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 60)
-    monkeypatch.setattr(sys, "argv", [name, str(text), "--steps", "200"])
+    monkeypatch.setattr(sys, "argv", [name, str(text), "--steps", "200", *EXAMPLES[name].split()])
+    monkeypatch.syspath_prepend(ROOT / "examples")
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     bits = [float(b) for b in re.findall(r"([\d.]+) bits", capsys.readouterr().out)]
     assert len(bits) == 2

@@ -1,0 +1,41 @@
+"""Pages from outside docs/: tables and notes are read where they are, so that none is a copy."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+ELSEWHERE = ("results", "benchmarks", "examples", "dni_rnn", "tasks", "CONTRIBUTING.md", "CHANGELOG.md")
+SUFFIXES = {".md", ".svg", ".png", ".csv", ".html", ".py", ".toml", ".jsonl", ".json"}
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Lists every sweep's table in the navigation."""
+    tables = sorted(ROOT.glob("results/*/table.md"))
+    section: list[Any] = next(entry["Results"] for entry in config.nav or [] if "Results" in entry)
+    section[1:1] = [{_title(table): table.relative_to(ROOT).as_posix()} for table in tables]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Adds what lies elsewhere in the repository."""
+    for name in ELSEWHERE:
+        paths = [ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*")
+        for path in paths:
+            if path.suffix in SUFFIXES:
+                where = path.relative_to(ROOT).as_posix()
+                files.append(File(where, str(ROOT), config.site_dir, config.use_directory_urls))
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """A link to a folder leads to its README."""
+    return re.sub(r"\]\((\w[\w/.-]*)/\)", r"](\1/README.md)", markdown)
+
+
+def _title(table: Path) -> str:
+    return table.read_text().split("\n", 1)[0].removeprefix("# ").split(",")[0].split(":")[0]
