@@ -32,7 +32,8 @@ class Window(NamedTuple):
     Attributes:
       inputs: (T, B) symbols.
       targets: (T, B) symbols, `UNSCORED` where a step does not count.
-      start, end: what is known at either boundary. `end` of one window is `start` of the next.
+      start: what is known at the boundary before it.
+      end: what is known at the boundary after it; `start` of the next window.
       scored: how many targets count.
     """
 
@@ -163,6 +164,7 @@ def state_gradients(
     """True gradients with respect to `state` of the loss of the next n windows, for each n of `horizons`.
 
     n = 0 stands for all of `windows`. The loss is weight · Σ −log p; each gradient is a tree like `state`.
+    The graph of all windows is held in memory at once.
     """
     leaves, spec = flatten(map_tree(lambda leaf: leaf.detach().requires_grad_(), state))
     state, losses = unflatten(leaves, spec), []

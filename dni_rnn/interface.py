@@ -156,6 +156,16 @@ class Interface(nn.Module):
       batch_dim: where the rows of a message lie: -2 for the states of recurrent cores, (layers, B, H)
         or (B, H), and for vectors (B, F); 0 for feature maps (B, C, height, width).
 
+    Attributes:
+      loss_scale: see above; a scalar tensor or number that is set from outside, or None.
+      regression_loss: the last loss of M, its first term alone (a scalar tensor; no wait for a device).
+      trust: see above; a scalar tensor between 0 and 1.
+
+    Raises:
+      ValueError: `decay` does not lie in [0, 1); or, when it is called, M does not return tensors of the
+        shapes of the message.
+      TypeError: a message holds something that is neither a tensor nor a tuple, list or dict of such.
+
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §2.
     """
 
@@ -206,6 +216,8 @@ class Interface(nn.Module):
           context: what M may know besides the message; what `send` was given for it.
           done: boolean (B,). Rows whose sequence ended at this boundary: the caller has put an
             initial state there, its gradient is not theirs, and M is not trained on it.
+
+        Where no gradients are recorded it is a detach and nothing else.
         """
         if not torch.is_grad_enabled():
             return detach(message)
@@ -218,9 +230,11 @@ class Interface(nn.Module):
         loss that is differentiated); `scale` is the place for one.
 
         Args:
-          message: for example the state at the end of this window.
+          message: for example the state at the end of this window, with its graph.
           context: what M may know besides the message, for example the next symbols.
           done: boolean (B,). Rows whose sequence ends here: they have no future, so ĝ is 0.
+
+        Where no gradients are recorded it is a zero and nothing else.
         """
         leaves, spec = flatten(message)
         if not torch.is_grad_enabled():
@@ -229,7 +243,11 @@ class Interface(nn.Module):
         return _Send.apply(len(leaves), *synthetic, *leaves)  # type: ignore[return-value]
 
     def forward(self, message: Tree, context: Any = None) -> Tree:
-        """Both halves at one place, as between two layers: identity; backward trains M and passes on ĝ."""
+        """Both halves at one place, as between two layers: identity; backward trains M and passes on ĝ.
+
+        What the layer below gets is trust · scale · size · M, neither centred nor restored, with the size
+        before this backward pass.
+        """
         if not torch.is_grad_enabled():
             return message
         return self._edge(message, context, None)

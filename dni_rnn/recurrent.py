@@ -32,11 +32,17 @@ class Boundary(NamedTuple):
 
 
 class CoreOutput(NamedTuple):
-    """What a core emits for one window."""
+    """What a core emits for one window.
 
-    output: Tensor  # (T, B, H), the top layer's
-    state: Tree  # after the last step
-    synthetic_gradient: Tree  # ĝ of the future loss with respect to `state`, of its type and shape
+    Attributes:
+      output: (T, B, H), the top layer's.
+      state: after the last step.
+      synthetic_gradient: ĝ of the loss to come with respect to `state`: a tree like it.
+    """
+
+    output: Tensor
+    state: Tree
+    synthetic_gradient: Tree
 
 
 class _NextState(nn.Module):
@@ -62,8 +68,8 @@ class RecurrentCore(nn.Module):
     Args:
       kind: "lstm", "gru" or "rnn" (tanh).
       input_size, hidden_size, num_layers: as in torch.
-      synthesizer: M, called with the state (`LSTMState`, or h (layers, B, H) for the others). Build it
-        with `MLPSynthesizer(core_like_state, ...)` or bring any module.
+      synthesizer: M, called with the state: `LSTMState`, or h (layers, B, H) for the others. For
+        instance `MLPSynthesizer(state, ...)` with a state of one row.
       reading: which state M reads. "boundary": the state that crosses the boundary, as in the paper's
         equations. "next-output": the state one step on, after the first input of the next window, as
         the paper's figures suggest (one more step of the core per boundary, without gradient).
@@ -111,6 +117,9 @@ class RecurrentCore(nn.Module):
 
         `boundary` describes that end; `next_inputs` (B, input_size) is what the core will see next,
         needed by the reading "next-output" alone.
+
+        Raises:
+          ValueError: the core has no synthesizer, or `next_inputs` are missing.
         """
         outputs, after = self(inputs, state)
         context = self._context(after, boundary, next_inputs)

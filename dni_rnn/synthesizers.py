@@ -15,7 +15,11 @@ from dni_rnn.trees import Tree, flatten, flatten_rows, unflatten
 
 
 class ContextEncoder(nn.Module):
-    """Turns a context into features that are added to the first layer of a `ContextMLP`."""
+    """Turns a context into features that are added to the first layer of a `ContextMLP`.
+
+    One of your own allocates in `build`, which the `ContextMLP` calls once with its width, and maps a
+    context of B rows to (B, width) in `forward`.
+    """
 
     def build(self, width: int, *, zero: bool) -> None:
         """Allocate for `width` features; all zero when they are themselves a synthetic gradient."""
@@ -60,7 +64,14 @@ class EmbeddedTokens(ContextEncoder):
     """A window of W symbols, each embedded by one shared table, then one linear map of them all.
 
     Smaller than `OneHotTokens` when there are many symbols: symbols·embedding + W·embedding·width
-    weights instead of W·symbols·width. Shapes as there.
+    weights instead of W·symbols·width.
+
+    Args:
+      symbols: number of distinct symbols.
+      window: W.
+      embedding: width of the table.
+
+    Shapes: those of `OneHotTokens`.
     """
 
     project: nn.Linear
@@ -140,6 +151,9 @@ class ContextMLP(nn.Module):
     Shapes: x (B, inputs) -> (B, outputs), with `kernel` (B, inputs, height, width) -> (B, outputs, height,
     width).
 
+    Raises:
+      ValueError: `kernel` is even; or, when it is called, the context is missing.
+
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §A.1.
     """
 
@@ -210,7 +224,9 @@ class MLPSynthesizer(nn.Module):
 
         M(message, context) = MLP(tanh(message row, its tensors side by side), context)
 
-    M ≡ 0 at the start, so the first update is that of truncated BPTT.
+    M ≡ 0 at the start, so the first update is that of truncated BPTT. One row of the message is all its
+    tensors side by side: of an LSTM 2·layers·H features, of a GRU layers·H. It is for vectors and states;
+    for feature maps see `ContextMLP`.
 
     Args:
       message: an example; only its structure and the shapes of its rows are used.
@@ -271,7 +287,11 @@ class Critic(nn.Module):
         net's, and a larger share of it has been worse (MNIST, 6 layers, validation error after 10 passes:
         1.88 % with 100, 2.12 % with 10).
 
-    Shapes: context (B,) or (W, B), integers, -1 where nothing is known (which adds nothing).
+    Shapes: context (B,) or (W, B), integers, -1 where nothing is known (which adds nothing). Returns a
+    `Critique`: the gradient like the message, and value · ℓ, (B,).
+
+    Raises:
+      ValueError: it is called without a context.
 
     Source: Czarnecki et al. 2017, "Sobolev Training for Neural Networks", arXiv:1706.04859, §4.3; there ℓ
     is regressed on the final loss, here it is trained on the target itself.

@@ -70,8 +70,9 @@ class Corpus:
     Attributes:
       name: what was loaded, convention included, for example `ptb/char`.
       symbols: the vocabulary in the order of its numbers; what `dni-rnn sample` prints.
-      train, valid, test: one-dimensional arrays of symbol numbers (`uint8`, or `int32` when the
-        vocabulary needs it).
+      train: one-dimensional array of symbol numbers (`uint8`, or `int32` when the vocabulary needs it).
+      valid: the same for validation.
+      test: the same for the test.
     """
 
     name: str

@@ -13,10 +13,15 @@ Tree = Any
 
 
 class LSTMState(NamedTuple):
-    """What an LSTM carries from step to step. A synthetic gradient of it has this same type."""
+    """What an LSTM carries from step to step. A synthetic gradient of it has this same type.
 
-    hidden: Tensor  # (layers, B, H)
-    cell: Tensor  # (layers, B, H)
+    Attributes:
+      hidden: h, (layers, B, H).
+      cell: c, (layers, B, H).
+    """
+
+    hidden: Tensor
+    cell: Tensor
 
 
 Spec = Any

@@ -95,7 +95,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         table = sweep.with_name("table.md")
         if table.exists():
             cell = next(iter(tomllib.loads(sweep.read_text())["cells"]))
-            assert f"<td>{cell}</td>" in (site / "results" / sweep.parent.name / "table" / "index.html").read_text()
+            assert (
+                f"<td>{cell}</td>"
+                in (site / "results" / sweep.parent.name / "table" / "index.html").read_text()
+            )
     import dni_rnn
 
     reference = "".join(page.read_text() for page in (site / "api").rglob("*.html"))
