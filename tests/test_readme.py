@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import html
 import os
 import re
 import runpy
@@ -96,7 +97,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         if table.exists():
             cell = next(iter(tomllib.loads(sweep.read_text())["cells"]))
             assert (
-                f"<td>{cell}</td>"
+                f"<td>{html.escape(cell)}</td>"
                 in (site / "results" / sweep.parent.name / "table" / "index.html").read_text()
             )
     import dni_rnn
