@@ -300,13 +300,13 @@ def test_agreement(kind, generator):
     before = {name: b.clone() for name, b in model.named_buffers()}
     for each in agreement(model, x, labels, lambda out: F.cross_entropy(out, labels)):
         close(torch.tensor(each).double(), torch.ones(3).double())
-    for interface in model.interfaces:
+    interfaces: Any = model.interfaces
+    for interface in interfaces:
         interface.scale = 4.0  # too large: a quarter of it is right, as an audit finds too
     for each in agreement(model, x, labels, lambda out: F.cross_entropy(out, labels)):
         close(torch.tensor(each).double(), torch.tensor([1.0, -8.0, 0.25]).double())
-    for interface in model.interfaces:
+    for interface in interfaces:
         interface.scale = 1.0
-    for interface in model.interfaces:
         nn.init.constant_(interface.get_parameter("synthesizer.error"), 0.1)
     for each in agreement(model, x, labels, lambda out: F.cross_entropy(out, labels)):
         assert isinstance(each, Agreement)
