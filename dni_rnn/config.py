@@ -99,7 +99,7 @@ class RunConfig:
     depth_name: ClassVar[str]
     """What tables call `depth`."""
     free: ClassVar[frozenset[str]] = frozenset(
-        {"device", "threads", "data_dir", "out", "resume", "log_every", "save_every"}
+        {"device", "threads", "graph", "data_dir", "out", "resume", "log_every", "save_every"}
     )
     """Fields that may change when a run is resumed: they do not change what any one update does."""
 
@@ -110,6 +110,10 @@ class RunConfig:
     """auto takes a CUDA device when there is one."""
     threads: int | None = None
     """CPU threads; the default is torch's."""
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """Of the products of the net and its synthesizers; weights are float32. tf32 is for CUDA devices."""
+    graph: bool = True
+    """On a CUDA device, replay updates as CUDA graphs."""
     data_dir: Path | None = None
     """Folder that holds the data files."""
     out: Path | None = None

@@ -14,7 +14,7 @@ from dni_rnn.errors import UsageError
 from dni_rnn.examples import Batches, Examples
 from dni_rnn.feedforward import Decoupled, agreement, cnn, decouple, fcn, sigmoid_net, vgg
 from dni_rnn.task import Split
-from dni_rnn.training import BaseLearner
+from dni_rnn.training import BaseLearner, set_rate
 
 WARM_UP = 0.15
 """Share of a fast training in which the learning rate rises."""
@@ -98,10 +98,12 @@ class LayeredLearner(BaseLearner):
         self.model = build_model(config, data).to(device)
         self.modules = {"model": self.model}
         self.net, self.synthesizer = self.model.net_parameters(), self.model.synthesizer_parameters()
-        groups = [{"params": self.net, "base": config.lr}]
+        groups = [{"params": self.net, "lr": 0.0, "base": config.lr}]
         if self.synthesizer:
-            groups.append({"params": self.synthesizer, "base": config.synthesizer_lr})
-        self.optimizer = torch.optim.Adam(groups, fused=True)
+            groups.append({"params": self.synthesizer, "lr": 0.0, "base": config.synthesizer_lr})
+        self.optimizer = self.adam(groups)
+        # Which layers take part in an update is drawn in Python, so it cannot be replayed.
+        self._run = self.recorded(self._work) if config.update_probability == 1.0 else self._work
         self.batches = Batches(data, "train", config.batch_size, device, config.seed, config.augment)
         assert config.epochs is not None
         self.steps = max(1, round(config.epochs * self.batches.per_pass))
@@ -130,21 +132,25 @@ class LayeredLearner(BaseLearner):
         x, targets = self.batches.batch(self.step)
         factor = self.rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = factor * group["base"]
-        context = context_of(targets)
+            set_rate(group, factor * group["base"])
         if config.agreement_every and self.step % config.agreement_every == 0:
             self._measure(x, targets)
-        logits = self.model(x, context)
-        loss = loss_of(logits, targets, config.smoothing)
+        self._run(x, targets)
+        self.step += 1
+        self.updates += 1
+        self.symbols += len(x)
+
+    def _work(self, x: Tensor, targets: Tensor) -> None:
+        """What an update does on the device, in place."""
+        with self.autocast():
+            logits = self.model(x, context_of(targets))
+            loss = loss_of(logits, targets, self.config.smoothing)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
-            self.loss = self.loss + loss.detach()
-            self.wrongs = self.wrongs + wrong(logits, targets)
-        self.step += 1
-        self.updates += 1
-        self.symbols += len(x)
+            self.loss.add_(loss)
+            self.wrongs.add_(wrong(logits, targets))
 
     def rate(self) -> float:
         """Factor on the learning rates of the coming update."""

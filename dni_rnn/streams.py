@@ -345,7 +345,8 @@ class EpisodeStream:
         return Boundary(known, next_input, self._tensor(done) if done.any() else None)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+        # Out of pageable memory this returns once the array has been read; it waits for nothing else.
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
         used = int(self._length.max(initial=0))

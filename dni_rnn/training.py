@@ -6,8 +6,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
 from types import FrameType
 from typing import Any, NamedTuple
@@ -19,10 +19,11 @@ from tqdm import tqdm
 from dni_rnn import checkpoint
 from dni_rnn.config import RunConfig, TrainConfig
 from dni_rnn.errors import DivergedError, UsageError
-from dni_rnn.estimators import DNI, TruncatedBPTT, state_gradients, window_loss
+from dni_rnn.estimators import DNI, TruncatedBPTT, Window, state_gradients, window_loss
 from dni_rnn.files import held
+from dni_rnn.graphs import Recorded
 from dni_rnn.metrics import Metric
-from dni_rnn.recurrent import RecurrentCore, SequenceModel
+from dni_rnn.recurrent import Boundary, RecurrentCore, SequenceModel
 from dni_rnn.runs import MetricsLog, Run
 from dni_rnn.sampling import sample
 from dni_rnn.synthesizers import (
@@ -34,7 +35,7 @@ from dni_rnn.synthesizers import (
     OneHotTokens,
 )
 from dni_rnn.task import Corpus, Data, Split
-from dni_rnn.trees import flatten, flatten_rows, map_tree, unflatten
+from dni_rnn.trees import flatten, flatten_rows
 
 BITS = 1.0 / math.log(2.0)
 """Bits per nat."""
@@ -108,6 +109,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """The learning rate of a parameter group; in place where it is a tensor, which a recording reads."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
 def learner_class(config: RunConfig) -> type[BaseLearner]:
     """What trains a run of this configuration (`RunConfig.learner`)."""
     module, _, name = config.learner.partition(":")
@@ -149,9 +158,28 @@ class BaseLearner:
 
     def __init__(self, config: Any, data: Any, device: torch.device) -> None:
         torch.manual_seed(config.seed)
+        torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
         self.config, self.data, self.device = config, data, device
         self.step, self.symbols = 0, 0
+        for name in self.averages:
+            setattr(self, name, torch.zeros((), device=device))
         self.reset_metrics()
+
+    def adam(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Adam:
+        """Adam, whose rates a recording can follow (`set_rate`)."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            groups = [group | {"lr": torch.tensor(group["lr"], device=self.device)} for group in groups]
+        return torch.optim.Adam(groups, fused=True, capturable=cuda, **options)
+
+    def recorded(self, step: Callable[..., None]) -> Callable[..., None]:
+        """`step`, on a CUDA device as a CUDA graph if the configuration wants it (`graphs.Recorded`)."""
+        return Recorded(step) if self.device.type == "cuda" and self.config.graph else step
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision in which the net computes; its weights are float32 all the same."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     @staticmethod
     def build(config: Any, data: Any) -> nn.Module:
@@ -166,7 +194,7 @@ class BaseLearner:
     def reset_metrics(self) -> None:
         """Start the averages of the next metrics row."""
         for name in self.averages:
-            setattr(self, name, torch.zeros((), device=self.device))
+            getattr(self, name).zero_()
         self.updates = 0
 
     def ready(self) -> bool:
@@ -221,7 +249,7 @@ class BaseLearner:
         if self.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         for name in self.averages:
-            setattr(self, name, tensors[f"average.{name}"].to(self.device))
+            getattr(self, name).copy_(tensors[f"average.{name}"])
         for name in self.counts:
             setattr(self, name, values[name])
 
@@ -244,12 +272,14 @@ class Learner(BaseLearner):
         groups = [{"params": self.net, "lr": config.lr}]
         if self.synthesizer:
             groups.append({"params": self.synthesizer, "lr": config.synthesizer_lr})
-        self.optimizer = torch.optim.Adam(groups, betas=(0.9, config.beta2), fused=True)
+        self.optimizer = self.adam(groups, betas=(0.9, config.beta2))
         self.stream = data.stream("train", config.batch_size, config.seed).to(device)
         self.state = self.model.initial_state(config.batch_size)
         self.context = config.context_spec.window
         self.modules = {"model": self.model, "estimator": self.estimator}
         self.one_pass = self.stream.size
+        self.window_loss = torch.zeros((), device=device)
+        self._run = self.recorded(self._work)
 
     @staticmethod
     def build(config: Any, data: Any) -> SequenceModel:
@@ -271,20 +301,32 @@ class Learner(BaseLearner):
         if config.audit and self.step % config.audit == 0:
             self._audit()
         windows = [self.stream.window(config.bptt, self.context) for _ in range(config.accumulate)]
-        self.optimizer.zero_grad()
-        estimate = self.estimator(self.model, windows, self.state, config.weight)
-        if config.clip:
-            self.norm = self.norm + nn.utils.clip_grad_norm_(self.net, config.clip)
-        self.optimizer.step()
-        self.state = estimate.state
+        self._run(*(tensor for w in windows for tensor in (w.inputs, w.targets, *w.start, *w.end)))
         scored, steps = (sum(w.scored for w in windows), sum(len(w.inputs) for w in windows))
         if self.stream.ladder is not None:
-            self.stream.ladder.note(estimate.loss, scored, steps)
-        self.loss = self.loss + estimate.loss
+            self.stream.ladder.note(self.window_loss, scored, steps)
         self.scored += scored
         self.symbols += steps * config.batch_size
         self.step += 1
         self.updates += 1
+
+    def _work(self, *tensors: Any) -> None:
+        """What an update does on the device, in place; the tensors are those of its windows."""
+        config = self.config
+        windows = [
+            Window(inputs, targets, Boundary(*known[:3]), Boundary(*known[3:]), 0)
+            for inputs, targets, *known in zip(*[iter(tensors)] * 8, strict=True)
+        ]
+        self.optimizer.zero_grad()
+        with self.autocast():
+            estimate = self.estimator(self.model, windows, self.state, config.weight)
+        if config.clip:
+            self.norm.add_(nn.utils.clip_grad_norm_(self.net, config.clip))
+        self.optimizer.step()
+        for kept, new in zip(flatten(self.state)[0], flatten(estimate.state)[0], strict=True):
+            kept.copy_(new)
+        self.window_loss.copy_(estimate.loss)
+        self.loss.add_(estimate.loss)
 
     def _audit(self) -> None:
         """Compare ĝ at the boundary where training stands with the real gradient of the steps to come."""
@@ -343,9 +385,8 @@ class Learner(BaseLearner):
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         super().load_state_dict(tensors, values)
         leaves = checkpoint.under("state", tensors)
-        _, spec = flatten(self.state)
-        saved = unflatten([leaves[str(i)] for i in range(len(leaves))], spec)
-        self.state = map_tree(lambda leaf: leaf.to(self.device), saved)
+        for number, leaf in enumerate(flatten(self.state)[0]):
+            leaf.copy_(leaves[str(number)])
         self.stream.load_state_dict(values["stream"])
 
 

@@ -1,0 +1,191 @@
+"""Updates as recordings: what is replayed is what runs step by step, and never waits for the device."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dni_rnn.config import FeedforwardConfig, TrainConfig
+from dni_rnn.examples import Examples
+from dni_rnn.graphs import WARM_UP, Recorded, cuda_graph
+from dni_rnn.layered import LayeredLearner
+from dni_rnn.training import Learner
+from dni_rnn_tasks.addition import Addition
+from dni_rnn_tasks.recall import Recall
+from dni_rnn_tasks.repeat import Copy
+from dni_rnn_tasks.text import Text
+
+CPU = torch.device("cpu")
+SMALL = {"hidden": 16, "embedding": 8, "batch_size": 8, "lr": 0.01}
+METHODS = {
+    "bptt": {"bptt": 5},
+    "dni": {"bptt": 3, "dni": True},
+    "aux, windows accumulated": {"bptt": 2, "accumulate": 2, "dni": True, "aux": True},
+    "gru, next output": {"bptt": 3, "dni": True, "core": "gru", "reading": "next-output"},
+}
+
+
+class Operations(TorchDispatchMode):
+    """Notes what is computed, in order, with the addresses of what is changed."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def waits(self):
+        return [name for name in self.names if name in self.WAITS]
+
+
+def replayed(work):
+    """A recording where there is no graph: the function again, with the arguments it was recorded with."""
+    return work
+
+
+def with_recordings(learner, record=replayed):
+    recorded = Recorded(learner._work, record)
+    learner._run = recorded
+    return recorded
+
+
+def kept(learner):
+    """Every tensor that an update reads and that the one before it has changed."""
+    tensors, _ = learner.state_dict()
+    return {name: t for name, t in tensors.items() if not name.startswith("random")}
+
+
+def recurrent(task=None, device=CPU, **settings):
+    task = task or Text()
+    return Learner(TrainConfig(**SMALL, **settings), task.load(None), device)
+
+
+def layered(device=CPU, **settings):
+    config = FeedforwardConfig(model="sigmoid", layers=3, batch_size=16, epochs=1, **settings)
+    data = Addition().load(None)
+    assert isinstance(data, Examples)
+    return LayeredLearner(config, data, device)
+
+
+LEARNERS = {
+    **{name: (lambda s: lambda **k: recurrent(**s, **k))(settings) for name, settings in METHODS.items()},
+    "episodes": lambda **k: recurrent(Copy(), bptt=3, dni=True, **k),
+    "growing": lambda **k: recurrent(Recall(grow=True), bptt=2, dni=True, **k),
+    "critic": lambda **k: layered(method="critic", **k),
+    "layers, bprop": lambda **k: layered(method="bprop", **k),
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_recordings_train_as_plain_updates_do(name):
+    plain, other = LEARNERS[name](), LEARNERS[name]()
+    recorded = with_recordings(other)
+    for _ in range(25):
+        plain.update()
+        other.update()
+    assert recorded._recordings
+    ours, theirs = kept(plain), kept(other)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert plain.metrics() == other.metrics()
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_what_an_update_changes_stays_where_it_is(name):
+    """A graph reads and writes the addresses it was recorded with."""
+    learner = LEARNERS[name]()
+    learner.update()
+    before = {key: tensor.data_ptr() for key, tensor in kept(learner).items()}
+    values = {key: tensor.clone() for key, tensor in kept(learner).items()}
+    for _ in range(3):
+        learner.update()
+    learner.metrics()
+    learner.reset_metrics()
+    tensors, numbers = learner.state_dict()
+    learner.load_state_dict({key: t.clone() for key, t in tensors.items()}, numbers)
+    after = kept(learner)
+    moved = {key for key in after if after[key].data_ptr() != before[key]}
+    assert not {key for key in moved if not key.startswith("optimizer")}  # loaded before any recording
+    assert any(not torch.equal(after[key], values[key]) for key in after if key.startswith("model"))
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_an_update_waits_for_no_value(name):
+    learner = LEARNERS[name]()
+    arguments = []
+    learner._run = lambda *tensors: arguments.append(tensors)
+    learner.update()
+    learner._work(*arguments[0])
+    with Operations() as operations:
+        learner._work(*arguments[0])
+    assert len(operations.names) > 20
+    assert operations.waits == []
+    with Operations() as operations:
+        learner.metrics()
+    assert operations.waits  # the instrument does see them
+
+
+def test_one_recording_for_each_shape():
+    seen = []
+
+    def note(x, mask):
+        seen.append((x.data_ptr(), x.clone(), None if mask is None else mask.clone()))
+
+    recorded = Recorded(note, replayed)
+    mask = torch.tensor([True, False])
+    for value in range(WARM_UP + 3):
+        recorded(torch.full((2,), float(value)), None)
+        recorded(torch.full((2,), float(value)), mask)
+        recorded(torch.full((3,), float(value)), None)
+    assert len(recorded._recordings) == 3
+    for start in range(3):
+        calls = seen[start::3]
+        assert [float(x[0]) for _, x, _ in calls] == list(range(WARM_UP + 3))
+        assert len({place for place, _, _ in calls[WARM_UP:]}) == 1
+
+
+def test_what_cannot_be_recorded_is_called_as_it_is(capsys):
+    total = torch.zeros(())
+
+    def refuse(work):
+        raise RuntimeError("operation not permitted\nmore")
+
+    recorded = Recorded(lambda x: total.add_(x.sum()), refuse)
+    for _ in range(10):
+        recorded(torch.ones(2))
+    assert float(total) == 20.0
+    said = capsys.readouterr().err
+    assert said == "dni-rnn: updates are not recorded as a CUDA graph: operation not permitted\n"
+
+
+@pytest.mark.parametrize("name", ["dni", "critic"])
+def test_bf16_keeps_weights_and_interfaces_in_float32(name):
+    learner, exact = LEARNERS[name](precision="bf16"), LEARNERS[name]()
+    for _ in range(10):
+        learner.update()
+        exact.update()
+    assert {t.dtype for t in kept(learner).values() if t.is_floating_point()} == {torch.float32}
+    key = "bpc" if name == "dni" else "loss"
+    assert learner.metrics()[key] == pytest.approx(exact.metrics()[key], rel=0.02)
+    assert learner.metrics()[key] != exact.metrics()[key]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_cuda_graph_trains_as_plain_updates_do(name, capsys):
+    cuda = torch.device("cuda")
+    plain, other = LEARNERS[name](device=cuda, graph=False), LEARNERS[name](device=cuda)
+    assert isinstance(other._run, Recorded)
+    assert other._run._record is cuda_graph
+    for _ in range(60):
+        plain.update()
+        other.update()
+    assert other._run._recordings
+    assert capsys.readouterr().err == ""
+    ours, theirs = kept(plain), kept(other)
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=2e-3, atol=1e-4)
