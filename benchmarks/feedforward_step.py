@@ -13,9 +13,9 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from step import compare
 from torch.nn import functional as F
 
+from dni_rnn.bench import compare
 from dni_rnn.feedforward import Method, cnn, decouple, fcn
 
 CLASSES, ROWS = 10, 256
@@ -58,8 +58,10 @@ def main() -> None:
     for model in args.model:
         steps = {name: training_step(model, args.layers, *how) for name, how in METHODS.items()}
         found = compare(steps, args.rounds, block=20 if model == "mlp" else 1)
-        for name, (milliseconds, ratio) in found.items():
-            print(f"| {model} {args.layers} | {name} | {milliseconds:.1f} | {ratio:.2f} |", flush=True)
+        for name, cost in found.items():
+            print(
+                f"| {model} {args.layers} | {name} | {cost.milliseconds:.1f} | {cost.ratio:.2f} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from step import compare
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from dni_rnn.bench import compare
 from dni_rnn.config import TrainConfig
 from dni_rnn.diagnostics import Diagnosis, diagnose
 from dni_rnn.estimators import DNI, TruncatedBPTT
@@ -178,11 +178,11 @@ def seconds_ratio(config: TrainConfig, data_dir: Path | None) -> float:
     data = load(data_dir)
     plain = TrainConfig(hidden=HIDDEN, embedding=EMBEDDING, batch_size=ROWS, bptt=config.bptt)
     steps = {name: Learner(c, data, CPU).update for name, c in (("plain", plain), ("dni", config))}
-    return compare(steps, rounds=9, block=15, clock=time.process_time)["dni"][1] - 1.0
+    return compare(steps, rounds=9, block=15, clock=time.process_time)["dni"].ratio - 1.0
 
 
 def measure_seconds(path: Path, data_dir: Path | None) -> None:
-    """Write `seconds_ratio` of every candidate, each in a process of its own (see step.py)."""
+    """Write `seconds_ratio` of every candidate, each in a process of its own (see `dni_rnn.bench`)."""
     os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**32))
     found = []
     for candidate in {c: None for c, _ in PLAN if c.core == "constant"}:

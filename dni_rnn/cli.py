@@ -180,6 +180,38 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Measure training: characters per second and memory, without and with synthetic gradients.
+
+    Every combination of --hidden and --bptt, beside a hand-written loop on nn.LSTM.
+    """
+
+    hidden: tuple[int, ...] = (256, 1024)
+    """Units of the LSTM."""
+    bptt: tuple[int, ...] = (8,)
+    """T: steps per window."""
+    batch_size: int = 32
+    """Rows."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    threads: int = 1
+    """CPU threads."""
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """Of the products."""
+    processes: int = 3
+    """One after the other; figures are medians over them."""
+    rounds: int = 5
+    """Turns of each method in a process."""
+    out: Path | None = None
+    """Markdown file to write the report to as well."""
+
+    def __call__(self) -> None:
+        from dni_rnn.bench import write_report
+
+        write_report(self)
+
+
+@dataclass(frozen=True)
 class Tasks:
     """List the installed tasks."""
 
@@ -269,6 +301,7 @@ def _parser(arguments: list[str]) -> Any:
             "demo": Demo,
             "sweep": Sweep,
             "report": Report,
+            "bench": Bench,
             "tasks": Tasks,
         }
     )

@@ -483,7 +483,7 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
         stop = stack.enter_context(_stop_requests())  # first: config.json says that it can be asked to stop
         try:
             budget = config.budget or ("symbols", learner.one_pass)
-            run.write_config(data, _device_name(device), torch.get_num_threads(), budget)
+            run.write_config(data, device_name(device), torch.get_num_threads(), budget)
             run.keep_rows(learner.step)
             loop = _Loop(run, learner, budget, seconds, best, quiet)
             stack.callback(loop.close)
@@ -679,13 +679,13 @@ class _Loop:
             **learner.summary(),
             "net_parameters": sum(p.numel() for p in learner.net),
             "synthesizer_parameters": sum(p.numel() for p in learner.synthesizer),
-            "peak_memory_mb": round(_peak_memory(learner.device) / 1e6, 1),
+            "peak_memory_mb": round(peak_memory(learner.device) / 1e6, 1),
         }
         self.run.write_summary(summary)
         return summary
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Largest memory in bytes: allocated on a CUDA device, or resident in this process; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -697,5 +697,5 @@ def _peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
