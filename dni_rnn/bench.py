@@ -280,6 +280,12 @@ def _watched_backward(clock: Callable[[], float], spent: dict[str, list[float]])
         Tensor.backward = inner  # type: ignore[method-assign]
 
 
+def _elsewhere(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result, from a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def write_report(settings: Bench) -> None:
     """Measure, and print the report piece by piece; into a file as well where one is asked for.
 
@@ -300,23 +306,26 @@ def write_report(settings: Bench) -> None:
         for hidden in settings.hidden
         for bptt in settings.bptt
     ]
-    if settings.out is not None:
-        write_atomically(settings.out, b"")
+    if settings.out is not None and not settings.out.parent.is_dir():
+        raise UsageError(f"--out {settings.out}: cannot be written (no such folder); make it or give another")
     text = ""
-    for piece in _report(sizes, settings.processes, settings.rounds):
+    for piece in report(sizes, settings.processes, settings.rounds):
         print(piece, end="", flush=True)
         text += piece
     if settings.out is not None:
         write_atomically(settings.out, text.encode())
 
 
-def _report(sizes: Sequence[Size], processes: int, rounds: int) -> Iterator[str]:
+def report(
+    sizes: Sequence[Size], processes: int, rounds: int, elsewhere: Callable[..., Any] = _elsewhere
+) -> Iterator[str]:
+    """The report in Markdown, piece by piece; `elsewhere` calls a function in a process of its own."""
     first = sizes[0]
     device = torch.device(first.device)
     # Left to itself the C allocator maps and unmaps the larger tensors at every update, in some processes and
     # not in others, which costs as much as what is measured here. Processes read this when they start.
     os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**32))
-    rate = _elsewhere(product_rate, first)
+    rate = elsewhere(product_rate, first)
     about = [
         f"torch {torch.__version__}",
         device_name(device) if device.type == "cuda" else f"{first.threads} CPU thread(s)",
@@ -330,12 +339,12 @@ def _report(sizes: Sequence[Size], processes: int, rounds: int) -> Iterator[str]
     yield f"matrix product runs at {2e-9 * rate:,.1f} GFLOP/s.\n\n"
     lines, floors = [], []
     for size in sizes:
-        runs = [_elsewhere(measure, size, rounds) for _ in range(processes)]
-        lines += [_line(size, name, [run[name] for run in runs], rate) for name in runs[0]]
-        floors.append(f"{_elsewhere(floor, size):.2f} ms at hidden {size.hidden} and T {size.bptt}")
+        runs = [elsewhere(measure, size, rounds) for _ in range(processes)]
+        lines += [_line(size, name, [run[name] for run in runs], rate, elsewhere) for name in runs[0]]
+        floors.append(f"{elsewhere(floor, size):.2f} ms at hidden {size.hidden} and T {size.bptt}")
     yield markdown_table(COLUMNS, lines)
     yield NOTES.format(floors="; ".join(floors))
-    parts = {size: _elsewhere(shares, size) for size in sizes}
+    parts = {size: elsewhere(shares, size) for size in sizes}
     rows = [[name, *(f"{100 * parts[size][name]:.0f} %" for size in sizes)] for name in parts[first]]
     yield markdown_table(["", *(f"hidden {size.hidden}, T {size.bptt}" for size in sizes)], rows)
 
@@ -355,7 +364,7 @@ Where the time of an update with `--dni` goes:
 """
 
 
-def _line(size: Size, name: str, costs: list[Cost], rate: float) -> list[str]:
+def _line(size: Size, name: str, costs: list[Cost], rate: float, elsewhere: Callable[..., Any]) -> list[str]:
     milliseconds = statistics.median(cost.milliseconds for cost in costs)
     ratios = [cost.ratio for cost in costs]
     return [
@@ -366,12 +375,6 @@ def _line(size: Size, name: str, costs: list[Cost], rate: float) -> list[str]:
         f"{statistics.median(ratios):.3f}",
         f"{min(ratios):.2f} to {max(ratios):.2f}",
         f"{1e3 * size.symbols / milliseconds:,.0f}",
-        f"{_elsewhere(memory, size, name):.0f}" if name == PLAIN or name in METHODS else "–",
+        f"{elsewhere(memory, size, name):.0f}" if name == PLAIN or name in METHODS else "–",
         f"{1e3 * size.products / milliseconds / rate:.2f}",
     ]
-
-
-def _elsewhere(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result, from a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)

@@ -173,9 +173,9 @@ class LiveLearner(Learner):
         return self.stream.ended
 
     def update(self) -> None:
-        loss, scored = self.loss, self.scored
+        scored = self.scored
         super().update()
-        heard = torch.stack([(self.loss - loss).double(), self.whole.new_tensor(self.scored - scored)])
+        heard = torch.stack([self.window_loss.double(), self.whole.new_tensor(self.scored - scored)])
         self.recent, self.whole = self.recent + heard, self.whole + heard
 
     def evaluate(self, split: str, level: int | None) -> float:

@@ -34,7 +34,7 @@ from dni_rnn.task import config_of, installed_tasks
 GOLDEN = Path(__file__).parent / "golden"
 RENEW = os.environ.get("DNI_RNN_RENEW") == "1"
 BUNDLED = ("addition", "cifar", "copy", "live", "mnist", "ptb", "recall", "repeat-copy", "text")
-COMMANDS = ("train", "eval", "sample", "compare", "diagnose", "demo", "sweep", "report", "tasks")
+COMMANDS = ("train", "eval", "sample", "compare", "diagnose", "demo", "sweep", "report", "bench", "tasks")
 SMALL = shlex.split(
     "--hidden 8 --embedding 4 --batch-size 4 --bptt 5 --log-every 5 --eval-every 400 --threads 1"
 )

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from random import Random
 
 import pytest
 
 from dni_rnn import sweep
 from dni_rnn.checkpoint import load_checkpoint
-from dni_rnn.cli import main
+from dni_rnn.cli import main, parse_train
 from dni_rnn.errors import UsageError
 from dni_rnn.overview import duration
 from dni_rnn.runs import machine_name
@@ -30,6 +31,7 @@ from dni_rnn.sweep import (
     unpack_runs,
 )
 
+RESULTS = Path(__file__).parents[1] / "results"
 WORDS = ("the", "cat", "sat", "on", "a", "mat")
 SETTINGS = "--hidden 8 --embedding 4 --batch-size 4 --bptt 5 --log-every 10 --save-every 0 --threads 1"
 NOISE = ("seconds", "symbols_per_second", "peak_memory_mb", "commit")
@@ -521,3 +523,13 @@ def good(folder):
     folder.mkdir()
     (folder / "sweep.toml").write_text(GOOD)
     return folder
+
+
+# What is committed
+
+
+@pytest.mark.parametrize("folder", sorted(RESULTS.glob("*/sweep.toml")), ids=lambda path: path.parent.name)
+def test_every_cell_of_a_committed_sweep_is_a_valid_command(folder):
+    for cell in read_sweep(folder.parent):
+        if cell.seed == 0:
+            parse_train(list(cell.arguments))
