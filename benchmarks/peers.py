@@ -29,18 +29,18 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from step import EMBEDDING, SYMBOLS, compare, dni_step, plain_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn import Interface, MLPSynthesizer
+from dni_rnn.bench import EMBEDDING, METHODS, SYMBOLS, Size, compare, learner, plain_step
 from dni_rnn.errors import UsageError
 from dni_rnn.files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.report import markdown_table
 from dni_rnn.runs import machine_name, source_commit
 
 HIDDEN, BATCH, BPTT = 256, 32, 8
-SIZE = (HIDDEN, BATCH, BPTT)
+SIZE = Size(HIDDEN, BPTT, BATCH, "cpu", 1, "float32")
 WINDOWS_PER_SEQUENCE = 10
 """After how many windows mtanghu's synthesizer makes its step."""
 
@@ -180,9 +180,9 @@ def measure(koz4k: Path | None, mtanghu: Path | None, rounds: int) -> dict[str, 
     """Milliseconds of a step, and its ratio to the plain one, of all that are there."""
     torch.set_num_threads(1)
     steps = {
-        PLAIN: plain_step(*SIZE),
-        "ours, linear": dni_step(*SIZE, [], False),
-        "ours, one hidden layer": dni_step(*SIZE, [HIDDEN], False),
+        PLAIN: plain_step(SIZE),
+        "ours, linear": learner(SIZE, METHODS["dni, linear, context none"]).update,
+        "ours, one hidden layer": learner(SIZE, METHODS["dni, context none"]).update,
         "ours, `Interface` in a loop, the peers' synthesizer": our_step(),
     }
     if koz4k:
@@ -244,7 +244,7 @@ def main() -> None:
     args = parser.parse_args()
     path = args.out / "rows.jsonl"
     if not args.report:
-        # See step.py: the allocator held still, and processes that differ in where their tensors lie.
+        # As in `dni_rnn.bench`: the allocator held still, and several processes.
         os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**32))
         words = ["/".join(Path(word).parts[-2:]) if word.endswith(".py") else word for word in sys.argv[1:]]
         about = {

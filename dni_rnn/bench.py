@@ -356,7 +356,8 @@ COLUMNS = [
 NOTES = """
 *Ratio*: medians over rounds, then over processes; the range is that of the processes. *MB*: the most that a
 process needs beyond what a tiny model needs. *Products*: multiply-adds of the net, forward and backward,
-without the synthesizer's, as a share of what the large product does in that time. Alone, 2 T products of the
+without the synthesizer's, as a share of what the large product does in that time (above 1 where oneDNN, which
+computes an LSTM on a CPU, is faster than the library of other products). Alone, 2 T products of the
 state with the recurrent weights, one after the other, take {floors}.
 
 Where the time of an update with `--dni` goes:
