@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn import Interface, MLPSynthesizer
-from dni_rnn.bench import EMBEDDING, METHODS, SYMBOLS, Size, compare, learner, plain_step
+from dni_rnn.bench import EMBEDDING, METHODS, SYMBOLS, Cost, Size, compare, learner, plain_step
 from dni_rnn.errors import UsageError
 from dni_rnn.files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.report import markdown_table
@@ -176,7 +176,7 @@ def fetch_pytorch_dni() -> dict[str, Any]:
             return pool.apply(try_pytorch_dni, (folder,))
 
 
-def measure(koz4k: Path | None, mtanghu: Path | None, rounds: int) -> dict[str, tuple[float, float]]:
+def measure(koz4k: Path | None, mtanghu: Path | None, rounds: int) -> dict[str, Cost]:
     """Milliseconds of a step, and its ratio to the plain one, of all that are there."""
     torch.set_num_threads(1)
     steps = {
