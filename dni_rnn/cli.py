@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -343,8 +344,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dni-rnn: stopped: {error}", file=sys.stderr)
         return 3
     except LostError as error:
-        print(f"dni-rnn: {error}", file=sys.stderr)
-        return 1
+        print(f"dni-rnn: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # threads wait inside torch for those who are gone, and would abort a normal end
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

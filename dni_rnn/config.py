@@ -371,8 +371,9 @@ class FeedforwardConfig(RunConfig):
 
     decoupled: bool = False
     """A process for each part, started by --processes or torchrun. With bprop, parts wait for gradients."""
-    queue: int = 16
-    """Most messages that are under way from one part to the next."""
+    queue: int = 2
+    """Most messages that are under way from one part to the next. 1 learns as one process does; the more, the
+    older the gradients."""
     when_full: Literal["wait", "drop-oldest"] = "wait"
     """What a part does when so many are under way: wait until one arrives, or go on and lose messages."""
     delay: float = 0.0

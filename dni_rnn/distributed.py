@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dni_rnn.errors import ReportedElsewhere, UsageError
+from dni_rnn.errors import LostError, ReportedElsewhere, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +76,15 @@ def launch(arguments: list[str], processes: int) -> int:
     return 1
 
 
+@contextmanager
+def reaching(whom: str) -> Iterator[None]:
+    """Torch's errors inside mean that somebody is gone: `LostError`."""
+    try:
+        yield
+    except RuntimeError:
+        raise LostError(f"the connection to {whom} is lost; add --resume to go on") from None
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes that train together, seen from one of them.
@@ -97,7 +106,8 @@ class Processes:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with reaching("another process"):
+            dist.all_gather_object(values, value)
         return values
 
     def together(self, action: Callable[[], T]) -> T:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import operator
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +35,8 @@ from dni_rnn.decoupled.wire import (
     Outgoing,
     Packet,
 )  # fmt: skip
-from dni_rnn.distributed import Processes, device_of
-from dni_rnn.errors import DivergedError, UsageError
+from dni_rnn.distributed import Processes, device_of, reaching
+from dni_rnn.errors import DivergedError, LostError, UsageError
 from dni_rnn.examples import Examples
 from dni_rnn.feedforward import messages_of, split
 from dni_rnn.layered import LayeredLearner, context_of, loss_of, wrong
@@ -82,7 +84,7 @@ class Kept(NamedTuple):
 
     message: Tensor
     context: Tensor
-    updates: int  # of the part, when it was sent
+    updates: int  # of the part, that with this message included
 
 
 class PartLearner(LayeredLearner):
@@ -93,8 +95,8 @@ class PartLearner(LayeredLearner):
       interface: at its end, with the synthesizer of the gradients that come from the next part; None in
         the last part, and with bprop, where a part waits for the gradient itself.
       kept: messages whose gradients have not come back, by number.
-      stale: updates that this part made between sending a message and learning from its gradient, one
-        number per gradient since the last metrics row.
+      stale: updates that this part made between that with a message and learning from its gradient, one
+        number per gradient since the last metrics row; in one process it would be 0.
       lost: messages without a gradient, since the start.
       waited: seconds spent waiting for another part, since the start.
       seen: by the last part: updates, sum of the losses, wrong rows. Travels back with the gradients.
@@ -167,7 +169,7 @@ class PartLearner(LayeredLearner):
             self.seen = tuple(map(operator.add, self.seen, seen))
         elif self.interface is not None:
             context = context_of(targets)
-            self.kept[number] = Kept(out.detach(), context, self.own_updates)
+            self.kept[number] = Kept(out.detach(), context, self.own_updates + 1)
             loss = self.interface.send(out, context)
         else:
             loss, gradient = out, self._gradient(number)
@@ -228,7 +230,7 @@ class PartLearner(LayeredLearner):
         while (packet := link.take(BEAT_SECONDS)) is None:
             self.watch.beat()
             if time.monotonic() - began > self.config.timeout:
-                self.watch.check()
+                self.watch.check(self.watch.timeout)
         self.waited += time.monotonic() - began
         return packet
 
@@ -277,7 +279,8 @@ class PartLearner(LayeredLearner):
     def evaluate(self, split: Any, level: int | None) -> float:
         if self.gathered != self.step:
             self._order(GATHER, self.step)
-            self._gather()
+            with self._reaching():
+                self._gather()
         return super().evaluate(split, level)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -286,7 +289,8 @@ class PartLearner(LayeredLearner):
         """
         if self.rank == 0:
             self._order(SAVE, self.step)
-            self.processes.together(lambda: None)
+            with self._reaching():
+                self.processes.together(lambda: None)
         return super().state_dict()
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -302,6 +306,16 @@ class PartLearner(LayeredLearner):
         assert self.outgoing is not None
         self.outgoing.put(Packet(kind, number))
         self._drain(kind)
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """What all processes do at once: when one does not take part, say which."""
+        try:
+            with reaching("another process"):
+                yield
+        except LostError:
+            self.watch.check(self.watch.timeout / 2)
+            raise
 
     def _join(self) -> None:
         for link in (self.outgoing, self.answers, self.incoming, self.answering):
@@ -359,10 +373,12 @@ class PartLearner(LayeredLearner):
             self._drain(order.kind)
         self.answering.put(Packet(order.kind, order.number, notes=self.seen))
         if order.kind == GATHER:
-            self._gather()
+            with self._reaching():
+                self._gather()
         elif order.kind == SAVE:
             self.step = order.number
-            self.processes.together(self._save)
+            with self._reaching():
+                self.processes.together(self._save)
         elif order.kind == END:
             self._join()
 

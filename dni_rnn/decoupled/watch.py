@@ -5,15 +5,14 @@ from __future__ import annotations
 import signal
 import time
 
-from torch.distributed import DistError
-
-from dni_rnn.distributed import Processes
+from dni_rnn.distributed import Processes, reaching
 from dni_rnn.errors import LostError
 
 BEAT_SECONDS = 1.0
 """Between two signs of life."""
 
 STOP = "stop"
+STARTER = "what started the processes"
 
 
 class Watch:
@@ -24,9 +23,6 @@ class Watch:
 
     Args:
       timeout: seconds without a sign of life after which a process counts as hanging.
-
-    Attributes:
-      waited: seconds spent in `waiting` so far.
     """
 
     def __init__(self, processes: Processes, timeout: float) -> None:
@@ -44,26 +40,28 @@ class Watch:
         if now < self._next:
             return
         self._next = now + BEAT_SECONDS
-        try:
+        with reaching(STARTER):
             self.processes.store.set(f"alive{self.processes.rank}", repr(time.time()))
             if self.processes.rank == 0 and self.processes.store.check([STOP]):
                 signal.raise_signal(int(self.processes.store.get(STOP)))
-        except (DistError, RuntimeError):
-            raise LostError("what started the processes is gone; add --resume to go on") from None
 
-    def check(self) -> None:
+    def check(self, limit: float) -> None:
         """For a process that has been waiting: who hangs?
 
         Raises:
-          LostError: a process gave no sign of life in time.
+          LostError: a process gave no sign of life for more than `limit` seconds.
         """
         store, now = self.processes.store, time.time()
-        for rank in range(self.processes.size):
-            if store.check([f"alive{rank}"]):
-                silent = now - float(store.get(f"alive{rank}"))
-                if silent > self.timeout:
-                    raise LostError(f"process {rank} hangs: no sign of life for {silent:.0f} s (--timeout)")
+        with reaching(STARTER):
+            known = [rank for rank in range(self.processes.size) if store.check([f"alive{rank}"])]
+            silent = {rank: now - float(store.get(f"alive{rank}")) for rank in known}
+        rank = max(silent, key=lambda rank: silent[rank])
+        if silent[rank] > limit:
+            raise LostError(
+                f"process {rank} hangs: no sign of life for {silent[rank]:.0f} s (--timeout {self.timeout:g})"
+            )
 
     def ask_to_stop(self, signal_number: int) -> None:
         """Let process 0 stop all, as if it had got the signal itself."""
-        self.processes.store.set(STOP, str(signal_number))
+        with reaching(STARTER):
+            self.processes.store.set(STOP, str(signal_number))

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dni_rnn.distributed import reaching
 from dni_rnn.errors import LostError
 
 MESSAGE, GRADIENT, GATHER, SAVE, END = range(5)
@@ -150,11 +151,11 @@ class _Link:
 
     def _run(self) -> None:
         try:
-            while not self._carry():
-                pass
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:160]
-            self.box.fail(LostError(f"the connection to process {self.peer} is lost ({reason})"))
+            with reaching(f"process {self.peer}"):
+                while not self._carry():
+                    pass
+        except LostError as lost:
+            self.box.fail(lost)
 
     def _carry(self) -> bool:
         """Carry one packet. Whether it was the last."""
