@@ -293,14 +293,14 @@ class Training:
         return path.read_text().count("\n") if path.exists() else 0
 
     def wait_for_rows(self, count: int) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while self.rows() < count:
             assert self.launcher.poll() is None, self.launcher.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
     def end(self) -> tuple[int, str]:
-        said = self.launcher.communicate(timeout=120)[1]
+        said = self.launcher.communicate(timeout=300)[1]
         return self.launcher.returncode, said
 
 
@@ -328,7 +328,7 @@ def test_a_part_that_hangs_is_named_and_ctrl_c_ends_all_with_checkpoints(tmp_pat
     with Training(tmp_path / "run", epochs=10_000) as training:
         training.wait_for_rows(3)
         os.kill(training.parts()[1], signal.SIGSTOP)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while len(training.parts(attempt=1)) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
