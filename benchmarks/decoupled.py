@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from dni_rnn.config import FeedforwardConfig
-from dni_rnn.decoupled.training import PartLearner
+from dni_rnn.decoupled.chain import ChainPart
 from dni_rnn.distributed import Processes, joined
 from dni_rnn.examples import Examples
 from dni_rnn.files import read_jsonl
@@ -73,7 +73,7 @@ def measure(
     ).resolved
     run = Run(folder / f"part{processes.rank}", "mnist", installed_tasks()["mnist"](), config)
     run.path.mkdir(exist_ok=True)
-    learner = PartLearner(run, config, data, torch.device("cpu"), processes)
+    learner = ChainPart(run, config, data, torch.device("cpu"), processes)
     learner.connect()
     if processes.rank:
         learner.follow()

@@ -196,7 +196,7 @@ def _train(self: Any, processes: distributed.Processes | None = None) -> None:
         run.config = _config_among(processes, self.task, config)
     try:
         if processes is not None and processes.size > 1:
-            from dni_rnn.decoupled.training import train_part
+            from dni_rnn.decoupled.process import train_part
 
             summary = train_part(run, processes)
         else:

@@ -94,6 +94,8 @@ class RunConfig:
 
     learner: ClassVar[str]
     """Module and class of what is trained, `module:Class`; see `dni_rnn.training.BaseLearner`."""
+    part_learner: ClassVar[str]
+    """The same for parts in processes of their own; see `dni_rnn.decoupled.process.ProcessPart`."""
     metric: ClassVar[Metric]
     """What runs are judged by."""
     depth_name: ClassVar[str]
@@ -323,6 +325,7 @@ class FeedforwardConfig(RunConfig):
     """Everything that decides what a feed-forward training run does, beside the options of its task."""
 
     learner: ClassVar[str] = "dni_rnn.layered:LayeredLearner"
+    part_learner: ClassVar[str] = "dni_rnn.decoupled.chain:ChainPart"
     metric: ClassVar[Metric] = ERROR
     depth_name: ClassVar[str] = "layers"
     widths: ClassVar[dict[str, int]] = {"mlp": 256, "cnn": 64, "vgg": 64, "sigmoid": 32}

@@ -65,7 +65,11 @@ def launch(arguments: list[str], processes: int) -> int:
         except SignalException as stop:
             return 128 + int(stop.sigval)
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
+            # One that was killed, or failed by itself, and not one that lost the connection to it.
+            causes = sorted(
+                error.failures.items(), key=lambda each: (each[1].exitcode > 0, each[1].exitcode == 1)
+            )
+            rank, failure = causes[0]
             if failure.exitcode in (2, 3, 128 + signal.SIGINT, 128 + signal.SIGTERM):
                 return failure.exitcode
             how = f"exit code {failure.exitcode}"

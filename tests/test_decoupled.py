@@ -20,7 +20,8 @@ from processes import in_processes
 
 from dni_rnn import checkpoint
 from dni_rnn.cli import main
-from dni_rnn.decoupled.training import FORGET, PartLearner, train_part
+from dni_rnn.decoupled.chain import FORGET, ChainPart
+from dni_rnn.decoupled.process import train_part
 from dni_rnn.decoupled.wire import GRADIENT, MESSAGE, SAVE, Layout, Mailbox, Packet
 from dni_rnn.distributed import joined
 from dni_rnn.errors import LostError, ReportedElsewhere, UsageError
@@ -112,7 +113,7 @@ def test_parts_that_wait_are_the_same_net_in_one_process(tmp_path, size, method,
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-class Witness(PartLearner):
+class Witness(ChainPart):
     """Notes what it sent and learnt from."""
 
     def learn(self, x, targets):
@@ -124,14 +125,14 @@ class Witness(PartLearner):
             self.served = getattr(self, "served", {})
             self.served[self.step] = (float(x.sum()), int(targets.sum()))
 
-    def _teach(self, packet):
+    def take_gradient(self, packet):
         kept = self.kept.get(packet.number)
         if kept is not None:
             self.taught = getattr(self, "taught", {})
             gradient = packet.tensors[0]
             self.taught[packet.number] = (float(kept.message.sum()), int(kept.context.sum()))
             assert gradient.shape == kept.message.shape
-        super()._teach(packet)
+        super().take_gradient(packet)
 
 
 def witness(rank, folder, settings):
@@ -281,7 +282,7 @@ class Training:
                 words = (path / "environ").read_bytes().decode().split("\0")
             except OSError:
                 continue
-            values = dict(word.partition("=")[::2] for word in words)
+            values = {name: value for name, _, value in (word.partition("=") for word in words)}
             if values.get("MARK") != self.mark or "RANK" not in values:
                 continue
             if attempt in (None, int(values["DNI_RNN_ATTEMPT"])):
