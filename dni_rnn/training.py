@@ -188,6 +188,9 @@ class BaseLearner:
         """What the summary says besides what every run's does."""
         return {}
 
+    def draw(self, run: Run) -> None:
+        """Pictures of what has been learnt, into the run directory."""
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON values from which training goes on bit for bit."""
         tensors = checkpoint.nest("optimizer", checkpoint.optimizer_state(self.optimizer))
@@ -626,6 +629,7 @@ class _Loop:
             "peak_memory_mb": round(_peak_memory(learner.device) / 1e6, 1),
         }
         self.run.write_summary(summary)
+        learner.draw(self.run)
         return summary
 
 

@@ -21,6 +21,7 @@ from processes import in_processes
 from dni_rnn import checkpoint
 from dni_rnn.cli import main
 from dni_rnn.decoupled.chain import FORGET, ChainPart
+from dni_rnn.decoupled.oracle import SurfaceLearner
 from dni_rnn.decoupled.process import train_part
 from dni_rnn.decoupled.wire import GRADIENT, MESSAGE, SAVE, Layout, Mailbox, Packet
 from dni_rnn.distributed import joined
@@ -28,6 +29,7 @@ from dni_rnn.errors import LostError, ReportedElsewhere, UsageError
 from dni_rnn.runs import Run
 from dni_rnn.training import train
 from dni_rnn_tasks.addition import Addition, AdditionConfig
+from dni_rnn_tasks.surface import Surface, SurfaceConfig
 
 TASK = Addition(bits=4)
 TYPES = [torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool, torch.float16]
@@ -345,3 +347,40 @@ def test_a_part_that_hangs_is_named_and_ctrl_c_ends_all_with_checkpoints(tmp_pat
     _, values = checkpoint.load_checkpoint(run.checkpoint)
     _, others = checkpoint.load_checkpoint(run.path / "part1" / f"{values['step']}.safetensors")
     assert values["step"] == others["step"] > 0
+
+
+# An oracle
+
+
+def train_surface(rank, folder, settings):
+    with joined(60.0) as processes:
+        return train_part(Run(folder, "surface", Surface(lumps=2), settings.among(processes.size)), processes)
+
+
+def test_input_part_oracle_and_output_part_learn_a_surface(tmp_path):
+    settings = SurfaceConfig(width=16, steps=600, batch_size=64, lr=1e-2, threads=1, eval_every=10_000)
+    outcomes = in_processes(3, train_surface, tmp_path / "run", settings)
+    assert outcomes[0].error is None, outcomes
+    assert outcomes[0].result["test_rmse"] < 0.8  # saying the mean: 1
+    assert (tmp_path / "run" / "surface.png").stat().st_size > 10_000
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    # What the input part was told is what made it learn: without it, that part would be as it was.
+    tensors, _ = checkpoint.load_checkpoint(tmp_path / "run" / "best.safetensors")
+    torch.manual_seed(settings.seed)
+    fresh = SurfaceLearner.build(settings, None).state_dict()
+    assert not torch.allclose(tensors["parts.0.0.weight"], fresh["parts.0.0.weight"], atol=0.05)
+
+
+def test_the_surface_is_standardised_and_its_points_are_repeatable():
+    data = Surface().load(None)
+    _, y = data.grid("test")
+    assert float(y.mean()) == pytest.approx(0.0, abs=0.02)
+    assert float(y.std()) == pytest.approx(1.0, abs=0.02)
+    for a, b in zip(data.batch(3, 5, 0), data.batch(3, 5, 0), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(data.batch(3, 5, 0)[0], data.batch(4, 5, 0)[0])
+
+
+def test_a_surface_takes_one_process_or_three(capsys):
+    assert main(["train", "surface", "--processes", "2"]) == 2
+    assert "in one process, or in three" in capsys.readouterr().err

@@ -141,7 +141,7 @@ class ChainPart(ProcessPart, LayeredLearner):
         if self.interface is None:
             return
         answers, queue = self.awaited[0], self.config.queue
-        while (packet := answers.take(0.0)) is not None:
+        while (packet := answers.poll()) is not None:
             self.take_gradient(packet)
         if self.config.when_full == "wait":
             while len(self.kept) >= queue:

@@ -122,6 +122,13 @@ class Mailbox:
                 raise self._lost
             return None
 
+    def poll(self) -> Packet | None:
+        """The oldest packet, if there is one now and it is no order: an order is waited for."""
+        with self._changed:
+            if self._packets and self._packets[0].kind in (MESSAGE, GRADIENT):
+                return self._packets.popleft()
+            return None
+
     def fail(self, lost: LostError) -> None:
         """The other side is gone."""
         with self._changed:
@@ -190,6 +197,9 @@ class Incoming(_Link):
 
     def take(self, timeout: float | None) -> Packet | None:
         return self.box.take(timeout)
+
+    def poll(self) -> Packet | None:
+        return self.box.poll()
 
     def _carry(self) -> bool:
         buffer = torch.empty(self.layout.bytes, dtype=torch.uint8)
