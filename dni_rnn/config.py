@@ -94,12 +94,14 @@ class RunConfig:
 
     learner: ClassVar[str]
     """Module and class of what is trained, `module:Class`; see `dni_rnn.training.BaseLearner`."""
+    part_learner: ClassVar[str]
+    """The same for parts in processes of their own; see `dni_rnn.decoupled.process.ProcessPart`."""
     metric: ClassVar[Metric]
     """What runs are judged by."""
     depth_name: ClassVar[str]
     """What tables call `depth`."""
     free: ClassVar[frozenset[str]] = frozenset(
-        {"device", "threads", "graph", "data_dir", "out", "resume", "log_every", "save_every"}
+        "device threads graph data_dir out resume log_every save_every processes timeout".split()
     )
     """Fields that may change when a run is resumed: they do not change what any one update does."""
 
@@ -126,9 +128,13 @@ class RunConfig:
     """Training symbols between validations."""
     save_every: float = 30.0
     """Seconds between checkpoints."""
+    processes: int | None = None
+    """Train in so many processes of this machine, as torchrun --nproc-per-node starts them."""
+    timeout: float = 300.0
+    """Seconds after which a process that does nothing is reported as hanging; longer than a validation."""
 
     def __post_init__(self) -> None:
-        self._check_positive("threads", "log_every", "eval_every")
+        self._check_positive("threads", "log_every", "eval_every", "processes", "timeout")
         if not self.save_every >= 0:
             raise UsageError("--save-every must not be negative")
         if not 0 <= self.seed < 2**63:
@@ -163,6 +169,18 @@ class RunConfig:
     @property
     def resolved(self) -> Any:
         """The same with every setting that was left to others decided."""
+        return self
+
+    def among(self, processes: int) -> Any:
+        """The same as it is in so many processes that train together.
+
+        Raises:
+          UsageError: it cannot be.
+        """
+        if self.processes not in (None, processes):
+            raise UsageError(f"--processes {self.processes}, but {processes} were started")
+        if processes > 1:
+            raise UsageError("this trains in one process: leave out --processes, and torchrun")
         return self
 
 
@@ -349,6 +367,7 @@ class FeedforwardConfig(RunConfig):
     """Everything that decides what a feed-forward training run does, beside the options of its task."""
 
     learner: ClassVar[str] = "dni_rnn.layered:LayeredLearner"
+    part_learner: ClassVar[str] = "dni_rnn.decoupled.chain:ChainPart"
     metric: ClassVar[Metric] = ERROR
     depth_name: ClassVar[str] = "layers"
     widths: ClassVar[dict[str, int]] = {"mlp": 256, "cnn": 64, "vgg": 64, "sigmoid": 32}
@@ -395,9 +414,20 @@ class FeedforwardConfig(RunConfig):
     agreement_every: int = 0
     """Log cosine, explained variance and trust of the synthetic gradients every so many updates; 0: never."""
 
+    decoupled: bool = False
+    """A process for each part, started by --processes or torchrun. With bprop, parts wait for gradients."""
+    queue: int = 2
+    """Most messages that are under way from one part to the next. 1 learns as one process does; the more, the
+    older the gradients."""
+    when_full: Literal["wait", "drop-oldest"] = "wait"
+    """What a part does when so many are under way: wait until one arrives, or go on and lose messages."""
+    delay: float = 0.0
+    """Milliseconds by which every message is held back: what a slow network would do."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_positive("layers", "width", "epochs", "batch_size", "lr", "synthesizer_lr")
+        self._check_positive("layers", "width", "epochs", "batch_size", "lr", "synthesizer_lr", "queue")
+        self._check_decoupled()
         if self.layers < 2:
             raise UsageError(f"--layers must be at least 2, not {self.layers}: one layer has no boundary")
         if self.model == "vgg":
@@ -425,6 +455,43 @@ class FeedforwardConfig(RunConfig):
             raise UsageError(
                 f"--cuts {self.cuts}: give all, or rising numbers from 1 to {self.layers - 1} with commas"
             )
+
+    def _check_decoupled(self) -> None:
+        if not self.delay >= 0:
+            raise UsageError("--delay must not be negative")
+        if not self.decoupled:
+            for name in ("queue", "when_full", "delay"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise UsageError(f"--{name.replace('_', '-')} does nothing without --decoupled")
+            return
+        if self.method == "none":
+            raise UsageError("--method none with --decoupled: only the last part would learn; use another")
+        for name in ("update_probability", "unlock", "agreement_every"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise UsageError(f"--{name.replace('_', '-')} works in one process: leave out --decoupled")
+
+    def among(self, processes: int) -> FeedforwardConfig:
+        """With a cut between any two processes; where none are given, with as many layers in each part."""
+        if not self.decoupled:
+            return super().among(processes)
+        if processes < 2 or self.processes not in (None, processes):
+            parts = self.processes or (2 if self.cuts == "all" else len(self.cut_positions) + 1)
+            raise UsageError(
+                f"--decoupled: {processes} started, but each part takes one: --processes {parts}"
+            )
+        if self.cuts == "all":
+            if processes > self.layers:
+                raise UsageError(
+                    f"{self.layers} layers make no {processes} parts: start at most {self.layers} processes"
+                )
+            edges = [round(self.layers * part / processes) for part in range(1, processes)]
+            return dataclasses.replace(self, cuts=",".join(map(str, edges)))
+        if len(self.cut_positions) + 1 != processes:
+            raise UsageError(
+                f"--cuts {self.cuts} makes {len(self.cut_positions) + 1} parts, but {processes} processes "
+                "were started: start one for each part"
+            )
+        return self
 
     @property
     def resolved(self) -> FeedforwardConfig:
@@ -478,7 +545,7 @@ class FeedforwardConfig(RunConfig):
 
     @property
     def folder(self) -> str:
-        return f"{self.model}{self.layers}-{self.method}"
+        return f"{self.model}{self.layers}-{self.method}{'-decoupled' if self.decoupled else ''}"
 
 
 def to_json(config: Any) -> dict[str, Any]:

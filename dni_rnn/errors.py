@@ -7,3 +7,11 @@ class UsageError(Exception):
 
 class DivergedError(Exception):
     """Training ran away: the step, the cause and the last good checkpoint. Exit code 3."""
+
+
+class ReportedElsewhere(UsageError):  # noqa: N818
+    """The same, in a process that leaves it to another one to say so. Exit code 2."""
+
+
+class LostError(Exception):
+    """A process that trains with this one has died or hangs. Exit code 1."""

@@ -17,6 +17,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
@@ -175,19 +176,44 @@ def save_lines(path: Path, panels: Sequence[Panel]) -> None:
     def draw() -> Figure:
         figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for number, (label, points) in enumerate(panel.lines.items()):
-                x, y = zip(*points, strict=True)
-                style = {"color": COLOURS[number % len(COLOURS)]}
-                style |= {"marker": "o", "markersize": 4} if panel.logarithmic else {}
-                axes.plot(x, y, label=label, **style)
-            axes.set(xlabel=panel.x, ylabel=panel.y)
-            if panel.logarithmic:
-                axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:g}" if panel.logarithmic else EngFormatter(sep=""))
-            axes.legend(frameon=False)
+            _draw_panel(axes, panel)
         return figure
 
     _save([path], draw, fingerprint(panels))
+
+
+def save_surface(path: Path, surfaces: dict[str, Any], panel: Panel) -> None:
+    """Draw heights (n, n) over [-1, 1] × [-1, 1] in the colours of the first, and a panel beside them."""
+
+    def draw() -> Figure:
+        figure = Figure(figsize=(4.2 * (len(surfaces) + 1), 3.8), layout="constrained")
+        axes = figure.subplots(1, len(surfaces) + 1)
+        first = next(iter(surfaces.values()))
+        for place, (name, heights) in zip(axes, surfaces.items(), strict=False):
+            image = place.imshow(
+                heights.T, origin="lower", extent=(-1, 1, -1, 1), vmin=first.min(), vmax=first.max()
+            )
+            place.set_title(name)
+            place.grid(visible=False)
+        figure.colorbar(image, ax=axes[: len(surfaces)])
+        _draw_panel(axes[-1], panel)
+        axes[-1].set_yscale("log")
+        return figure
+
+    _save([path], draw, fingerprint([panel]))
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    for number, (label, points) in enumerate(panel.lines.items()):
+        x, y = zip(*points, strict=True)
+        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)]}
+        style |= {"marker": "o", "markersize": 4} if panel.logarithmic else {}
+        axes.plot(x, y, label=label, **style)
+    axes.set(xlabel=panel.x, ylabel=panel.y)
+    if panel.logarithmic:
+        axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}" if panel.logarithmic else EngFormatter(sep=""))
+    axes.legend(frameon=False)
 
 
 def _save(paths: Sequence[Path], draw: Callable[[], Figure], content: str) -> None:

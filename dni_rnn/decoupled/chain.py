@@ -1,0 +1,197 @@
+"""A feed-forward net cut into a chain of parts, each in a process of its own.
+
+A message is learnt from and handed on at once, with a synthetic gradient; its gradient comes back when it
+comes, and trains the synthesizer that served it.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dni_rnn.config import FeedforwardConfig
+from dni_rnn.decoupled.process import ProcessPart
+from dni_rnn.decoupled.wire import GRADIENT, MESSAGE, Incoming, Layout, Outgoing, Packet
+from dni_rnn.distributed import Processes
+from dni_rnn.examples import Examples
+from dni_rnn.feedforward import messages_of, split
+from dni_rnn.layered import LayeredLearner, context_of, loss_of, wrong
+from dni_rnn.runs import Run
+
+FORGET = 4
+"""Where messages may get lost: how many are kept for their gradients, in units of `queue`."""
+
+
+class Kept(NamedTuple):
+    """A message whose gradient has not come back yet."""
+
+    message: Tensor
+    context: Tensor
+    updates: int  # of the part, that with this message included
+
+
+class ChainPart(ProcessPart, LayeredLearner):
+    """One part of a cut net in training, in a process of its own.
+
+    Attributes:
+      part: the layers of this process; the last part has the loss.
+      interface: at its end, with the synthesizer of the gradients that come from the next part; None in
+        the last part, and with bprop, where a part waits for the gradient itself.
+      kept: messages whose gradients have not come back, by number.
+      stale: updates that this part made between that with a message and learning from its gradient, one
+        number per gradient since the last metrics row; in one process it would be 0.
+      lost: messages without a gradient, since the start.
+    """
+
+    def __init__(
+        self, run: Run, config: FeedforwardConfig, data: Examples, device: torch.device, processes: Processes
+    ) -> None:
+        super().__init__(run, config, data, device, processes)
+        parts = self.model.parts
+        if config.method == "bprop":
+            parts = split(self.model.parts[0], config.cut_positions)  # type: ignore[arg-type]
+        self.parts: Any = parts
+        interfaces: Any = self.model.interfaces
+        self.interfaces: list[Any] = [*interfaces, *[None] * (len(parts) - len(interfaces))]
+        self.part, self.interface = parts[self.rank], self.interfaces[self.rank]
+        self.modules = self.modules_of(self.rank)
+        groups = [{"params": list(self.part.parameters()), "base": config.lr}]
+        if self.interface is not None:
+            groups.append({"params": list(self.interface.parameters()), "base": config.synthesizer_lr})
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.last = self.rank == processes.size - 1
+        self.kept: dict[int, Kept] = {}
+        self.lost = 0
+
+    def modules_of(self, rank: int) -> dict[str, nn.Module]:
+        interface = self.interfaces[rank]
+        return {"part": self.parts[rank]} | ({} if interface is None else {"interface": interface})
+
+    def connect(self) -> None:
+        config, rank = self.config, self.rank
+        x, targets = self.batches.batch(0)
+        messages = list(messages_of(self.parts, x))
+        forth, back = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+        assert isinstance(forth, dist.ProcessGroup)
+        assert isinstance(back, dist.ProcessGroup)
+        capacity, delay = config.queue, config.delay / 1000.0
+        if not self.last:
+            message = messages[rank]
+            self.onward = [Outgoing(rank + 1, Layout([message, targets]), capacity, forth)]
+            self.awaited = [Incoming(rank + 1, Layout([message]), capacity, back, delay)]
+        if rank:
+            message = messages[rank - 1]
+            self.source = Incoming(rank - 1, Layout([message, targets]), capacity, forth, delay)
+            self.back = [Outgoing(rank - 1, Layout([message]), capacity, back)]
+
+    def update(self) -> None:
+        x, targets = self.batches.batch(self.step)
+        self.learn(x, targets)
+        self.watch.beat()
+        self.step += 1
+        self.updates += 1
+        self.symbols += len(x)
+
+    def take_message(self, packet: Packet) -> None:
+        x, targets = (tensor.to(self.device) for tensor in packet.tensors)
+        self.learn(x, targets)
+
+    def learn(self, x: Tensor, targets: Tensor) -> None:
+        """Learn from the message `self.step`, hand it on, and answer it with its gradient."""
+        config, number = self.config, self.step
+        self._collect()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate() * group["base"]
+        x = x.detach().requires_grad_(self.rank > 0)
+        out = self.part(x)
+        for link in self.onward:
+            link.put(Packet(MESSAGE, number, [out.detach(), targets]))
+        gradient = None
+        if self.last:
+            loss = loss_of(out, targets, config.smoothing)
+            seen = (1.0, float(loss.detach()), float(wrong(out, targets)))
+            self.seen = tuple(map(operator.add, self.seen, seen))
+        elif self.interface is not None:
+            context = context_of(targets)
+            self.kept[number] = Kept(out.detach(), context, self.own_updates + 1)
+            loss = self.interface.send(out, context)
+        else:
+            loss, gradient = out, self._gradient(number)
+        self.optimizer.zero_grad()
+        loss.backward(gradient)
+        for link in self.back:
+            assert x.grad is not None
+            link.put(Packet(GRADIENT, number, [x.grad], self.seen))
+        self.optimizer.step()
+        self.own_updates += 1
+
+    def _gradient(self, number: int) -> Tensor:
+        """Wait for the gradient of a message: no part does anything else meanwhile."""
+        packet = self.wait(self.awaited[0])
+        assert (packet.kind, packet.number) == (GRADIENT, number)
+        self.seen = packet.notes
+        return packet.tensors[0].to(self.device)
+
+    def _collect(self) -> None:
+        """Learn from the gradients that have come; wait for some when too many messages are under way."""
+        if self.interface is None:
+            return
+        answers, queue = self.awaited[0], self.config.queue
+        while (packet := answers.poll()) is not None:
+            self.take_gradient(packet)
+        if self.config.when_full == "wait":
+            while len(self.kept) >= queue:
+                self.take_gradient(self.wait(answers))
+        while len(self.kept) >= FORGET * queue:
+            self._forget(min(self.kept))
+
+    def take_gradient(self, packet: Packet) -> None:
+        """Train the synthesizer that served a message on the gradient that comes back for it."""
+        self.seen = packet.notes
+        # Links keep the order: whatever was sent before will not be answered any more.
+        for number in [n for n in self.kept if n < packet.number]:
+            self._forget(number)
+        kept = self.kept.pop(packet.number, None)
+        if kept is None:
+            return
+        gradient = packet.tensors[0].to(self.device)
+        self.optimizer.zero_grad()
+        self.interface.receive(kept.message, kept.context).backward(gradient)
+        self.optimizer.step()
+        self.stale.append(self.own_updates - kept.updates)
+
+    def _forget(self, number: int) -> None:
+        del self.kept[number]
+        self.lost += 1
+
+    def drained(self) -> None:
+        for number in list(self.kept):
+            self._forget(number)
+
+    def reset_metrics(self) -> None:
+        super().reset_metrics()
+        self.stale: list[int] = []
+
+    def metrics(self) -> dict[str, float]:
+        """Error and loss are those of the last part, as far as process 0 has heard of them."""
+        while self.since_reset()[0] == 0 and self.kept:
+            self.take_gradient(self.wait(self.awaited[0]))
+        updates, loss, wrongs = self.since_reset()
+        updates = max(updates, 1.0)
+        row = {"error": 100.0 * wrongs / (updates * self.batches.batch_size), "loss": loss / updates}
+        return row | self.part_metrics()
+
+    def part_metrics(self) -> dict[str, float]:
+        row = super().part_metrics()
+        if self.interface is not None:
+            row |= {"synthesizer_loss": float(self.interface.regression_loss), "lost": self.lost}
+        if self.stale:
+            row |= {"staleness": sum(self.stale) / len(self.stale), "staleness_max": max(self.stale)}
+        if self.last:
+            updates, loss, _ = self.since_reset()
+            row["loss"] = loss / max(updates, 1.0)
+        return row

@@ -1,0 +1,284 @@
+"""What every learner does whose parts are in processes of their own: waiting, orders, checkpoints, the end.
+
+Process 0 drives the training loop that every run has. The others do what comes. Orders (bring your weights,
+save, end) come the same way as messages, so that each part carries them out after the same message.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dni_rnn import checkpoint
+from dni_rnn.decoupled.watch import BEAT_SECONDS, Watch
+from dni_rnn.decoupled.wire import (
+    END,
+    GATHER,
+    GRADIENT,
+    MESSAGE,
+    NOTES,
+    SAVE,
+    Incoming,
+    Layout,
+    Outgoing,
+    Packet,
+)  # fmt: skip
+from dni_rnn.distributed import Processes, device_of, reaching
+from dni_rnn.errors import DivergedError, LostError, UsageError
+from dni_rnn.runs import MetricsLog, Run
+from dni_rnn.task import Split
+from dni_rnn.training import BaseLearner, Interrupted, fit, load_data, prepare, stop_requests
+
+
+def train_part(run: Run, processes: Processes) -> dict[str, Any] | None:
+    """Train the part of this process; returns the summary in process 0, None in the others.
+
+    Raises:
+      UsageError, DivergedError, Interrupted: as `dni_rnn.training.train`; in the other processes
+        `ReportedElsewhere` for what may happen before the training, and afterwards the exit code.
+      LostError: another process has died or hangs.
+    """
+    config: Any = run.config
+    rank = processes.rank
+    device = processes.together(lambda: device_of(processes, config.device))
+    data = processes.together(lambda: load_data(run))
+    own = run if rank == 0 else Run(run.path / f"part{rank}", run.task_name, run.task, config)
+    module, _, name = config.part_learner.partition(":")
+    learner: ProcessPart = getattr(import_module(module), name)(own, config, data, device, processes)
+    progress = processes.together(lambda: prepare(run, learner) if rank == 0 else None)
+    start = processes.gather(learner.step)[0]
+    processes.together(lambda: learner.prepare_part(start) if rank else None)
+    learner.connect()
+    if rank:
+        code = learner.follow()
+        return sys.exit(code) if code else None
+    assert progress is not None
+    try:
+        summary = fit(run, learner, progress)
+    except (UsageError, DivergedError, Interrupted) as error:
+        code = {UsageError: 2, DivergedError: 3}.get(type(error), 128)
+        learner.end(code + error.signal if isinstance(error, Interrupted) else code)
+        raise
+    learner.end(0)
+    return summary
+
+
+class ProcessPart(BaseLearner):
+    """One part in training, in a process of its own. Comes before another learner among the bases.
+
+    A subclass says which modules a process has, opens the links, and does something with messages and with
+    the gradients that come back.
+
+    Attributes:
+      source: the link on which messages and orders come; None in process 0.
+      onward: links on which orders are handed on, the same as messages.
+      awaited: links on which gradients come; an order has been carried out when it has come there too.
+      back: links on which an order is acknowledged.
+      waited: seconds spent waiting for another process, since the start.
+      seen: by the last part: updates, sum of the losses, wrong rows. Travels back with the gradients.
+    """
+
+    source: Incoming | None = None
+    seen: tuple[float, ...] = (0.0,) * NOTES
+
+    def __init__(self, run: Run, config: Any, data: Any, device: torch.device, processes: Processes) -> None:
+        super().__init__(config, data, device)
+        self.run, self.processes, self.rank = run, processes, processes.rank
+        self.watch = Watch(processes, config.timeout)
+        self.onward: list[Outgoing] = []
+        self.awaited: list[Incoming] = []
+        self.back: list[Outgoing] = []
+        self.waited, self.own_updates = 0.0, 0
+        self.gathered, self.saved = 0, 0
+
+    def modules_of(self, rank: int) -> dict[str, nn.Module]:
+        """What a process has of the model."""
+        raise NotImplementedError
+
+    def connect(self) -> None:
+        """Open the links."""
+        raise NotImplementedError
+
+    def take_message(self, packet: Packet) -> None:
+        """Do what this part does with a message."""
+        raise NotImplementedError
+
+    def take_gradient(self, packet: Packet) -> None:
+        """Do what this part does with a gradient that has come back."""
+        raise NotImplementedError
+
+    def drained(self) -> None:
+        """No gradient is under way any more."""
+
+    def part_metrics(self) -> dict[str, float]:
+        """Of this part alone."""
+        return {"waited": round(self.waited, 3)}
+
+    # Waiting
+
+    def wait(self, link: Incoming) -> Packet:
+        """The next packet, however long it takes, as long as all processes give signs of life."""
+        began = time.monotonic()
+        while (packet := link.take(BEAT_SECONDS)) is None:
+            self.watch.beat()
+            if time.monotonic() - began > self.watch.timeout:
+                self.watch.check(self.watch.timeout)
+        self.waited += time.monotonic() - began
+        return packet
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """What all processes do at once: when one does not take part, say which."""
+        try:
+            with reaching("another process"):
+                yield
+        except LostError:
+            self.watch.check(self.watch.timeout / 2)
+            raise
+
+    # Orders
+
+    def order(self, kind: int, number: int) -> None:
+        """Hand an order on, and wait until it has been carried out; by then all gradients have come."""
+        for link in self.onward:
+            link.put(Packet(kind, number))
+        for link in self.awaited:
+            while (packet := self.wait(link)).kind == GRADIENT:
+                self.take_gradient(packet)
+            assert packet.kind == kind
+        self.drained()
+
+    def _obey(self, order: Packet) -> None:
+        self.order(order.kind, order.number)
+        for link in self.back:
+            link.put(Packet(order.kind, order.number, notes=self.seen))
+        if order.kind == GATHER:
+            with self._reaching():
+                self._gather()
+        elif order.kind == SAVE:
+            self.step = order.number
+            with self._reaching():
+                self.processes.together(self._save)
+        elif order.kind == END:
+            self._join()
+
+    def _join(self) -> None:
+        source = [] if self.source is None else [self.source]
+        for link in (*source, *self.onward, *self.awaited, *self.back):
+            link.join()
+
+    def _gather(self) -> None:
+        """Bring the weights of all parts to process 0."""
+        for rank in range(1, self.processes.size):
+            if self.rank not in (0, rank):
+                continue
+            tensors = [t for module in self.modules_of(rank).values() for t in module.state_dict().values()]
+            layout = Layout(tensors)
+            if self.rank:
+                dist.send(layout.pack(Packet(MESSAGE, 0, tensors)), 0)
+                continue
+            buffer = torch.empty(layout.bytes, dtype=torch.uint8)
+            dist.recv(buffer, rank)
+            for tensor, came in zip(tensors, layout.unpack(buffer).tensors, strict=True):
+                tensor.copy_(came)
+        self.gathered = self.step
+
+    # Process 0, driven by the training loop
+
+    def reset_metrics(self) -> None:
+        super().reset_metrics()
+        self.seen_before = self.seen
+
+    def since_reset(self) -> tuple[float, ...]:
+        """What the last part has seen since `reset_metrics`, as far as this process has heard of it."""
+        return tuple(now - then for now, then in zip(self.seen, self.seen_before, strict=True))
+
+    def evaluate(self, split: Split, level: int | None) -> float:
+        if self.gathered != self.step:
+            self.order(GATHER, self.step)
+            with self._reaching():
+                self._gather()
+        return super().evaluate(split, level)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Of this part. In process 0, after all other parts have written theirs: its checkpoint makes them
+        count.
+        """
+        if self.rank == 0:
+            self.order(SAVE, self.step)
+            with self._reaching():
+                self.processes.together(lambda: None)
+        return super().state_dict()
+
+    def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        super().load_state_dict(tensors, values)
+        self.gathered = self.saved = self.step
+
+    def end(self, code: int) -> None:
+        """Let the other processes end with an exit code."""
+        self.order(END, code)
+        self._join()
+
+    # The other processes
+
+    def follow(self) -> int:
+        """Do what comes until the end; returns the exit code."""
+        assert self.source is not None
+        self.run.keep_rows(self.step)
+        log, began = MetricsLog(self.run), time.perf_counter()
+        try:
+            with stop_requests() as stop:
+                while True:
+                    packet = self.wait(self.source)
+                    if stop:
+                        self.watch.ask_to_stop(stop.pop())
+                    if packet.kind == MESSAGE:
+                        self.step = packet.number
+                        self.take_message(packet)
+                        self.updates += 1
+                        self.watch.beat()
+                        if (self.step + 1) % self.config.log_every == 0:
+                            row = {"step": self.step + 1, "messages": self.updates, **self.part_metrics()}
+                            log.write(row | {"seconds": round(time.perf_counter() - began, 3)})
+                            self.reset_metrics()
+                        continue
+                    self._obey(packet)
+                    if packet.kind == END:
+                        return packet.number
+        finally:
+            log.close()
+
+    def _path(self, step: int) -> Path:
+        return self.run.path / f"{step}.safetensors"
+
+    def _save(self) -> None:
+        """Write this part's checkpoint beside the last one, which counts until process 0 has written its."""
+        try:
+            tensors, values = super().state_dict()
+            checkpoint.save_checkpoint(self._path(self.step), tensors, values)
+            for old in self.run.path.glob("*.safetensors"):
+                if old not in (self._path(self.step), self._path(self.saved)):
+                    old.unlink()
+        except OSError as error:
+            raise UsageError(
+                f"{self.run.path}: writing failed at update {self.step} ({error.strerror}); "
+                "the last checkpoint is whole: make room and add --resume"
+            ) from None
+        self.saved = self.step
+
+    def prepare_part(self, step: int) -> None:
+        """Make this part's directory; after the start, go back to the checkpoint that it wrote at `step`."""
+        self.run.path.mkdir(exist_ok=True)
+        if step == 0:
+            return
+        tensors, values = checkpoint.load_checkpoint(self._path(step))
+        self.load_state_dict(tensors, values)

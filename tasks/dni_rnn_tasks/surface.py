@@ -1,0 +1,159 @@
+"""A lumpy surface over the plane: the task of the first decoupled system in public."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from dni_rnn.config import RunConfig
+from dni_rnn.errors import UsageError
+from dni_rnn.metrics import Metric
+from dni_rnn.task import Split
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RMSE = Metric(
+    "rmse",
+    "RMS error",
+    "root mean square error of the surface, in units of its standard deviation",
+    unit="point",
+)
+GRID = {"train": 32, "valid": 48, "test": 64}
+"""Points along each side of the grid that a split is measured on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurfaceConfig(RunConfig):
+    """A run on the surface: two layers, a message, and two layers that read it."""
+
+    learner: ClassVar[str] = "dni_rnn.decoupled.oracle:SurfaceLearner"
+    part_learner: ClassVar[str] = "dni_rnn.decoupled.oracle:SurfacePart"
+    metric: ClassVar[Metric] = RMSE
+    depth_name: ClassVar[str] = "layers"
+
+    width: int = 64
+    """Units per layer."""
+    steps: int = 6000
+    """Updates."""
+    batch_size: int = 128
+    """Points per update."""
+    lr: float = 3e-3
+    """Adam's learning rate for both parts, falling to zero along a cosine."""
+    synthesizer_lr: float = 3e-3
+    """Adam's learning rate for the oracle, falling likewise."""
+    queue: int = 4
+    """Most messages that wait for their synthetic gradients."""
+    delay: float = 0.0
+    """Milliseconds by which every message is held back: what a slow network would do."""
+    eval_every: int = 100_000
+    """Training points between validations."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("width", "steps", "batch_size", "lr", "synthesizer_lr", "queue")
+        if not self.delay >= 0:
+            raise UsageError("--delay must not be negative")
+
+    def among(self, processes: int) -> SurfaceConfig:
+        """One process, or three: input part, oracle, output part."""
+        if processes not in (1, 3) or self.processes not in (None, processes):
+            raise UsageError(
+                "surface trains in one process, or in three (input part, oracle, output part): --processes 3"
+            )
+        return self
+
+    @property
+    def method(self) -> str:
+        return "dni" if self.processes is None else "oracle"
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        return ("steps", self.steps)
+
+    @property
+    def depth(self) -> int:
+        return 4
+
+    @property
+    def folder(self) -> str:
+        return self.method
+
+
+@dataclass(frozen=True)
+class Lumps:
+    """A sum of Gaussians over [-1, 1] x [-1, 1], with mean 0 and deviation 1 there.
+
+    Attributes:
+      centres: (lumps, 2), in rows (widths and heights: (lumps,)).
+      mean, deviation: of the sum on a fine grid.
+    """
+
+    name: str
+    centres: Tensor
+    widths: Tensor
+    heights: Tensor
+    mean: float
+    deviation: float
+    input_symbols: int = 2
+    """Inputs: what a run directory notes of its data."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Height (B, 1) at x (B, 2)."""
+        return (self._sum(x) - self.mean) / self.deviation
+
+    def _sum(self, x: Tensor) -> Tensor:
+        distance = (x.unsqueeze(1) - self.centres.to(x.device)).square().sum(2)  # (B, lumps)
+        bumps = (-distance / (2 * self.widths.to(x.device) ** 2)).exp()
+        return (bumps * self.heights.to(x.device)).sum(1, keepdim=True)
+
+    def batch(self, number: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Points (B, 2) drawn evenly, and heights (B, 1); a function of its arguments alone."""
+        import torch
+
+        generator = torch.Generator().manual_seed(hash((seed, number)) % 2**63)
+        x = torch.rand(size, 2, generator=generator) * 2 - 1
+        return x, self(x)
+
+    def grid(self, split: Split) -> tuple[Tensor, Tensor]:
+        """Points (n·n, 2) of a grid and heights there (n·n, 1)."""
+        x = square(GRID[split])
+        return x, self(x)
+
+
+def square(side: int) -> Tensor:
+    """The middles of side × side fields of [-1, 1] x [-1, 1], row by row: (side·side, 2)."""
+    import torch
+
+    along = (torch.arange(side) + 0.5) / side * 2 - 1
+    return torch.cartesian_prod(along, along)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surface:
+    """A lumpy surface over the plane, learnt by an input part, an output part and an oracle between them.
+
+    A sum of Gaussians. Points are drawn evenly; the error is that on a grid, in units of its deviation.
+    """
+
+    config: ClassVar[type[SurfaceConfig]] = SurfaceConfig
+
+    lumps: int = 12
+    """Gaussians."""
+
+    def __post_init__(self) -> None:
+        if self.lumps < 1:
+            raise UsageError(f"--lumps must be positive, not {self.lumps}")
+
+    def load(self, data_dir: Path | None) -> Lumps:
+        """Nothing is read: the surface is the same for the same number of lumps."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        centres = torch.rand(self.lumps, 2, generator=generator) * 2 - 1
+        widths = 0.1 + 0.2 * torch.rand(self.lumps, generator=generator)
+        heights = torch.randn(self.lumps, generator=generator)
+        raw = Lumps("", centres, widths, heights, 0.0, 1.0)(square(128))
+        mean, deviation = float(raw.mean()), float(raw.std())
+        return Lumps(f"surface/{self.lumps}", centres, widths, heights, mean, deviation)
