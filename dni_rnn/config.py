@@ -101,7 +101,18 @@ class RunConfig:
     depth_name: ClassVar[str]
     """What tables call `depth`."""
     free: ClassVar[frozenset[str]] = frozenset(
-        "device threads graph data_dir out resume log_every save_every processes timeout".split()
+        [
+            "device",
+            "threads",
+            "graph",
+            "data_dir",
+            "out",
+            "resume",
+            "log_every",
+            "save_every",
+            "processes",
+            "timeout",
+        ]
     )
     """Fields that may change when a run is resumed: they do not change what any one update does."""
 
