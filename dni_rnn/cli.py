@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import reduce
 from importlib.metadata import version
@@ -13,8 +15,9 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from dni_rnn.config import BUDGETS, Preset, RunConfig, TrainConfig
-from dni_rnn.errors import DivergedError, UsageError
+from dni_rnn import distributed
+from dni_rnn.config import BUDGETS, Preset, RunConfig, TrainConfig, to_json
+from dni_rnn.errors import DivergedError, ReportedElsewhere, UsageError
 from dni_rnn.task import Task, config_of, installed_tasks
 
 TASKS = installed_tasks()
@@ -189,14 +192,19 @@ class Tasks:
             print(f"{name:{width}}  {(task.__doc__ or '').strip().splitlines()[0]}")
 
 
-def _train(self: Any) -> None:
+def _train(self: Any, processes: distributed.Processes | None = None) -> None:
+    config: RunConfig = self.config.resolved
+    if processes is None and config.processes is not None:
+        config.among(config.processes)
+        sys.exit(distributed.launch(self.arguments, config.processes))
     from dni_rnn.runs import Run, default_path
     from dni_rnn.training import Interrupted, train
 
-    config: RunConfig = self.config.resolved
     if config.out is None:
         config = dataclasses.replace(config, out=default_path(self.name, config))
     assert config.out is not None
+    if processes is not None:
+        config = _config_among(processes, self.task, config)
     try:
         summary = train(Run(config.out, self.name, self.task, config))
     except Interrupted as stop:
@@ -209,6 +217,15 @@ def _train(self: Any) -> None:
         f"{metric.key} after {summary['symbols']:,} {metric.unit}s in {summary['seconds']:.0f} s "
         f"({summary['symbols_per_second']:,} {metric.unit}s/s) -> {config.out}"
     )
+
+
+def _config_among(processes: distributed.Processes, task: Task, config: RunConfig) -> Any:
+    """The configuration that all of the processes have, as it is in so many."""
+    versions = {name: version(name) for name in ("dni-rnn", "torch")}
+    options = {f"--{k.replace('_', '-')}": v for k, v in (to_json(task) | to_json(config)).items()}
+    processes.agree(versions | options)
+    config = processes.together(lambda: config.among(processes.size))
+    return dataclasses.replace(config, resume=config.resume or distributed.attempt() > 0)
 
 
 def _train_command(name: str, task: type[Task], arguments: list[str]) -> type:
@@ -227,7 +244,7 @@ def _train_command(name: str, task: type[Task], arguments: list[str]) -> type:
             ("config", tyro.conf.OmitArgPrefixes[kind], kind(**settings)),
             ("preset", Annotated[Literal[tuple(presets)], tyro.conf.arg(help=PRESET_HELP)], "default"),
         ],
-        namespace={"name": name, "__call__": _train, "__doc__": task.__doc__},
+        namespace={"name": name, "arguments": arguments, "__call__": _train, "__doc__": task.__doc__},
         frozen=True,
     )
 
@@ -284,6 +301,27 @@ def _parse(arguments: list[str]) -> Any:
     )
 
 
+def _among_others(arguments: list[str]) -> None:
+    """The command in one of several processes: what fails is said by one of them."""
+    command, error, said = None, "only dni-rnn train runs in several processes", io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            command = getattr(_parse(arguments), "command", None)
+    except UsageError as failed:
+        error = str(failed)
+    except SystemExit:
+        error = said.getvalue().strip()
+
+    def check() -> Any:
+        if command is None:
+            raise UsageError(error)
+        return command
+
+    config = getattr(command, "config", RunConfig())
+    with distributed.joined(config.timeout, config.device) as processes:
+        _train(processes.together(check), processes)
+
+
 def parse_train(arguments: list[str]) -> tuple[str, Task, Any]:
     """The task's name, the task and the configuration that `dni-rnn train ARGUMENTS` would run."""
     command = _parse(["train", *arguments]).command
@@ -297,7 +335,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dni-rnn {version('dni-rnn')}")
         return 0
     try:
-        _parse(arguments)()
+        if distributed.launched():
+            _among_others(arguments)
+        else:
+            _parse(arguments)()
+    except ReportedElsewhere:
+        return 2
     except UsageError as error:
         print(f"dni-rnn: {error}", file=sys.stderr)
         return 2

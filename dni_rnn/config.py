@@ -99,7 +99,7 @@ class RunConfig:
     depth_name: ClassVar[str]
     """What tables call `depth`."""
     free: ClassVar[frozenset[str]] = frozenset(
-        {"device", "threads", "data_dir", "out", "resume", "log_every", "save_every"}
+        {"device", "threads", "data_dir", "out", "resume", "log_every", "save_every", "processes", "timeout"}
     )
     """Fields that may change when a run is resumed: they do not change what any one update does."""
 
@@ -122,9 +122,13 @@ class RunConfig:
     """Training symbols between validations."""
     save_every: float = 30.0
     """Seconds between checkpoints."""
+    processes: int | None = None
+    """Train in so many processes of this machine, as torchrun --nproc-per-node starts them."""
+    timeout: float = 300.0
+    """Seconds after which a process that does nothing is reported as hanging; longer than a validation."""
 
     def __post_init__(self) -> None:
-        self._check_positive("threads", "log_every", "eval_every")
+        self._check_positive("threads", "log_every", "eval_every", "processes", "timeout")
         if not self.save_every >= 0:
             raise UsageError("--save-every must not be negative")
         if not 0 <= self.seed < 2**63:
@@ -160,6 +164,16 @@ class RunConfig:
     def resolved(self) -> Any:
         """The same with every setting that was left to others decided."""
         return self
+
+    def among(self, processes: int) -> Any:
+        """The same as it is in so many processes that train together.
+
+        Raises:
+          UsageError: it cannot be.
+        """
+        if self.processes not in (None, processes):
+            raise UsageError(f"--processes {self.processes}, but {processes} were started")
+        raise UsageError("this trains in one process: leave out --processes, and torchrun")
 
 
 BUDGETS = ("chars", "minutes", "steps")

@@ -7,3 +7,7 @@ class UsageError(Exception):
 
 class DivergedError(Exception):
     """Training ran away: the step, the cause and the last good checkpoint. Exit code 3."""
+
+
+class ReportedElsewhere(UsageError):  # noqa: N818
+    """The same, in a process that leaves it to another one to say so. Exit code 2."""
