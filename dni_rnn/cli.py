@@ -17,7 +17,7 @@ import tyro
 
 from dni_rnn import distributed
 from dni_rnn.config import BUDGETS, Preset, RunConfig, TrainConfig, to_json
-from dni_rnn.errors import DivergedError, ReportedElsewhere, UsageError
+from dni_rnn.errors import DivergedError, LostError, ReportedElsewhere, UsageError
 from dni_rnn.task import Task, config_of, installed_tasks
 
 TASKS = installed_tasks()
@@ -194,22 +194,31 @@ class Tasks:
 
 def _train(self: Any, processes: distributed.Processes | None = None) -> None:
     config: RunConfig = self.config.resolved
-    if processes is None and config.processes is not None:
-        config.among(config.processes)
-        sys.exit(distributed.launch(self.arguments, config.processes))
+    if processes is None:
+        config.among(config.processes or 1)
+        if config.processes is not None:
+            sys.exit(distributed.launch(self.arguments, config.processes))
     from dni_rnn.runs import Run, default_path
     from dni_rnn.training import Interrupted, train
 
     if config.out is None:
         config = dataclasses.replace(config, out=default_path(self.name, config))
     assert config.out is not None
+    run = Run(config.out, self.name, self.task, config)
     if processes is not None:
-        config = _config_among(processes, self.task, config)
+        run.config = _config_among(processes, self.task, config)
     try:
-        summary = train(Run(config.out, self.name, self.task, config))
+        if processes is not None and processes.size > 1:
+            from dni_rnn.decoupled.training import train_part
+
+            summary = train_part(run, processes)
+        else:
+            summary = train(run)
     except Interrupted as stop:
         print(f"dni-rnn: saved; go on with the same command and --resume --out {config.out}", file=sys.stderr)
         sys.exit(128 + stop.signal)
+    if summary is None:
+        return
     metric = config.metric
     print(
         f"{summary['data']} {summary['method']} {config.depth_name}={config.depth}: "
@@ -347,6 +356,9 @@ def main(arguments: list[str] | None = None) -> int:
     except DivergedError as error:
         print(f"dni-rnn: stopped: {error}", file=sys.stderr)
         return 3
+    except LostError as error:
+        print(f"dni-rnn: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -173,7 +173,9 @@ class RunConfig:
         """
         if self.processes not in (None, processes):
             raise UsageError(f"--processes {self.processes}, but {processes} were started")
-        raise UsageError("this trains in one process: leave out --processes, and torchrun")
+        if processes > 1:
+            raise UsageError("this trains in one process: leave out --processes, and torchrun")
+        return self
 
 
 BUDGETS = ("chars", "minutes", "steps")
@@ -405,9 +407,20 @@ class FeedforwardConfig(RunConfig):
     agreement_every: int = 0
     """Log cosine, explained variance and trust of the synthetic gradients every so many updates; 0: never."""
 
+    decoupled: bool = False
+    """Each part in a process of its own; start as many with --processes or torchrun. With bprop they wait for
+    each other's gradients."""
+    queue: int = 16
+    """Most messages that are under way from one part to the next."""
+    when_full: Literal["wait", "drop-oldest"] = "wait"
+    """What a part does when so many are under way: wait for the next one, or go on and lose messages."""
+    delay: float = 0.0
+    """Milliseconds by which every message is held back: what a slow network would do."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_positive("layers", "width", "epochs", "batch_size", "lr", "synthesizer_lr")
+        self._check_positive("layers", "width", "epochs", "batch_size", "lr", "synthesizer_lr", "queue")
+        self._check_decoupled()
         if self.layers < 2:
             raise UsageError(f"--layers must be at least 2, not {self.layers}: one layer has no boundary")
         if self.model == "vgg":
@@ -435,6 +448,43 @@ class FeedforwardConfig(RunConfig):
             raise UsageError(
                 f"--cuts {self.cuts}: give all, or rising numbers from 1 to {self.layers - 1} with commas"
             )
+
+    def _check_decoupled(self) -> None:
+        if not self.delay >= 0:
+            raise UsageError("--delay must not be negative")
+        if not self.decoupled:
+            for name in ("queue", "when_full", "delay"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise UsageError(f"--{name.replace('_', '-')} does nothing without --decoupled")
+            return
+        if self.method == "none":
+            raise UsageError("--method none with --decoupled: only the last part would learn; use another")
+        for name in ("update_probability", "unlock", "agreement_every"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise UsageError(f"--{name.replace('_', '-')} works in one process: leave out --decoupled")
+
+    def among(self, processes: int) -> FeedforwardConfig:
+        """With a cut between any two processes; where none are given, with as many layers in each part."""
+        if not self.decoupled:
+            return super().among(processes)
+        if processes < 2 or self.processes not in (None, processes):
+            parts = self.processes or (2 if self.cuts == "all" else len(self.cut_positions) + 1)
+            raise UsageError(
+                f"--decoupled: {processes} started, but each part takes one: --processes {parts}"
+            )
+        if self.cuts == "all":
+            if processes > self.layers:
+                raise UsageError(
+                    f"{self.layers} layers make no {processes} parts: start at most {self.layers} processes"
+                )
+            edges = [round(self.layers * part / processes) for part in range(1, processes)]
+            return dataclasses.replace(self, cuts=",".join(map(str, edges)))
+        if len(self.cut_positions) + 1 != processes:
+            raise UsageError(
+                f"--cuts {self.cuts} makes {len(self.cut_positions) + 1} parts, but {processes} processes "
+                "were started: start one for each part"
+            )
+        return self
 
     @property
     def resolved(self) -> FeedforwardConfig:
@@ -488,7 +538,7 @@ class FeedforwardConfig(RunConfig):
 
     @property
     def folder(self) -> str:
-        return f"{self.model}{self.layers}-{self.method}"
+        return f"{self.model}{self.layers}-{self.method}{'-decoupled' if self.decoupled else ''}"
 
 
 def to_json(config: Any) -> dict[str, Any]:

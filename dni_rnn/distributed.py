@@ -5,6 +5,7 @@ Torch is imported only by what computes or starts processes: the command line re
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -49,7 +50,7 @@ def launch(arguments: list[str], processes: int) -> int:
     When a process dies, all are started anew, up to `RESTARTS` times, and go on from their checkpoints; not
     when it ended for a reason of its own: what the user can mend (2), a diverged run (3), a signal.
     """
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of the launcher; what failed is said below
+    logging.disable()  # of the launcher; what failed is said below
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

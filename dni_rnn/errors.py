@@ -11,3 +11,7 @@ class DivergedError(Exception):
 
 class ReportedElsewhere(UsageError):  # noqa: N818
     """The same, in a process that leaves it to another one to say so. Exit code 2."""
+
+
+class LostError(Exception):
+    """A process that trains with this one has died or hangs. Exit code 1."""

@@ -252,7 +252,7 @@ def decouple(
         return Decoupled(parts, update_probability=update_probability)
     if method != "dni" and synthesizer is None and classes < 2:
         raise ValueError(f"method {method} is told the labels: give their number, classes")
-    messages = list(_messages(parts, example))
+    messages = list(messages_of(parts, example))
     if synthesizer is None:
         hidden = {"dni": (0, 0), "cdni": (0,), "critic": ()}[method] if hidden is None else hidden
         norm = method == "dni" if norm is None else norm
@@ -270,8 +270,8 @@ def decouple(
 
 
 @torch.no_grad()
-def _messages(parts: Sequence[nn.Module], example: Tensor) -> Iterator[Tensor]:
-    """What crosses each cut; the net is left as it was."""
+def messages_of(parts: Sequence[nn.Module], example: Tensor) -> Iterator[Tensor]:
+    """What crosses each cut when `example` comes in; the net is left as it was."""
     for part in parts[:-1]:
         modes = [(module, module.training) for module in part.modules()]
         example = part.eval()(example)

@@ -389,7 +389,7 @@ class Interrupted(Exception):  # noqa: N818
 
 
 @contextmanager
-def _stop_requests() -> Iterator[list[int]]:
+def stop_requests() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM, so that an update is never cut in two. A second one is not collected."""
     received: list[int] = []
 
@@ -420,31 +420,50 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     """
     config = run.config
     device = choose_device(config.device)
-    data = run.task.load(config.data_dir)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    learner = learner_class(config)(config, data, device)
+    learner = learner_class(config)(config, load_data(run), device)
+    return fit(run, learner, prepare(run, learner), quiet=quiet)
+
+
+def load_data(run: Run) -> Any:
+    """The data of the run's task; from here on torch uses the number of threads that it is to use."""
+    data = run.task.load(run.config.data_dir)
+    if run.config.threads:
+        torch.set_num_threads(run.config.threads)
+    return data
+
+
+class Progress(NamedTuple):
+    """How far a run had come before."""
+
+    seconds: float
+    best: Best | None
+
+
+def prepare(run: Run, learner: BaseLearner) -> Progress:
+    """Check the run directory, and put the learner where the checkpoint stands that is to be resumed."""
     size = sum(t.numel() * t.element_size() for t in learner.model.state_dict().values())
     run.prepare(needed_bytes=12 * size)
+    if not (run.config.resume and run.checkpoint.exists()):
+        return Progress(0.0, None)
+    run.check_symbols(learner.data)
+    tensors, values = checkpoint.load_checkpoint(run.checkpoint)
+    try:
+        learner.load_state_dict(tensors, values)
+        return Progress(values["seconds"], values["best"] and Best(*values["best"]))
+    except (KeyError, RuntimeError, ValueError):
+        raise UsageError(f"{run.checkpoint}: not a checkpoint of this run; remove it to start anew") from None
+
+
+def fit(run: Run, learner: BaseLearner, progress: Progress, *, quiet: bool = False) -> dict[str, Any]:
+    """The rest of `train`, for a learner that `prepare` has seen."""
     with ExitStack() as stack:
         stack.enter_context(held(run.path))
-        seconds, best = 0.0, None
-        if config.resume and run.checkpoint.exists():
-            run.check_symbols(data)
-            tensors, values = checkpoint.load_checkpoint(run.checkpoint)
-            try:
-                learner.load_state_dict(tensors, values)
-                seconds, best = values["seconds"], values["best"] and Best(*values["best"])
-            except (KeyError, RuntimeError, ValueError):
-                raise UsageError(
-                    f"{run.checkpoint}: not a checkpoint of this run; remove it to start anew"
-                ) from None
-        stop = stack.enter_context(_stop_requests())  # first: config.json says that it can be asked to stop
+        stop = stack.enter_context(stop_requests())  # first: config.json says that it can be asked to stop
         try:
-            budget = config.budget or ("symbols", learner.one_pass)
-            run.write_config(data, _device_name(device), torch.get_num_threads(), budget)
+            budget = run.config.budget or ("symbols", learner.one_pass)
+            run.write_config(learner.data, _device_name(learner.device), torch.get_num_threads(), budget)
             run.keep_rows(learner.step)
-            loop = _Loop(run, learner, budget, seconds, best, quiet)
+            loop = _Loop(run, learner, budget, progress, quiet)
             stack.callback(loop.close)
             return loop.fit(stop)
         except OSError as error:
@@ -504,15 +523,9 @@ class _Loop:
     """One call of `train`: when to log, to validate, to save and to stop."""
 
     def __init__(
-        self,
-        run: Run,
-        learner: BaseLearner,
-        budget: tuple[str, float],
-        seconds: float,
-        best: Best | None,
-        quiet: bool,
+        self, run: Run, learner: BaseLearner, budget: tuple[str, float], progress: Progress, quiet: bool
     ) -> None:
-        config = run.config
+        config, (seconds, best) = run.config, progress
         self.run, self.learner, self.config, self.best = run, learner, config, best
         self.metric = config.metric
         self.counted, self.budget = budget

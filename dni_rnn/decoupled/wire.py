@@ -1,0 +1,200 @@
+"""Messages between processes: how they are laid out, bounded queues of them, and threads that carry them.
+
+A thread sends while the main one computes, another receives: gloo's operations can only be waited for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dni_rnn.errors import LostError
+
+MESSAGE, GRADIENT, GATHER, SAVE, END = range(5)
+"""What a packet is: a message, its gradient, or an order that all parts carry out and acknowledge."""
+
+NOTES = 3
+"""Numbers that travel with a packet."""
+
+
+class Packet(NamedTuple):
+    """What travels between two parts.
+
+    Attributes:
+      kind: one of the above.
+      number: of the message; a gradient has that of its message.
+      tensors: what it brings; an order brings none.
+      notes: `NOTES` numbers.
+      sent: when, in seconds of this machine's monotonic clock.
+    """
+
+    kind: int
+    number: int
+    tensors: Sequence[Tensor] = ()
+    notes: tuple[float, ...] = (0.0,) * NOTES
+    sent: float = 0.0
+
+
+class Layout:
+    """How packets with tensors of fixed shapes lie in one buffer of bytes.
+
+    Args:
+      examples: tensors of the shapes and types that all packets of a link bring.
+    """
+
+    def __init__(self, examples: Sequence[Tensor]) -> None:
+        self._shapes = [(t.shape, t.dtype, t.numel() * t.element_size()) for t in examples]
+        self._header = 8 * (3 + NOTES)
+        # Each tensor starts at a multiple of eight bytes, so that it can be seen as one of any type.
+        self.bytes = self._header + sum(-(-size // 8) * 8 for _, _, size in self._shapes)
+
+    def pack(self, packet: Packet) -> Tensor:
+        """The packet as bytes, in host memory."""
+        buffer = torch.zeros(self.bytes, dtype=torch.uint8)
+        header = [packet.kind, packet.number, packet.sent, *packet.notes]
+        buffer[: self._header].view(torch.float64).copy_(torch.tensor(header, dtype=torch.float64))
+        if packet.tensors:
+            for space, tensor in zip(self._spaces(buffer), packet.tensors, strict=True):
+                space.copy_(tensor)
+        return buffer
+
+    def unpack(self, buffer: Tensor) -> Packet:
+        """The packet back from `pack`; its tensors share the memory of `buffer`."""
+        kind, number, sent, *notes = buffer[: self._header].view(torch.float64).tolist()
+        tensors = self._spaces(buffer) if kind in (MESSAGE, GRADIENT) else []
+        return Packet(int(kind), int(number), tensors, tuple(notes), sent)
+
+    def _spaces(self, buffer: Tensor) -> list[Tensor]:
+        spaces, start = [], self._header
+        for shape, dtype, size in self._shapes:
+            spaces.append(buffer[start : start + size].view(dtype).view(shape))
+            start += -(-size // 8) * 8
+        return spaces
+
+
+class Mailbox:
+    """A queue between two threads that holds at most `capacity` messages: a further one drops the oldest.
+
+    Orders are never dropped and do not count. Whoever lets no more than `capacity` messages be under way
+    loses none.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._packets: deque[Packet] = deque()
+        self._lost: LostError | None = None
+        self._changed = threading.Condition()
+
+    def put(self, packet: Packet) -> None:
+        """Add a packet at the end.
+
+        Raises:
+          LostError: nobody will take it.
+        """
+        with self._changed:
+            if self._lost:
+                raise self._lost
+            self._packets.append(packet)
+            messages = [place for place, p in enumerate(self._packets) if p.kind in (MESSAGE, GRADIENT)]
+            if len(messages) > self.capacity:
+                del self._packets[messages[0]]
+            self._changed.notify()
+
+    def take(self, timeout: float | None) -> Packet | None:
+        """The oldest packet, or None when none comes within `timeout` seconds.
+
+        Raises:
+          LostError: none will come any more.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._packets or self._lost, timeout)
+            if self._packets:
+                return self._packets.popleft()
+            if self._lost:
+                raise self._lost
+            return None
+
+    def fail(self, lost: LostError) -> None:
+        """The other side is gone."""
+        with self._changed:
+            self._lost = lost
+            self._changed.notify()
+
+
+class _Link:
+    """One direction between this process and a neighbour, carried by a thread until an `END` has passed.
+
+    Args:
+      peer: rank of the neighbour.
+      layout: of all packets.
+      capacity: of the mailbox.
+      group: the process group of all links in this direction.
+    """
+
+    def __init__(self, peer: int, layout: Layout, capacity: int, group: dist.ProcessGroup) -> None:
+        self.peer, self.layout, self.group = peer, layout, group
+        self.box = Mailbox(capacity)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until the `END` has passed."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._carry():
+                pass
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:160]
+            self.box.fail(LostError(f"the connection to process {self.peer} is lost ({reason})"))
+
+    def _carry(self) -> bool:
+        """Carry one packet. Whether it was the last."""
+        raise NotImplementedError
+
+
+class Outgoing(_Link):
+    """To a neighbour: `put` returns at once."""
+
+    def put(self, packet: Packet) -> None:
+        self.box.put(packet._replace(sent=time.monotonic()))
+
+    def _carry(self) -> bool:
+        packet = self.box.take(None)
+        assert packet is not None
+        dist.send(self.layout.pack(packet), self.peer, group=self.group)
+        return packet.kind == END
+
+
+class Incoming(_Link):
+    """From a neighbour: `take` finds what has come.
+
+    Args:
+      delay: seconds that pass at least from `put` there to `take` here: what a slow network would do.
+    """
+
+    def __init__(
+        self, peer: int, layout: Layout, capacity: int, group: dist.ProcessGroup, delay: float = 0.0
+    ) -> None:
+        self.delay = delay
+        super().__init__(peer, layout, capacity, group)
+
+    def take(self, timeout: float | None) -> Packet | None:
+        return self.box.take(timeout)
+
+    def _carry(self) -> bool:
+        buffer = torch.empty(self.layout.bytes, dtype=torch.uint8)
+        dist.recv(buffer, self.peer, group=self.group)
+        packet = self.layout.unpack(buffer)
+        if self.delay:
+            time.sleep(max(0.0, packet.sent + self.delay - time.monotonic()))
+        self.box.put(packet)
+        return packet.kind == END
