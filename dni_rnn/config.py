@@ -408,12 +408,11 @@ class FeedforwardConfig(RunConfig):
     """Log cosine, explained variance and trust of the synthetic gradients every so many updates; 0: never."""
 
     decoupled: bool = False
-    """Each part in a process of its own; start as many with --processes or torchrun. With bprop they wait for
-    each other's gradients."""
+    """A process for each part; start them with --processes or torchrun. With bprop, parts wait for gradients."""
     queue: int = 16
     """Most messages that are under way from one part to the next."""
     when_full: Literal["wait", "drop-oldest"] = "wait"
-    """What a part does when so many are under way: wait for the next one, or go on and lose messages."""
+    """What a part does when so many are under way: wait until one arrives, or go on and lose messages."""
     delay: float = 0.0
     """Milliseconds by which every message is held back: what a slow network would do."""
 
