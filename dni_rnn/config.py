@@ -408,7 +408,7 @@ class FeedforwardConfig(RunConfig):
     """Log cosine, explained variance and trust of the synthetic gradients every so many updates; 0: never."""
 
     decoupled: bool = False
-    """A process for each part; start them with --processes or torchrun. With bprop, parts wait for gradients."""
+    """A process for each part, started by --processes or torchrun. With bprop, parts wait for gradients."""
     queue: int = 16
     """Most messages that are under way from one part to the next."""
     when_full: Literal["wait", "drop-oldest"] = "wait"
