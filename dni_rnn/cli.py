@@ -43,11 +43,11 @@ class Eval:
 
         loaded = load_run(self.run, choose_device(self.device), self.data_dir)
         config = Run.open(self.run).config
-        score = learner_class(config).score(
+        scores = learner_class(config).score(
             loaded.model, loaded.data, self.split, loaded.device, loaded.level
         )
         print(
-            f"{loaded.data.name} {self.split}: {score:.4f} {config.metric.key} "
+            f"{loaded.data.name} {self.split}: {', '.join(f'{v:.4f} {name}' for name, v in scores.items())} "
             f"after {loaded.symbols:,} training {config.metric.unit}s"
         )
 
@@ -242,7 +242,7 @@ def _train_command(name: str, task: type[Task], arguments: list[str]) -> type:
     presets = {"default": Preset(), **getattr(task, "presets", {})}
     chosen = presets.get(_preset(arguments), Preset())
     kind, settings = config_of(task), dict(chosen.run)
-    if issubclass(kind, TrainConfig) and "--dni" in arguments:
+    if hasattr(kind, "dni") and "--dni" in arguments:
         settings |= {"dni": True, **chosen.dni}
     if any(word.partition("=")[0] in ("--chars", "--minutes", "--steps") for word in arguments):
         settings = {name: value for name, value in settings.items() if name not in BUDGETS}

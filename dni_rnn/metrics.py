@@ -59,6 +59,13 @@ class Metric:
 BPC = Metric("bpc", "BPC", "bits per character")
 ERROR = Metric("error", "error %", "wrongly classified examples, in percent", unit="example")
 
+COUNTS = Metric("error", "error %", "wrong counts, in percent, mean of networks A and B", unit="digit")
+COUNTS_OF_EACH = (
+    Metric("error_fast", "A error %", "wrong counts of network A, in percent", unit="digit"),
+    Metric("error_slow", "B error %", "wrong counts of network B, in percent", unit="digit"),
+)
+"""Of two networks at different rates: COUNTS decides which weights are best, these are reported."""
+
 SOLVED = Metric(
     "solved", "longest solved", "what the task got to before the end, by the training loss",
     lower_is_better=False, unit="symbol", digits=1, validated=False,
@@ -70,6 +77,8 @@ def metric_of(row: Mapping[str, Any]) -> Metric:
     """The metric that a finished row, or a summary, is judged by."""
     if SOLVED.key in row:
         return SOLVED
+    if f"test_{COUNTS_OF_EACH[0].key}" in row:
+        return COUNTS
     return BPC if f"test_{BPC.key}" in row else ERROR
 
 

@@ -871,7 +871,9 @@ def test_evaluation_is_in_bits_per_symbol(text):
     learner = learner_of(Text(path=text))
     learner.model.readout.weight.data.zero_()
     learner.model.readout.bias.data.zero_()
-    assert learner.evaluate("valid", None) == pytest.approx(math.log2(learner.data.input_symbols), rel=1e-6)
+    assert learner.evaluate("valid", None)["bpc"] == pytest.approx(
+        math.log2(learner.data.input_symbols), rel=1e-6
+    )
 
 
 def test_real_ptb(tmp_path, capsys):
