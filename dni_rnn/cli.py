@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from dni_rnn import distributed
-from dni_rnn.config import BUDGETS, Preset, RunConfig, TrainConfig, to_json
+from dni_rnn.config import BUDGETS, Preset, RunConfig, to_json
 from dni_rnn.errors import DivergedError, LostError, ReportedElsewhere, UsageError
 from dni_rnn.task import Task, config_of, installed_tasks
 

@@ -542,7 +542,7 @@ class FeedforwardConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RatesConfig(RunConfig):
-    """Everything that decides what a run of two networks at different rates does, beside its task's options."""
+    """Everything that decides what two networks at different rates do, beside the options of their task."""
 
     learner: ClassVar[str] = "dni_rnn.rates:RatesLearner"
     metric: ClassVar[Metric] = COUNTS

@@ -82,6 +82,12 @@ def metric_of(row: Mapping[str, Any]) -> Metric:
     return BPC if f"test_{BPC.key}" in row else ERROR
 
 
+def metrics_of(row: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """The metrics that a finished row is reported by: of several nets, that of each."""
+    metric = metric_of(row)
+    return COUNTS_OF_EACH if metric is COUNTS else (metric,)
+
+
 TRACES: Mapping[str, str] = {
     "trust": "trust: the multiple nearest to the true gradient",
     "cosine": "cosine with the true gradient",

@@ -30,8 +30,8 @@ from dni_rnn.task import Split
 from dni_rnn.training import BaseLearner
 from dni_rnn.trees import Tree, detach
 
-EVALUATION_STEPS = 40_000
-"""Inputs that one validation reads, at least."""
+EVALUATION_STEPS, EVALUATION_PASSES = 40_000, 10
+"""Inputs that one validation reads, in shuffled passes over the split, and the most passes."""
 
 EVALUATION_ROWS = 256
 
@@ -50,7 +50,7 @@ class Block(NamedTuple):
     slow: Tensor
 
     def coming_slow(self, tick: int) -> Tensor:
-        """What synthesizers of B's future may know at `tick`: B's target, in the place of the tick; (T, B)."""
+        """What synthesizers of B's may know at `tick`: B's target, in the place of the tick; (T, B)."""
         known = torch.full_like(self.fast, -1)
         known[tick] = self.slow
         return known
@@ -280,7 +280,7 @@ class RatesLearner(BaseLearner):
         period = model.period
         rows = min(EVALUATION_ROWS, len(data.split(split)[0]) // period**2)
         batches = Batches(data, split, period**2 * rows, device)
-        blocks = -(-EVALUATION_STEPS // batches.batch_size)
+        blocks = min(-(-EVALUATION_STEPS // batches.batch_size), EVALUATION_PASSES * batches.per_pass)
         fast, slow = 0.0, 0.0
         for number in range(blocks):
             block = RatesLearner.block(data, batches, number, period)
