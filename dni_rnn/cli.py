@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from dni_rnn import distributed
-from dni_rnn.config import BUDGETS, Preset, RunConfig, to_json
+from dni_rnn.config import BUDGETS, Preset, RunConfig, TrainConfig, to_json
 from dni_rnn.errors import DivergedError, LostError, ReportedElsewhere, UsageError
 from dni_rnn.task import Task, config_of, installed_tasks
 
@@ -208,12 +208,16 @@ def _train(self: Any, processes: distributed.Processes | None = None) -> None:
     if processes is not None:
         run.config = _config_among(processes, self.task, config)
     try:
-        if processes is not None and processes.size > 1:
+        if processes is None or processes.size == 1:
+            summary = train(run)
+        elif isinstance(config, TrainConfig):
+            from dni_rnn.data_parallel import train_rows
+
+            summary = train_rows(run, processes)
+        else:
             from dni_rnn.decoupled.training import train_part
 
             summary = train_part(run, processes)
-        else:
-            summary = train(run)
     except Interrupted as stop:
         print(f"dni-rnn: saved; go on with the same command and --resume --out {config.out}", file=sys.stderr)
         sys.exit(128 + stop.signal)

@@ -283,6 +283,17 @@ class TrainConfig(RunConfig):
         SynthesizerSpec.parse(self.synthesizer)
         ContextSpec.parse(self.context)
 
+    def among(self, processes: int) -> TrainConfig:
+        """With as many rows of the batch in each process."""
+        if self.processes not in (None, processes):
+            raise UsageError(f"--processes {self.processes}, but {processes} were started")
+        if self.batch_size % processes:
+            raise UsageError(
+                f"--batch-size {self.batch_size} cannot be shared equally by {processes} processes: "
+                "give a multiple of them"
+            )
+        return dataclasses.replace(self, processes=processes)
+
     @property
     def synthesizer_spec(self) -> SynthesizerSpec:
         return SynthesizerSpec.parse(self.synthesizer)

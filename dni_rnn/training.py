@@ -278,18 +278,23 @@ class Learner(BaseLearner):
         windows = [self.stream.window(config.bptt, self.context) for _ in range(config.accumulate)]
         self.optimizer.zero_grad()
         estimate = self.estimator(self.model, windows, self.state, config.weight)
+        loss = self.collect(estimate.loss)
         if config.clip:
             self.norm = self.norm + nn.utils.clip_grad_norm_(self.net, config.clip)
         self.optimizer.step()
         self.state = estimate.state
         scored, steps = (sum(w.scored for w in windows), sum(len(w.inputs) for w in windows))
         if self.stream.ladder is not None:
-            self.stream.ladder.note(estimate.loss, scored, steps)
-        self.loss = self.loss + estimate.loss
+            self.stream.ladder.note(loss, scored, steps)
+        self.loss = self.loss + loss
         self.scored += scored
         self.symbols += steps * config.batch_size
         self.step += 1
         self.updates += 1
+
+    def collect(self, loss: Tensor) -> Tensor:
+        """The loss of all rows, once `.grad` is the gradient of all; here there are no others."""
+        return loss
 
     def _audit(self) -> None:
         """Compare ĝ at the boundary where training stands with the real gradient of the steps to come."""
@@ -445,9 +450,14 @@ class Progress(NamedTuple):
 
 
 def prepare(run: Run, learner: BaseLearner) -> Progress:
-    """Check the run directory, and put the learner where the checkpoint stands that is to be resumed."""
+    """Check the run directory, and `resume`."""
     size = sum(t.numel() * t.element_size() for t in learner.model.state_dict().values())
     run.prepare(needed_bytes=12 * size)
+    return resume(run, learner)
+
+
+def resume(run: Run, learner: BaseLearner) -> Progress:
+    """Put the learner where the checkpoint stands, if one is to be resumed."""
     if not (run.config.resume and run.checkpoint.exists()):
         return Progress(0.0, None)
     run.check_symbols(learner.data)

@@ -274,7 +274,7 @@ class PartLearner(LayeredLearner):
             row |= {"staleness": sum(self.stale) / len(self.stale), "staleness_max": max(self.stale)}
         return row
 
-    def evaluate(self, split: Any, level: int | None) -> float:
+    def evaluate(self, split: Any, level: int | None) -> dict[str, float]:
         if self.gathered != self.step:
             self._order(GATHER, self.step)
             self._gather()
