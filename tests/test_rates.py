@@ -137,8 +137,8 @@ def small(generator: torch.Generator, **settings: Any) -> tuple[TwoRates, Block]
         for name, parameter in model.named_parameters():
             if "interface" not in name:
                 parameter.copy_(0.6 * random(generator, *parameter.shape))
-        for net in (model.fast, model.slow):  # open forget gates: the gradient survives the way back
-            net.core.rnn.bias_ih_l0[config.hidden : 2 * config.hidden] += 2.0
+            if name.endswith("bias_ih_l0"):  # open forget gates: the gradient survives the way back
+                parameter[config.hidden : 2 * config.hidden] += 2.0
     period, rows = config.bptt, 5
     targets = torch.randint(period**2, (period + 1, rows), generator=generator)
     return model, Block(random(generator, period, period, rows, 1, 2, 3), targets[:-1], targets[-1])

@@ -36,9 +36,9 @@ class Counting:
     presets: ClassVar = {
         "default": Preset(run={"eval_every": 100_000}),
         "paper": Preset(
-            run={"hidden": 256, "lr": 1e-5, "synthesizer_lr": 1e-5, "digits": 100_000_000},
+            run={"hidden": 256, "lr": 1e-5, "digits": 100_000_000},
             dni={
-                "context": "none", "critic": False, "synthesizer": "mlp", "scale": 10.0,
+                "synthesizer_lr": 1e-5, "context": "none", "critic": False, "synthesizer": "mlp", "scale": 10.0,
                 "centre": False, "restore": 0.0,
             },
         ),
