@@ -1,4 +1,11 @@
-"""Counting digits with two networks at different rates."""
+"""Counting digits with two networks at different rates.
+
+Jaderberg et al. 2017, §3.2, do not say over what A counts, when B answers, or where a stream begins. Chosen
+here: a block of T² digits is a sequence, both states begin it at zero; A answers after every T digits, with
+the odd ones of the block so far, so it has to carry its count across its own windows; B answers once, after
+its T messages, so the gradient of an early message has to come back through all later ticks. Each answer is
+one of T² + 1 classes. With T = 4, always saying the likeliest is wrong in 73 % of A's answers and 68 % of B's.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +45,8 @@ class Counting:
         "paper": Preset(
             run={"hidden": 256, "lr": 1e-5, "digits": 100_000_000},
             dni={
-                "synthesizer_lr": 1e-5, "context": "none", "critic": False, "synthesizer": "mlp", "scale": 10.0,
-                "centre": False, "restore": 0.0,
+                "synthesizer_lr": 1e-5, "context": "none", "critic": False, "synthesizer": "mlp",
+                "scale": 10.0, "centre": False, "restore": 0.0,
             },
         ),
     }  # fmt: skip
