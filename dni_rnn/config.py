@@ -352,6 +352,10 @@ class LiveConfig(TrainConfig):
                 f"--lag {self.lag} and --context {self.context} disagree on how much is known; give one"
             )
 
+    def among(self, processes: int) -> Any:
+        """In one process: a stream can be read only once."""
+        return RunConfig.among(self, processes)
+
     @property
     def resolved(self) -> LiveConfig:
         if self.lag is None:

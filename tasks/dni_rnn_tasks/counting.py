@@ -4,7 +4,8 @@ Jaderberg et al. 2017, §3.2, do not say over what A counts, when B answers, or 
 here: a block of T² digits is a sequence, both states begin it at zero; A answers after every T digits, with
 the odd ones of the block so far, so it has to carry its count across its own windows; B answers once, after
 its T messages, so the gradient of an early message has to come back through all later ticks. Each answer is
-one of T² + 1 classes. With T = 4, always saying the likeliest is wrong in 73 % of A's answers and 68 % of B's.
+one of T² + 1 classes. With T = 4, always saying the likeliest is wrong in 73 % of A's answers and 68 % of
+B's.
 """
 
 from __future__ import annotations
