@@ -181,7 +181,7 @@ def test_as_a_module():
     [
         ([], "train, eval, sample"),
         (["trian"], "trian"),
-        (["train"], "addition, cifar, copy, counting, mnist"),
+        (["train"], "addition, cifar, copy, counting, live"),
         (["train", "nope"], "nope"),
         (["train", "text", "--nope"], "--nope"),
         (["train", "text", "--bptt", "many"], "many"),
