@@ -113,7 +113,7 @@ def pretrained(core: str, seed: int, data_dir: Path | None) -> tuple[dict[str, T
         learner.update()
         if annealed:
             schedule.step()
-    return learner.model.state_dict(), learner.evaluate("valid", level=None)
+    return learner.model.state_dict(), learner.evaluate("valid", level=None)["bpc"]
 
 
 def train_synthesizer(model: SequenceModel, candidate: Candidate, config: TrainConfig, data: Data) -> None:

@@ -44,11 +44,11 @@ class Eval:
 
         loaded = load_run(self.run, choose_device(self.device), self.data_dir)
         config = Run.open(self.run).config
-        score = learner_class(config).score(
+        scores = learner_class(config).score(
             loaded.model, loaded.data, self.split, loaded.device, loaded.level
         )
         print(
-            f"{loaded.data.name} {self.split}: {score:.4f} {config.metric.key} "
+            f"{loaded.data.name} {self.split}: {', '.join(f'{v:.4f} {name}' for name, v in scores.items())} "
             f"after {loaded.symbols:,} training {config.metric.unit}s"
         )
 
@@ -241,12 +241,16 @@ def _train(self: Any, processes: distributed.Processes | None = None) -> None:
     if processes is not None:
         run.config = _config_among(processes, self.task, config)
     try:
-        if processes is not None and processes.size > 1:
+        if processes is None or processes.size == 1:
+            summary = train(run)
+        elif isinstance(config, TrainConfig):
+            from dni_rnn.data_parallel import train_rows
+
+            summary = train_rows(run, processes)
+        else:
             from dni_rnn.decoupled.process import train_part
 
             summary = train_part(run, processes)
-        else:
-            summary = train(run)
     except Interrupted as stop:
         print(f"dni-rnn: saved; go on with the same command and --resume --out {config.out}", file=sys.stderr)
         sys.exit(128 + stop.signal)
@@ -275,7 +279,7 @@ def _train_command(name: str, task: type[Task], arguments: list[str]) -> type:
     presets = {"default": Preset(), **getattr(task, "presets", {})}
     chosen = presets.get(_preset(arguments), Preset())
     kind, settings = config_of(task), dict(chosen.run)
-    if issubclass(kind, TrainConfig) and "--dni" in arguments:
+    if hasattr(kind, "dni") and "--dni" in arguments:
         settings |= {"dni": True, **chosen.dni}
     if any(word.partition("=")[0] in ("--chars", "--minutes", "--steps") for word in arguments):
         settings = {name: value for name, value in settings.items() if name not in BUDGETS}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dni_rnn.errors import UsageError
-from dni_rnn.metrics import BPC, ERROR, Metric
+from dni_rnn.metrics import BPC, COUNTS, ERROR, Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,6 +300,17 @@ class TrainConfig(RunConfig):
         SynthesizerSpec.parse(self.synthesizer)
         ContextSpec.parse(self.context)
 
+    def among(self, processes: int) -> TrainConfig:
+        """With as many rows of the batch in each process."""
+        if self.processes not in (None, processes):
+            raise UsageError(f"--processes {self.processes}, but {processes} were started")
+        if self.batch_size % processes:
+            raise UsageError(
+                f"--batch-size {self.batch_size} cannot be shared equally by {processes} processes: "
+                "give a multiple of them"
+            )
+        return dataclasses.replace(self, processes=processes)
+
     @property
     def synthesizer_spec(self) -> SynthesizerSpec:
         return SynthesizerSpec.parse(self.synthesizer)
@@ -357,6 +368,10 @@ class LiveConfig(TrainConfig):
             raise UsageError(
                 f"--lag {self.lag} and --context {self.context} disagree on how much is known; give one"
             )
+
+    def among(self, processes: int) -> Any:
+        """In one process: a stream can be read only once."""
+        return RunConfig.among(self, processes)
 
     @property
     def resolved(self) -> LiveConfig:
@@ -557,6 +572,100 @@ class FeedforwardConfig(RunConfig):
     @property
     def folder(self) -> str:
         return f"{self.model}{self.layers}-{self.method}{'-decoupled' if self.decoupled else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatesConfig(RunConfig):
+    """Everything that decides what two networks at different rates do, beside the options of their task."""
+
+    learner: ClassVar[str] = "dni_rnn.rates:RatesLearner"
+    metric: ClassVar[Metric] = COUNTS
+    depth_name: ClassVar[str] = "T"
+    free: ClassVar[frozenset[str]] = RunConfig.free | {"digits"}
+
+    bptt: int = 4
+    """T: digits from one message to the next, and messages that B counts over; a block is T² digits."""
+    decoupled: bool = False
+    """Cut: A learns after T digits, B after its own ticks. Without it, one joint update per block."""
+    dni: bool = False
+    """Cut, with a synthetic gradient on the message and at each net's own window boundaries."""
+    ticks: int | None = None
+    """Of B, from one of its window boundaries to the next; the default is T, the whole block."""
+
+    hidden: int = 128
+    """Units of every layer, and of the message."""
+    synthesizer: str = "linear"
+    """linear, mlp (one hidden layer as wide as the nets), mlp:WIDTH or mlp:WIDTH,WIDTH."""
+    context: Literal["targets", "none"] = "targets"
+    """What synthesizers are told: the counts that are still to be said in the block, or nothing."""
+    critic: bool = True
+    """On the message: the derivative of a predicted loss in place of a regressed gradient."""
+    scale: float = 1.0
+    """Weight of the synthetic gradient of the message."""
+    centre: bool = True
+    """Subtract the batch mean from the synthetic gradient."""
+    restore: float = 0.1
+    """Restoring force on what lies beyond ±3, in units of the real gradients."""
+
+    batch_size: int = 64
+    """Rows read side by side."""
+    lr: float = 1e-3
+    """Adam's learning rate for the nets."""
+    synthesizer_lr: float = 1e-3
+    """Adam's learning rate for the synthesizers."""
+    clip: float = 1.0
+    """Largest norm of the gradient of a step; 0 switches clipping off."""
+    digits: int = 1_200_000
+    """How many digits to train on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("ticks", "hidden", "batch_size", "lr", "synthesizer_lr", "digits")
+        for name in ("clip", "scale", "restore"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"--{name} must not be negative")
+        if self.bptt < 2:
+            raise UsageError(f"--bptt must be at least 2, not {self.bptt}: else there is but one rate")
+        if self.ticks is not None and self.bptt % self.ticks:
+            raise UsageError(f"--ticks {self.ticks} must divide --bptt {self.bptt}")
+        needs = ("ticks", "synthesizer", "context", "critic", "scale", "centre", "restore", "synthesizer_lr")
+        for name in needs if not self.dni else ():
+            if getattr(self, name) != getattr(type(self), name):
+                raise UsageError(f"--{name.replace('_', '-')} does nothing without --dni; add --dni")
+        if self.dni and self.centre and self.batch_size == 1:
+            raise UsageError(
+                "--batch-size 1: a mean over one row leaves no synthetic gradient; add --no-centre"
+            )
+        if self.critic and self.context == "none":
+            raise UsageError("--context none: a critic predicts the loss of known targets; add --no-critic")
+        SynthesizerSpec.parse(self.synthesizer)
+
+    @property
+    def cut(self) -> bool:
+        return self.decoupled or self.dni
+
+    @property
+    def synthesizer_spec(self) -> SynthesizerSpec:
+        return SynthesizerSpec.parse(self.synthesizer)
+
+    @property
+    def method(self) -> str:
+        """`lock-step`, `decoupled`, `dni+targets`, `dni-online` (told nothing of what comes)."""
+        if not self.dni:
+            return "decoupled" if self.decoupled else "lock-step"
+        return "dni+targets" if self.context == "targets" else "dni-online"
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        return "symbols", self.digits
+
+    @property
+    def depth(self) -> int:
+        return self.bptt
+
+    @property
+    def folder(self) -> str:
+        return f"{self.method}-T{self.bptt}"
 
 
 def to_json(config: Any) -> dict[str, Any]:

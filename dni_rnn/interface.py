@@ -13,6 +13,7 @@ arXiv:1608.05343.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -160,6 +161,9 @@ class Interface(nn.Module):
       loss_scale: see above; a scalar tensor or number that is set from outside, or None.
       regression_loss: the last loss of M, its first term alone (a scalar tensor; no wait for a device).
       trust: see above; a scalar tensor between 0 and 1.
+      total: tensor -> its sum over the processes among which the rows of a message are spread; None when
+        they are all here. Means over rows are then over all of them, and `.grad` of M's parameters is each
+        process's share: the sum over processes is the gradient.
 
     Raises:
       ValueError: `decay` does not lie in [0, 1); or, when it is called, M does not return tensors of the
@@ -170,6 +174,7 @@ class Interface(nn.Module):
     """
 
     loss_scale: Tensor | float | None
+    total: Callable[[Tensor], Tensor] | None = None
     target_square: Tensor
     target_count: Tensor
     regression_loss: Tensor
@@ -277,7 +282,7 @@ class Interface(nn.Module):
         self.audited.mul_(AUDIT_DECAY)
         for ours, true in zip(synthetic, flatten(real)[0], strict=True):
             ours = ours.to(self.audited.dtype)
-            self.audited += torch.stack([(ours * true).sum(), ours.square().sum()])
+            self.audited += self._total(torch.stack([(ours * true).sum(), ours.square().sum()]))
         self.trust.copy_((self.audited[0] / self.audited[1]).nan_to_num(0.0).clamp(0.0, 1.0))
 
     def predict(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
@@ -368,7 +373,10 @@ class Interface(nn.Module):
         if done is not None:
             targets = [self._without(done, target) for target in targets]
             count = ((~done).sum() * (elements / done.numel())).to(self.target_square.dtype)
-        square = _square_sum(targets) / count  # not a number when no row is left
+        square = _square_sum(targets)
+        if self.total is not None:
+            square, count = self.total(torch.stack([square, square.new_zeros(()) + count]))
+        square = square / count  # not a number when no row is left
         # A loss scaler lets a non-finite gradient through now and then; M must not see it.
         trained = (square < torch.inf).to(square.dtype)
         self.target_count.add_(trained)
@@ -384,7 +392,7 @@ class Interface(nn.Module):
         ]
         if done is not None:
             residuals = [self._without(done, residual) for residual in residuals]
-        loss = _square_sum(residuals) / count
+        loss = self._total(_square_sum(residuals)) / count
         self.regression_loss.copy_(torch.where(trained > 0, loss, self.regression_loss))
         factor = (2.0 * trained) / count
         if losses is not None:
@@ -397,16 +405,22 @@ class Interface(nn.Module):
         ]
         if losses is not None:
             rows = torch.ones_like(losses) if done is None else (~done).to(losses.dtype)
-            slope = rows / rows.sum().clamp_min(1.0)
+            slope = rows / self._total(rows.sum()).clamp_min(1.0)
             slopes.append(slope if self.loss_scale is None else self.loss_scale * slope)
         return slopes
 
     def _centred(self, leaf: Tensor, done: Tensor | None) -> Tensor:
         """Minus the mean over the rows that are not done; zero in the others, where `leaf` is zero too."""
-        if done is None:
+        if done is None and self.total is None:
             return leaf - leaf.mean(self.batch_dim, keepdim=True)
-        mean = leaf.sum(self.batch_dim, keepdim=True) / (~done).sum().clamp_min(1)
-        return self._without(done, leaf - mean)
+        summed = leaf.sum(self.batch_dim, keepdim=True)
+        rows = leaf.shape[self.batch_dim] if done is None else (~done).sum()
+        both = self._total(torch.cat([summed.flatten(), summed.new_zeros(1) + rows]))
+        centred = leaf - both[:-1].view_as(summed) / both[-1].clamp_min(1.0)
+        return centred if done is None else self._without(done, centred)
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        return tensor if self.total is None else self.total(tensor)
 
     def _without(self, done: Tensor, leaf: Tensor) -> Tensor:
         """Zero in the rows of `done`."""

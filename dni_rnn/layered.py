@@ -118,14 +118,14 @@ class LayeredLearner(BaseLearner):
     @torch.no_grad()
     def score(
         model: Decoupled, data: Examples, split: Split, device: torch.device, level: int | None = None
-    ) -> float:
+    ) -> dict[str, float]:
         """Percentage of a split that is classified wrongly."""
         training = model.training
         model.eval()
         batches = Batches(data, split, 1, device)
         errors = [(wrong(model(x), y), len(y)) for x, y in batches.in_order()]
         model.train(training)
-        return 100.0 * float(sum(e for e, _ in errors)) / sum(n for _, n in errors)
+        return {"error": 100.0 * float(sum(e for e, _ in errors)) / sum(n for _, n in errors)}
 
     def update(self) -> None:
         config = self.config

@@ -19,6 +19,7 @@ from torch import Tensor
 from dni_rnn.config import LiveConfig
 from dni_rnn.errors import UsageError
 from dni_rnn.estimators import Window
+from dni_rnn.metrics import BPC
 from dni_rnn.recurrent import Boundary
 from dni_rnn.task import Data
 from dni_rnn.training import BITS, Learner
@@ -178,14 +179,14 @@ class LiveLearner(Learner):
         heard = torch.stack([self.window_loss.double(), self.whole.new_tensor(self.scored - scored)])
         self.recent, self.whole = self.recent + heard, self.whole + heard
 
-    def evaluate(self, split: str, level: int | None) -> float:
+    def evaluate(self, split: str, level: int | None) -> dict[str, float]:
         """Bits per symbol since the last look ("valid"), or since the beginning ("test")."""
         nats, symbols = (self.recent if split == "valid" and self.recent[1] else self.whole).tolist()
         if not symbols:
             raise UsageError("the stream ended before there was one window to learn; send more symbols")
         if split == "valid":
             self.recent = torch.zeros_like(self.recent)
-        return nats * BITS / symbols
+        return {BPC.key: nats * BITS / symbols}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = super().state_dict()

@@ -59,6 +59,17 @@ class Metric:
 BPC = Metric("bpc", "BPC", "bits per character")
 ERROR = Metric("error", "error %", "wrongly classified examples, in percent", unit="example")
 
+COUNTS = Metric("error", "error %", "wrong counts, in percent, mean of networks A and B", unit="digit")
+COUNTS_OF_EACH = (
+    Metric("error_fast", "A error %", "wrong counts of network A, in percent", unit="digit"),
+    Metric("error_slow", "B error %", "wrong counts of network B, in percent", unit="digit"),
+)
+"""Of two networks at different rates: COUNTS decides which weights are best, these are reported."""
+
+RMSE = Metric(
+    "rmse", "RMS error", "root mean square error, in standard deviations of what is learnt", unit="point"
+)
+
 SOLVED = Metric(
     "solved", "longest solved", "what the task got to before the end, by the training loss",
     lower_is_better=False, unit="symbol", digits=1, validated=False,
@@ -70,7 +81,15 @@ def metric_of(row: Mapping[str, Any]) -> Metric:
     """The metric that a finished row, or a summary, is judged by."""
     if SOLVED.key in row:
         return SOLVED
+    if f"test_{COUNTS_OF_EACH[0].key}" in row:
+        return COUNTS
     return BPC if f"test_{BPC.key}" in row else ERROR
+
+
+def metrics_of(row: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """The metrics that a finished row is reported by: of several nets, that of each."""
+    metric = metric_of(row)
+    return COUNTS_OF_EACH if metric is COUNTS else (metric,)
 
 
 TRACES: Mapping[str, str] = {

@@ -6,6 +6,7 @@ A sweep.toml may say more than a sweep needs, above its [cells]:
     note = "Markdown that goes under the title: what was run."
     shows = "Markdown that goes under the table: what came out."
     reference = "bptt T=20"        # how soon do the other cells get where this one ends?
+    counted = true                 # after how many characters, too, not only after how many seconds
 
     [published]                    # below [cells]: an extra column
     "bptt T=20" = "1.42 (Jaderberg et al.)"
@@ -26,11 +27,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from dni_rnn.errors import UsageError
 from dni_rnn.files import write_atomically
-from dni_rnn.metrics import BPC, TRACES, Metric, Point, metric_of
+from dni_rnn.metrics import BPC, TRACES, Metric, Point, metrics_of
 from dni_rnn.page import render_page
 from dni_rnn.plots import Curve, save_curves, save_traces
 from dni_rnn.sweep import Cell, read_failures, read_rows, read_sweep
@@ -45,6 +46,7 @@ class About:
     shows: str = ""
     reference: str | None = None
     published: dict[str, str] = field(default_factory=dict)
+    counted: bool = False
     speeds: dict[str, int] | None = None
     """Characters per second of each cell where they were measured apart: `speed.json`."""
 
@@ -70,6 +72,7 @@ def read_about(folder: Path, cells: Sequence[Cell] | None = None) -> About:
         values.get("shows", ""),
         values.get("reference"),
         values.get("published", {}),
+        values.get("counted", False),
         _read_speeds(folder / "speed.json"),
     )
     if cells is None:
@@ -99,19 +102,22 @@ def mean_sd(values: Sequence[float], digits: int) -> str:
     return f"{fmean(values):,.{digits}f} ± {sd}"
 
 
-def seconds_to(points: Sequence[Point], target: float, metric: Metric) -> float | None:
-    """Seconds of training until a curve first reaches `target`, linear between its validations.
+def amount_to(
+    points: Sequence[Point], target: float, metric: Metric, axis: Literal["seconds", "symbols"] = "seconds"
+) -> float | None:
+    """Seconds or symbols of training until a curve first reaches `target`, linear between its validations.
 
-    A curve whose first point is there already gives the seconds of that point, an upper bound; one
-    that never gets there gives None.
+    A curve whose first point is there already gives those of that point, an upper bound; one that never
+    gets there gives None.
     """
     before = None
     for point in points:
         if metric.reached(point.value, target):
+            there = getattr(point, axis)
             if before is None or not metric.validated:
-                return point.seconds
+                return there
             share = (before.value - target) / (before.value - point.value)
-            return before.seconds + share * (point.seconds - before.seconds)
+            return getattr(before, axis) + share * (there - getattr(before, axis))
         before = point
     return None
 
@@ -149,7 +155,7 @@ def render_table(
     cells: Sequence[Cell],
     rows: Sequence[dict[str, Any]],
     about: About,
-    metric: Metric = BPC,
+    metrics: Sequence[Metric] = (BPC,),
     failures: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The contents of table.md: a pure function of what sweep.toml, rows.jsonl and failed.jsonl say.
@@ -158,23 +164,45 @@ def render_table(
       cells: of the sweep, one for each seed.
       rows: the finished ones, in any order.
       about: title, note, what it shows, reference cell and published numbers.
-      metric: which number is reported.
+      metrics: which numbers are reported, a table for each.
       failures: of `read_failures`.
     """
     groups = by_cell(cells, about.timed(rows))
     planned = Counter(cell.name for cell in cells)
+    parts = [f"# {about.title}\n"]
+    if about.note:
+        parts.append(about.note.strip() + "\n")
+    for metric in metrics:
+        parts += _section(groups, planned, about, metric)
+    parts += [f"{text}\n" for text in (_failed(failures), _machines(rows), about.shows.strip()) if text]
+    if traces_of(groups):
+        parts.append(f"![What went on inside]({INSIDE}.svg)\n")
+        parts.append("What went on inside, of the first seed of each cell; mean over cuts.\n")
+    parts.append(_samples(groups))
+    parts.append(_commands(cells, groups))
+    if rows:
+        parts.append(_provenance(rows))
+    return "\n".join(part for part in parts if part)
+
+
+def _section(
+    groups: Mapping[str, Sequence[dict[str, Any]]], planned: Mapping[str, int], about: About, metric: Metric
+) -> list[str]:
+    """Plot, table and legend of one metric."""
     columns = {metric.key: metric.label}
     if metric.validated:
         columns = {f"best_valid_{metric.key}": f"best valid {metric.label}"}
         columns[f"test_{metric.key}"] = f"test {metric.label}"
-    target = None
+    target, axes = None, {"seconds": "seconds"}
     if about.reference is not None and groups[about.reference]:
         final = f"valid_{metric.key}" if metric.validated else metric.key
         target = fmean(row[final] for row in groups[about.reference])
+        if about.counted:
+            axes = {"symbols": f"{metric.unit}s", **axes}
 
     header = ["cell", "n", *columns.values(), f"{metric.unit}s/s", "seconds"]
     if target is not None:
-        header.append(f"seconds to {target:.{metric.digits}f}")
+        header += [f"{unit} to {target:.{metric.digits}f}" for unit in axes.values()]
     if about.published:
         header.append("published")
     lines = []
@@ -190,33 +218,20 @@ def render_table(
             ]
             if target is not None:
                 curves = [_curve(row, metric) for row in found]
-                line.append(
-                    mean_sd([curve[-1].seconds for curve in curves], 0)
-                    if name == about.reference and metric.validated
-                    else _time_to(curves, target, metric)
-                )
+                itself = name == about.reference and metric.validated
+                line += [
+                    mean_sd([getattr(curve[-1], axis) for curve in curves], 0)
+                    if itself
+                    else _amount_to(curves, target, metric, axis)
+                    for axis in axes
+                ]
         else:
-            line = [name, n, "no rows yet", *[""] * (len(columns) + (1 if target is None else 2))]
+            line = [name, n, "no rows yet", *[""] * (len(columns) + (1 if target is None else 1 + len(axes)))]
         if about.published:
             line.append(about.published.get(name, ""))
         lines.append(line)
-
-    parts = [f"# {about.title}\n"]
-    if about.note:
-        parts.append(about.note.strip() + "\n")
-    if rows:
-        parts.append(f"![{metric.label}]({metric.key}.svg)\n")
-    parts.append(markdown_table(header, lines))
-    parts.append(_legend(about, target, metric) + "\n")
-    parts += [f"{text}\n" for text in (_failed(failures), _machines(rows), about.shows.strip()) if text]
-    if traces_of(groups):
-        parts.append(f"![What went on inside]({INSIDE}.svg)\n")
-        parts.append("What went on inside, of the first seed of each cell; mean over cuts.\n")
-    parts.append(_samples(groups))
-    parts.append(_commands(cells, groups))
-    if rows:
-        parts.append(_provenance(rows))
-    return "\n".join(part for part in parts if part)
+    picture = [f"![{metric.label}]({metric.key}.svg)\n"] if any(groups.values()) else []
+    return [*picture, markdown_table(header, lines), _legend(about, target, axes, metric) + "\n"]
 
 
 INSIDE = "inside"
@@ -260,17 +275,18 @@ def _curve(row: Mapping[str, Any], metric: Metric) -> list[Point]:
     return metric.points([{name: make(p) for name, make in known.items()} | p for p in points])
 
 
-def _time_to(curves: Sequence[Sequence[Point]], target: float, metric: Metric) -> str:
-    """Seconds until the curves of one cell reach `target`, or how many of them do not."""
-    times = [seconds_to(curve, target, metric) for curve in curves]
-    there = [seconds for seconds in times if seconds is not None]
-    if len(there) < len(times):
-        return f"not reached ({len(times) - len(there)} of {len(times)})"
+def _amount_to(curves: Sequence[Sequence[Point]], target: float, metric: Metric, axis: Any) -> str:
+    """Seconds or symbols until the curves of one cell reach `target`, or how many of them do not."""
+    amounts = [amount_to(curve, target, metric, axis) for curve in curves]
+    there = [amount for amount in amounts if amount is not None]
+    if len(there) < len(amounts):
+        return f"not reached ({len(amounts) - len(there)} of {len(amounts)})"
     bound = metric.validated and any(metric.reached(curve[0].value, target) for curve in curves)
     return ("≤ " if bound else "") + mean_sd(there, 0)
 
 
-def _legend(about: About, target: float | None, metric: Metric) -> str:
+def _legend(about: About, target: float | None, axes: Mapping[str, str], metric: Metric) -> str:
+    amounts = " and ".join(axes.values()).capitalize()
     plotted = "mean over seeds, band ± 1 standard deviation" if metric.validated else "a line for each seed"
     splits = (
         "Best valid is the best validation of each run, test is measured with the weights of that "
@@ -289,12 +305,12 @@ def _legend(about: About, target: float | None, metric: Metric) -> str:
         )
     if target is not None and not metric.validated:
         text += (
-            f" Seconds to {target:.{metric.digits}f}: until each seed had solved what `{about.reference}` "
+            f" {amounts} to {target:.{metric.digits}f}: until each seed had solved what `{about.reference}` "
             "had at its end (mean over its seeds); not reached (k of n): k of the n seeds did not get there."
         )
     elif target is not None:
         text += (
-            f" Seconds to {target:.{metric.digits}f}: until the validation curve of each seed reaches the "
+            f" {amounts} to {target:.{metric.digits}f}: until the validation curve of each seed reaches the "
             f"{metric.label} at which `{about.reference}` ends (mean of its last validations; its own entry "
             "is when that is), linear between validations; not reached (k of n): k of the n seeds did not "
             "get there; ≤: a seed was there at its first validation."
@@ -414,18 +430,23 @@ def write_report(folder: Path) -> None:
     if not rows:
         raise UsageError(f"{folder}: no rows yet; run dni-rnn sweep {folder} first")
     about = read_about(folder, cells)
-    metric = metric_of(rows[0])
-    table = render_table(cells, rows, about, metric, read_failures(folder))
+    metrics = metrics_of(rows[0])
+    table = render_table(cells, rows, about, metrics, read_failures(folder))
     groups = by_cell(cells, about.timed(rows))
-    curves, traces = curves_of(groups, metric), traces_of(groups)
-    names = ["table.md", "table.csv", "report.html", f"{metric.key}.png", f"{metric.key}.svg"]
-    save_curves([folder / name for name in names[3:]], curves, metric)
+    plots = []
+    for metric in metrics:
+        paths = [folder / f"{metric.key}.png", folder / f"{metric.key}.svg"]
+        save_curves(paths, curves_of(groups, metric), metric)
+        plots += paths
+    traces = traces_of(groups)
     if traces:
-        names += [f"{INSIDE}.png", f"{INSIDE}.svg"]
-        save_traces([folder / name for name in names[5:]], curves, traces)
+        paths = [folder / f"{INSIDE}.png", folder / f"{INSIDE}.svg"]
+        save_traces(paths, curves_of(groups, metrics[0]), traces)
+        plots += paths
     write_text(folder / "table.csv", render_csv(cells, rows))
     write_text(folder / "table.md", table)
     write_text(folder / "report.html", render_page(table, folder))
+    names = ["table.md", "table.csv", "report.html", *(path.name for path in plots)]
     print(f"{folder}: {len(rows)} of {len(cells)} rows -> {', '.join(names)}")
 
 

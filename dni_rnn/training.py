@@ -22,7 +22,7 @@ from dni_rnn.errors import DivergedError, UsageError
 from dni_rnn.estimators import DNI, TruncatedBPTT, Window, state_gradients, window_loss
 from dni_rnn.files import held
 from dni_rnn.graphs import Recorded
-from dni_rnn.metrics import Metric
+from dni_rnn.metrics import BPC, Metric
 from dni_rnn.recurrent import Boundary, RecurrentCore, SequenceModel
 from dni_rnn.runs import MetricsLog, Run
 from dni_rnn.sampling import sample
@@ -187,8 +187,13 @@ class BaseLearner:
         raise NotImplementedError
 
     @staticmethod
-    def score(model: Any, data: Any, split: Split, device: torch.device, level: int | None = None) -> float:
-        """`config.metric` over one pass of `split`, of a task that gets harder at `level`."""
+    def score(
+        model: Any, data: Any, split: Split, device: torch.device, level: int | None = None
+    ) -> dict[str, float]:
+        """`config.metric` by its key, and what else there is, over one pass of `split`.
+
+        Of a task that gets harder: at `level`.
+        """
         raise NotImplementedError
 
     def reset_metrics(self) -> None:
@@ -221,7 +226,7 @@ class BaseLearner:
         """Of a task that gets harder: the level being learnt."""
         return None
 
-    def evaluate(self, split: Split, level: int | None) -> float:
+    def evaluate(self, split: Split, level: int | None) -> dict[str, float]:
         """`score` of the model as it is."""
         return self.score(self.model, self.data, split, self.device, level)
 
@@ -291,8 +296,8 @@ class Learner(BaseLearner):
     @staticmethod
     def score(
         model: SequenceModel, data: Data, split: Split, device: torch.device, level: int | None = None
-    ) -> float:
-        return evaluate(model, data, split, device, level)
+    ) -> dict[str, float]:
+        return {BPC.key: evaluate(model, data, split, device, level)}
 
     def reset_metrics(self) -> None:
         super().reset_metrics()
@@ -323,13 +328,18 @@ class Learner(BaseLearner):
         self.optimizer.zero_grad()
         with self.autocast():
             estimate = self.estimator(self.model, windows, self.state, config.weight)
+        loss = self.collect(estimate.loss)
         if config.clip:
             self.norm.add_(nn.utils.clip_grad_norm_(self.net, config.clip))
         self.optimizer.step()
         for kept, new in zip(flatten(self.state)[0], flatten(estimate.state)[0], strict=True):
             kept.copy_(new)
-        self.window_loss.copy_(estimate.loss)
-        self.loss.add_(estimate.loss)
+        self.window_loss.copy_(loss)
+        self.loss.add_(loss)
+
+    def collect(self, loss: Tensor) -> Tensor:
+        """The loss of all rows, once `.grad` is the gradient of all; here there are no others."""
+        return loss
 
     def _audit(self) -> None:
         """Compare ĝ at the boundary where training stands with the real gradient of the steps to come."""
@@ -484,9 +494,14 @@ class Progress(NamedTuple):
 
 
 def prepare(run: Run, learner: BaseLearner) -> Progress:
-    """Check the run directory, and put the learner where the checkpoint stands that is to be resumed."""
+    """Check the run directory, and `resume`."""
     size = sum(t.numel() * t.element_size() for t in learner.model.state_dict().values())
     run.prepare(needed_bytes=12 * size)
+    return resume(run, learner)
+
+
+def resume(run: Run, learner: BaseLearner) -> Progress:
+    """Put the learner where the checkpoint stands, if one is to be resumed."""
     if not (run.config.resume and run.checkpoint.exists()):
         return Progress(0.0, None)
     run.check_symbols(learner.data)
@@ -650,17 +665,18 @@ class _Loop:
     def _validate(self) -> None:
         learner = self.learner
         level = learner.level
-        value, name = learner.evaluate("valid", level), f"valid_{self.metric.key}"
-        if not math.isfinite(value):
+        found = learner.evaluate("valid", level)
+        if not all(math.isfinite(value) for value in found.values()):
             raise DivergedError("the validation loss is not finite")
         seconds = round(self.clock.read(), 3)
-        values = {"step": learner.step, "symbols": learner.symbols, name: value}
+        values = {"step": learner.step, "symbols": learner.symbols}
+        values |= {f"valid_{name}": value for name, value in found.items()}
         if level is not None:
             values["level"] = level
         self.log.write(values | {"seconds": seconds})
-        found = Best(level or 0, value)
-        if self.best is None or not learner.keeps_best or found.beats(self.best, self.metric):
-            self.best = found
+        now = Best(level or 0, found[self.metric.key])
+        if self.best is None or not learner.keeps_best or now.beats(self.best, self.metric):
+            self.best = now
             checkpoint.save_checkpoint(self.run.best, learner.model.state_dict(), values)
 
     def _save(self) -> None:
@@ -675,8 +691,7 @@ class _Loop:
     def _summarise(self) -> dict[str, Any]:
         learner = self.learner
         tensors, best = checkpoint.load_checkpoint(self.run.best)
-        key = self.metric.key
-        valid = self.metric.points(self.run.rows())[-1].value
+        last = next(row for row in reversed(self.run.rows()) if f"valid_{self.metric.key}" in row)
         seconds = self.clock.read()
         learner.model.load_state_dict(tensors)
         test = learner.evaluate("test", best.get("level"))
@@ -688,10 +703,10 @@ class _Loop:
             "symbols": learner.symbols,
             "seconds": round(seconds, 3),
             "symbols_per_second": round(learner.symbols / seconds),
-            f"valid_{key}": valid,
-            f"best_valid_{key}": best[f"valid_{key}"],
+            **{f"valid_{name}": last[f"valid_{name}"] for name in test},
+            **{f"best_valid_{name}": best[f"valid_{name}"] for name in test},
             "best_symbols": best["symbols"],
-            f"test_{key}": test,
+            **{f"test_{name}": value for name, value in test.items()},
             **learner.summary(),
             "net_parameters": sum(p.numel() for p in learner.net),
             "synthesizer_parameters": sum(p.numel() for p in learner.synthesizer),

@@ -33,7 +33,10 @@ from dni_rnn.task import config_of, installed_tasks
 
 GOLDEN = Path(__file__).parent / "golden"
 RENEW = os.environ.get("DNI_RNN_RENEW") == "1"
-BUNDLED = ("addition", "cifar", "copy", "live", "mnist", "ptb", "recall", "repeat-copy", "text")
+BUNDLED = (
+    "addition", "cifar", "copy", "counting", "live", "mnist", "ptb", "recall", "repeat-copy", "surface",
+    "text",
+)  # fmt: skip
 COMMANDS = ("train", "eval", "sample", "compare", "diagnose", "demo", "sweep", "report", "bench", "tasks")
 SMALL = shlex.split(
     "--hidden 8 --embedding 4 --batch-size 4 --bptt 5 --log-every 5 --eval-every 400 --threads 1"
@@ -181,7 +184,7 @@ def test_as_a_module():
     [
         ([], "train, eval, sample"),
         (["trian"], "trian"),
-        (["train"], "addition, cifar, copy, live"),
+        (["train"], "addition, cifar, copy, counting, live"),
         (["train", "nope"], "nope"),
         (["train", "text", "--nope"], "--nope"),
         (["train", "text", "--bptt", "many"], "many"),

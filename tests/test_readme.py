@@ -52,8 +52,8 @@ def test_commands_of_the_readme_run_in_the_order_given(
         words = [str(DATA) if word == "DATA" else word for word in shlex.split(command)[1:]]
         if words[0] == "train":
             # The published command with a budget of moments; everything else is as typed.
-            small = "--steps 3 --hidden 8" if words[1] == "ptb" else "--epochs 0.01 --width 4"
-            words += [*small.split(), "--threads", "1"]
+            budgets = {"ptb": "--steps 3 --hidden 8", "counting": "--digits 3000 --hidden 8"}
+            words += [*budgets.get(words[1], "--epochs 0.01 --width 4").split(), "--threads", "1"]
         if words[0] == "sample":
             words += ["--chars", "20"]
         assert main(words) == 0, command

@@ -18,20 +18,20 @@ from dni_rnn.cli import main
 from dni_rnn.config import TrainConfig, to_json
 from dni_rnn.errors import UsageError
 from dni_rnn.index import render_index, result_folders
-from dni_rnn.metrics import BPC, metric_of
+from dni_rnn.metrics import BPC, metrics_of
 from dni_rnn.page import render_page
 from dni_rnn.plots import COLOURS, Curve, Point, fingerprint, fingerprint_of, mean_curve, save_curves
 from dni_rnn.report import (
     INSIDE,
     About,
     Metric,
+    amount_to,
     by_cell,
     curves_of,
     mean_sd,
     read_about,
     render_csv,
     render_table,
-    seconds_to,
     traces_of,
     write_report,
 )
@@ -125,8 +125,8 @@ def folder(tmp_path):
 
 def render(folder, rows=None):
     cells, rows = read_sweep(folder), read_rows(folder) if rows is None else rows
-    metric = metric_of(rows[0]) if rows else BPC
-    return render_table(cells, rows, read_about(folder, cells), metric, read_failures(folder))
+    metrics = metrics_of(rows[0]) if rows else [BPC]
+    return render_table(cells, rows, read_about(folder, cells), metrics, read_failures(folder))
 
 
 FOLDERS = sorted(path for path in RESULTS.glob("*") if path.is_dir())
@@ -142,13 +142,13 @@ def test_committed_tables_are_what_their_rows_say(folder):
     cells, rows = read_sweep(folder), read_rows(folder)
     if not (folder / "table.md").exists() and len(rows) < len(cells):
         pytest.skip("a sweep that is still running and was never reported")
-    about, metric = read_about(folder, cells), metric_of(rows[0])
+    about, metrics = read_about(folder, cells), metrics_of(rows[0])
     assert (folder / "table.md").read_text(encoding="utf-8") == render(folder), stale(folder)
     assert (folder / "table.csv").read_text(encoding="utf-8") == render_csv(cells, rows), stale(folder)
     groups = by_cell(cells, about.timed(rows))
-    pictures = {metric.key: fingerprint(curves_of(groups, metric), metric)}
+    pictures = {metric.key: fingerprint(curves_of(groups, metric), metric) for metric in metrics}
     if traces_of(groups):
-        pictures[INSIDE] = fingerprint(curves_of(groups, metric), traces_of(groups))
+        pictures[INSIDE] = fingerprint(curves_of(groups, metrics[0]), traces_of(groups))
     for name, content in pictures.items():
         for ending in ("png", "svg"):
             assert fingerprint_of(folder / f"{name}.{ending}") == content, stale(folder)
@@ -258,13 +258,57 @@ def test_mean_and_sample_standard_deviation():
 def test_seconds_to_a_target(target, seconds):
     # Down, up again, and down: what counts is the first time.
     curve = points((1, 10.0, 3.0), (2, 20.0, 2.0), (3, 30.0, 2.5), (4, 40.0, 1.5), (5, 45.0, 1.0))
-    assert seconds_to(curve, target, BPC) == seconds
+    assert amount_to(curve, target, BPC) == seconds
+
+
+def test_symbols_to_a_target():
+    curve = points((100, 10.0, 3.0), (200, 20.0, 2.0))
+    assert amount_to(curve, 2.5, BPC, "symbols") == 150.0
+
+
+def test_two_nets_have_a_table_each(folder):
+    """Against seconds and, where asked for, against what they are counted in."""
+    rows = []
+    for row in read_rows(folder):
+        # The second net is the first with twice the error.
+        of_each = {"fast": 1.0, "slow": 2.0}
+        curve = [
+            {"symbols": p["symbols"], "seconds": p["seconds"], f"valid_error_{net}": factor * p["valid_bpc"]}
+            for net, factor in of_each.items()
+            for p in row["curve"]
+        ]
+        values = {
+            f"{name}_error_{net}": factor * row[f"{name}_bpc"]
+            for net, factor in of_each.items()
+            for name in ("valid", "best_valid", "test")
+        }
+        rows.append({k: v for k, v in row.items() if "bpc" not in k} | {"curve": curve} | values)
+    (folder / "sweep.toml").write_text(SWEEP.replace("[cells]", "counted = true\n[cells]", 1))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(folder)
+    text = (folder / "table.md").read_text()
+    lines = cells_of(text)
+    half = len(lines) // 2
+    assert lines[0][2:] == [
+        "best valid A error %", "test A error %", "digits/s", "seconds",
+        "digits to 1.500", "seconds to 1.500", "published",
+    ]  # fmt: skip
+    assert lines[half][2] == "best valid B error %"
+    assert lines[half][6:8] == ["digits to 3.000", "seconds to 3.000"]
+    reached = [
+        [line[6:8] for line in table if line[0] == "bptt T=2"] for table in (lines[:half], lines[half:])
+    ]
+    assert (
+        reached == [[["162 ± 18", "40 ± 14"]]] * 2
+    )  # half-way and three quarters of the way from 100 to 200
+    assert "Digits and seconds to 3.000: until" in text
+    assert {path.name for path in folder.glob("*.svg")} == {"error_fast.svg", "error_slow.svg"}
 
 
 def test_a_metric_that_rises():
     curve = points((1, 10.0, 0.5), (2, 20.0, 0.75))
-    assert seconds_to(curve, 0.625, ACCURACY) == 15.0
-    assert seconds_to(curve, 0.8, ACCURACY) is None
+    assert amount_to(curve, 0.625, ACCURACY) == 15.0
+    assert amount_to(curve, 0.8, ACCURACY) is None
     assert ACCURACY.best([0.5, 0.75]) == 0.75
 
 
@@ -525,7 +569,7 @@ def test_a_task_that_grows_is_judged_by_what_it_solved(folder):
         climbs = [{"symbols": 100 * n, "seconds": 10.0 * n, "solved": n} for n in range(solved + 1)]
         rows.append(row | {"solved": solved, "climbs": climbs})
     about = About("Growing", reference=rows[0]["cell"])
-    text = render_table(read_sweep(folder), rows, about, metric_of(rows[0]))
+    text = render_table(read_sweep(folder), rows, about, metrics_of(rows[0]))
     groups = {name: [r for r in rows if r["cell"] == name] for name in dict.fromkeys(r["cell"] for r in rows)}
     target = sum(r["solved"] for r in groups[rows[0]["cell"]]) / len(groups[rows[0]["cell"]])
     for name, found in groups.items():

@@ -447,7 +447,7 @@ def test_a_diverged_run_is_not_saved_on_its_way_out(text, tmp_path, monkeypatch)
 
 
 def test_a_validation_loss_that_is_not_a_number(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(Learner, "evaluate", lambda *_: math.nan)
+    monkeypatch.setattr(Learner, "evaluate", lambda *_: {"bpc": math.nan})
     with pytest.raises(
         DivergedError, match="update 20: the validation loss is not finite; no checkpoint yet"
     ):
@@ -767,7 +767,7 @@ def test_results_of_a_run(text, tmp_path, monkeypatch, capsys):
     assert values == best
     plain = learner_of(Text(path=text))
     plain.model.load_state_dict({name: t for name, t in tensors.items() if "interface" not in name})
-    assert evaluate_(plain, "valid", None) == best["valid_bpc"]
+    assert evaluate_(plain, "valid", None) == {"bpc": best["valid_bpc"]}
 
     symbols = plain.data.input_symbols
     net = symbols * 4 + 4 * 8 * (4 + 8 + 2) + 8 * symbols + symbols
@@ -782,7 +782,7 @@ def test_results_of_a_run(text, tmp_path, monkeypatch, capsys):
         "valid_bpc": curve[-1]["valid_bpc"],
         "best_valid_bpc": best["valid_bpc"],
         "best_symbols": best["symbols"],
-        "test_bpc": evaluate_(plain, "test", None),
+        "test_bpc": evaluate_(plain, "test", None)["bpc"],
         "state_rms": rows(out)[-2]["state_rms"],
         "sample": {"text": sample(plain.model, plain.data, "", **how), **how},
         "net_parameters": net,
@@ -871,7 +871,9 @@ def test_evaluation_is_in_bits_per_symbol(text):
     learner = learner_of(Text(path=text))
     learner.model.readout.weight.data.zero_()
     learner.model.readout.bias.data.zero_()
-    assert learner.evaluate("valid", None) == pytest.approx(math.log2(learner.data.input_symbols), rel=1e-6)
+    assert learner.evaluate("valid", None)["bpc"] == pytest.approx(
+        math.log2(learner.data.input_symbols), rel=1e-6
+    )
 
 
 def test_real_ptb(tmp_path, capsys):

@@ -24,6 +24,7 @@ from dni_rnn.decoupled.wire import GRADIENT, MESSAGE, Incoming, Layout, Outgoing
 from dni_rnn.distributed import Processes
 from dni_rnn.feedforward import Decoupled
 from dni_rnn.interface import Interface
+from dni_rnn.metrics import RMSE
 from dni_rnn.runs import Run
 from dni_rnn.synthesizers import ContextMLP
 from dni_rnn.task import Split
@@ -85,14 +86,16 @@ class SurfaceLearner(BaseLearner):
 
     @staticmethod
     @torch.no_grad()
-    def score(model: Any, data: Any, split: Split, device: torch.device, level: int | None = None) -> float:
+    def score(
+        model: Any, data: Any, split: Split, device: torch.device, level: int | None = None
+    ) -> dict[str, float]:
         """Root mean square error on the grid of a split."""
         x, y = (tensor.to(device) for tensor in data.grid(split))
         training = model.training
         model.eval()
         error = float((model(x) - y).square().mean().sqrt())
         model.train(training)
-        return error
+        return {RMSE.key: error}
 
     def set_rates(self) -> None:
         """Of the update to come: along a cosine to zero."""

@@ -202,7 +202,7 @@ class ProcessPart(BaseLearner):
         """What the last part has seen since `reset_metrics`, as far as this process has heard of it."""
         return tuple(now - then for now, then in zip(self.seen, self.seen_before, strict=True))
 
-    def evaluate(self, split: Split, level: int | None) -> float:
+    def evaluate(self, split: Split, level: int | None) -> dict[str, float]:
         if self.gathered != self.step:
             self.order(GATHER, self.step)
             with self._reaching():

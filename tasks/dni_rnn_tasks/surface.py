@@ -8,18 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dni_rnn.config import RunConfig
 from dni_rnn.errors import UsageError
-from dni_rnn.metrics import Metric
+from dni_rnn.metrics import RMSE, Metric
 from dni_rnn.task import Split
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-RMSE = Metric(
-    "rmse",
-    "RMS error",
-    "root mean square error of the surface, in units of its standard deviation",
-    unit="point",
-)
 GRID = {"train": 32, "valid": 48, "test": 64}
 """Points along each side of the grid that a split is measured on."""
 

@@ -1,0 +1,205 @@
+"""Data-parallel training: the rows of a batch spread over processes, the same numbers as in one.
+
+Process 0 drives the ordinary training loop, so the result is an ordinary run; before each thing that all
+have to do together it says which one it is. Every process reads the whole stream and keeps its rows, so all
+know alike where the stream stands, and a checkpoint can be resumed by any number of processes.
+
+Gradients are summed in one message per update, not by `DistributedDataParallel`, for three reasons. That
+hooks into one forward call of one module, and here a window is entered, unrolled and left through three
+methods, and `accumulate` windows are differentiated one by one. It averages, and the loss and M's own are
+means over the rows of all processes already. And its messages start while backward runs, when those of the
+interfaces travel too: their order would have to be the same in all processes, which nothing promises.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dni_rnn.config import TrainConfig
+from dni_rnn.distributed import Processes, device_of
+from dni_rnn.errors import DivergedError, LostError, UsageError
+from dni_rnn.estimators import Window
+from dni_rnn.interface import Interface
+from dni_rnn.recurrent import Boundary
+from dni_rnn.runs import Run
+from dni_rnn.streams import Stream
+from dni_rnn.task import Data
+from dni_rnn.training import Interrupted, Learner, fit, load_data, prepare, resume
+from dni_rnn.trees import flatten_rows, map_tree
+
+END, UPDATE, STATE, STATE_RMS = range(4)
+"""What all do together."""
+
+
+def train_rows(run: Run, processes: Processes) -> dict[str, Any] | None:
+    """Train with this process's rows; returns the summary in process 0, None in the others.
+
+    Raises:
+      UsageError, DivergedError, Interrupted: as `dni_rnn.training.train`; in the other processes
+        `ReportedElsewhere` for what may happen before the training, and afterwards the exit code.
+      LostError: another process has died or hangs.
+    """
+    rank, config = processes.rank, run.config
+    assert isinstance(config, TrainConfig)
+    device = processes.together(lambda: device_of(processes, config.device))
+    data = processes.together(lambda: load_data(run))
+    learner = processes.together(lambda: RowsLearner(config, data, device, processes))
+    progress = processes.together(lambda: prepare(run, learner) if rank == 0 else None)
+    processes.together(lambda: resume(run, learner) if rank else None)
+    processes.agree({"the update of the checkpoint": learner.step})
+    if rank:
+        code = learner.follow()
+        return sys.exit(code) if code else None
+    assert progress is not None
+    try:
+        summary = fit(run, learner, progress)
+    except (UsageError, DivergedError, Interrupted) as error:
+        code = {UsageError: 2, DivergedError: 3}.get(type(error), 128)
+        learner.end(code + error.signal if isinstance(error, Interrupted) else code)
+        raise
+    learner.end(0)
+    return summary
+
+
+class RowsOf:
+    """Some rows of a stream; everything else of it, `scored` of its windows too, is that of the whole."""
+
+    def __init__(self, stream: Stream, rows: slice) -> None:
+        self._stream, self._rows = stream, rows
+        self.batch_size, self.ladder, self.size = rows.stop - rows.start, stream.ladder, stream.size
+        self.state_dict, self.load_state_dict = stream.state_dict, stream.load_state_dict
+
+    def window(self, steps: int, context: int) -> Window:
+        whole, rows = self._stream.window(steps, context), self._rows
+        return whole._replace(
+            inputs=whole.inputs[:, rows],
+            targets=whole.targets[:, rows],
+            start=self._boundary(whole.start),
+            end=self._boundary(whole.end),
+        )
+
+    def _boundary(self, whole: Boundary) -> Boundary:
+        return Boundary(*(None if values is None else values[..., self._rows] for values in whole))
+
+    def to(self, device: torch.device) -> RowsOf:
+        self._stream.to(device)
+        return self
+
+
+class RowsLearner(Learner):
+    """A recurrent model in training on some rows of every window, together with other processes.
+
+    All processes hold the same weights and, summed over all rows, the same statistics of the synthesizers.
+    """
+
+    def __init__(self, config: TrainConfig, data: Data, device: torch.device, processes: Processes) -> None:
+        super().__init__(config, data, device)
+        self.processes = processes
+        rows = config.batch_size // processes.size
+        self.rows = slice(processes.rank * rows, (processes.rank + 1) * rows)
+        self.stream = RowsOf(self.stream, self.rows)
+        self.state = self.model.initial_state(rows)
+        for module in (*self.model.modules(), *self.estimator.modules()):
+            if isinstance(module, Interface):
+                module.total = total
+
+    def recorded(self, step: Callable[..., None]) -> Callable[..., None]:
+        """As it is: an update waits for the other processes."""
+        return step
+
+    def follow(self) -> int:
+        """Do what process 0 says until it ends; returns the exit code. It alone is stopped by signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        together: dict[int, Callable[[], object]] = {
+            UPDATE: self.update, STATE: self.state_dict, STATE_RMS: self.state_rms
+        }  # fmt: skip
+        while True:
+            order, code = self._order()
+            if order == END:
+                return code
+            together[order]()
+
+    def end(self, code: int) -> None:
+        """Let the others end, with an exit code."""
+        self._order(END, code)
+
+    def _order(self, order: int = END, code: int = 0) -> tuple[int, int]:
+        """Tell the others what to do; in the others, what to do."""
+        said = torch.tensor([order, code])
+        with _nobody_lost():
+            dist.broadcast(said, src=0)
+        return int(said[0]), int(said[1])
+
+    def _begin(self, order: int) -> None:
+        if self.processes.rank == 0:
+            self._order(order)
+
+    def update(self) -> None:
+        self._begin(UPDATE)
+        super().update()
+
+    def collect(self, loss: Tensor) -> Tensor:
+        gradients = [p.grad for p in (*self.net, *self.synthesizer) if p.grad is not None]
+        *_, summed = total_([*gradients, loss.reshape(1)])
+        return summed.reshape(())
+
+    def state_rms(self) -> float:
+        self._begin(STATE_RMS)
+        rows = flatten_rows(self.state)
+        squares = total(rows.square().sum()) / (rows.shape[1] * self.config.batch_size)
+        return float(squares.sqrt())
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self._begin(STATE)
+        mine = self.state
+        self.state = map_tree(self._whole, mine)
+        try:
+            return super().state_dict()
+        finally:
+            self.state = mine
+
+    def _whole(self, leaf: Tensor) -> Tensor:
+        """A leaf of the state with the rows of all processes."""
+        parts = [torch.empty_like(leaf) for _ in range(self.processes.size)]
+        with _nobody_lost():
+            dist.all_gather(parts, leaf.contiguous())
+        return torch.cat(parts, dim=-2)
+
+    def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        mine = {name: t[..., self.rows, :] for name, t in tensors.items() if name.startswith("state.")}
+        super().load_state_dict(tensors | mine, values)
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes."""
+    (summed,) = total_([tensor.clone()])
+    return summed
+
+
+def total_(tensors: list[Tensor]) -> Iterable[Tensor]:
+    """Sum each of several tensors over all processes, in place and in one message."""
+    flat = tensors[0] if len(tensors) == 1 else torch.cat([tensor.flatten() for tensor in tensors])
+    with _nobody_lost():
+        dist.all_reduce(flat)
+    if len(tensors) > 1:
+        for tensor, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(piece.view_as(tensor))
+    return tensors
+
+
+@contextmanager
+def _nobody_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise LostError(f"another process has died or hangs ({reason}); add --resume to go on") from None
