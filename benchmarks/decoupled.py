@@ -75,6 +75,7 @@ def measure(
     run.path.mkdir(exist_ok=True)
     learner = ChainPart(run, config, data, torch.device("cpu"), processes)
     learner.connect()
+    learner.connect_weights()
     if processes.rank:
         learner.follow()
         return {}

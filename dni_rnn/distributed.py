@@ -179,6 +179,8 @@ def joined(timeout: float, device: str = "cpu") -> Iterator[Processes]:
         backend = "cpu:gloo,cuda:nccl"
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
+        # torchrun keeps the store when it starts processes anew, and what the dead ones left is in it.
+        store = PrefixStore(f"attempt{attempt()}", store)
         dist.init_process_group(
             backend,
             store=PrefixStore("group", store),

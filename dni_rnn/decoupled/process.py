@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,8 +30,8 @@ from dni_rnn.decoupled.wire import (
     Outgoing,
     Packet,
 )  # fmt: skip
-from dni_rnn.distributed import Processes, device_of, reaching
-from dni_rnn.errors import DivergedError, LostError, UsageError
+from dni_rnn.distributed import Processes, device_of
+from dni_rnn.errors import DivergedError, UsageError
 from dni_rnn.runs import MetricsLog, Run
 from dni_rnn.task import Split
 from dni_rnn.training import BaseLearner, Interrupted, fit, load_data, prepare, stop_requests
@@ -58,6 +56,7 @@ def train_part(run: Run, processes: Processes) -> dict[str, Any] | None:
     start = processes.gather(learner.step)[0]
     processes.together(lambda: learner.prepare_part(start) if rank else None)
     learner.connect()
+    learner.connect_weights()
     if rank:
         code = learner.follow()
         return sys.exit(code) if code else None
@@ -83,6 +82,7 @@ class ProcessPart(BaseLearner):
       onward: links on which orders are handed on, the same as messages.
       awaited: links on which gradients come; an order has been carried out when it has come there too.
       back: links on which an order is acknowledged.
+      weights: links on which weights go to process 0, by the rank at the other end.
       waited: seconds spent waiting for another process, since the start.
       seen: by the last part: updates, sum of the losses, wrong rows. Travels back with the gradients.
     """
@@ -97,6 +97,7 @@ class ProcessPart(BaseLearner):
         self.onward: list[Outgoing] = []
         self.awaited: list[Incoming] = []
         self.back: list[Outgoing] = []
+        self.weights: dict[int, Any] = {}
         self.waited, self.own_updates = 0.0, 0
         self.gathered, self.saved = 0, 0
 
@@ -131,19 +132,9 @@ class ProcessPart(BaseLearner):
         while (packet := link.take(BEAT_SECONDS)) is None:
             self.watch.beat()
             if time.monotonic() - began > self.watch.timeout:
-                self.watch.check(self.watch.timeout)
+                self.watch.check()
         self.waited += time.monotonic() - began
         return packet
-
-    @contextmanager
-    def _reaching(self) -> Iterator[None]:
-        """What all processes do at once: when one does not take part, say which."""
-        try:
-            with reaching("another process"):
-                yield
-        except LostError:
-            self.watch.check(self.watch.timeout / 2)
-            raise
 
     # Orders
 
@@ -158,37 +149,49 @@ class ProcessPart(BaseLearner):
         self.drained()
 
     def _obey(self, order: Packet) -> None:
+        """Hand an order on, carry it out when nothing is under way any more, and acknowledge it."""
+        if not self.awaited:
+            self._save_if(order)
         self.order(order.kind, order.number)
+        if self.awaited:
+            self._save_if(order)
         for link in self.back:
             link.put(Packet(order.kind, order.number, notes=self.seen))
         if order.kind == GATHER:
-            with self._reaching():
-                self._gather()
-        elif order.kind == SAVE:
-            self.step = order.number
-            with self._reaching():
-                self.processes.together(self._save)
+            weights = [tensor.clone() for tensor in self._weights(self.rank)]
+            self.weights[0].put(Packet(MESSAGE, order.number, weights))
         elif order.kind == END:
+            self.weights[0].put(order)
             self._join()
+
+    def _save_if(self, order: Packet) -> None:
+        if order.kind == SAVE:
+            self.step = order.number
+            self._save()
 
     def _join(self) -> None:
         source = [] if self.source is None else [self.source]
-        for link in (*source, *self.onward, *self.awaited, *self.back):
+        for link in (*source, *self.onward, *self.awaited, *self.back, *self.weights.values()):
             link.join()
 
+    def _weights(self, rank: int) -> list[Tensor]:
+        return [t for module in self.modules_of(rank).values() for t in module.state_dict().values()]
+
+    def connect_weights(self) -> None:
+        """Open the links on which weights come to process 0."""
+        group: Any = dist.new_group(backend="gloo")
+        if self.rank:
+            self.weights = {0: Outgoing(0, Layout(self._weights(self.rank)), 1, group)}
+        else:
+            for rank in range(1, self.processes.size):
+                self.weights[rank] = Incoming(rank, Layout(self._weights(rank)), 1, group)
+
     def _gather(self) -> None:
-        """Bring the weights of all parts to process 0."""
-        for rank in range(1, self.processes.size):
-            if self.rank not in (0, rank):
-                continue
-            tensors = [t for module in self.modules_of(rank).values() for t in module.state_dict().values()]
-            layout = Layout(tensors)
-            if self.rank:
-                dist.send(layout.pack(Packet(MESSAGE, 0, tensors)), 0)
-                continue
-            buffer = torch.empty(layout.bytes, dtype=torch.uint8)
-            dist.recv(buffer, rank)
-            for tensor, came in zip(tensors, layout.unpack(buffer).tensors, strict=True):
+        """Bring the weights of all parts to process 0, after the same message."""
+        self.order(GATHER, self.step)
+        for rank, link in self.weights.items():
+            packet = self.wait(link)
+            for tensor, came in zip(self._weights(rank), packet.tensors, strict=True):
                 tensor.copy_(came)
         self.gathered = self.step
 
@@ -204,9 +207,7 @@ class ProcessPart(BaseLearner):
 
     def evaluate(self, split: Split, level: int | None) -> dict[str, float]:
         if self.gathered != self.step:
-            self.order(GATHER, self.step)
-            with self._reaching():
-                self._gather()
+            self._gather()
         return super().evaluate(split, level)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -215,8 +216,6 @@ class ProcessPart(BaseLearner):
         """
         if self.rank == 0:
             self.order(SAVE, self.step)
-            with self._reaching():
-                self.processes.together(lambda: None)
         return super().state_dict()
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:

@@ -45,18 +45,18 @@ class Watch:
             if self.processes.rank == 0 and self.processes.store.check([STOP]):
                 signal.raise_signal(int(self.processes.store.get(STOP)))
 
-    def check(self, limit: float) -> None:
+    def check(self) -> None:
         """For a process that has been waiting: who hangs?
 
         Raises:
-          LostError: a process gave no sign of life for more than `limit` seconds.
+          LostError: a process gave no sign of life in time.
         """
         store, now = self.processes.store, time.time()
         with reaching(STARTER):
             known = [rank for rank in range(self.processes.size) if store.check([f"alive{rank}"])]
             silent = {rank: now - float(store.get(f"alive{rank}")) for rank in known}
         rank = max(silent, key=lambda rank: silent[rank])
-        if silent[rank] > limit:
+        if silent[rank] > self.timeout:
             raise LostError(
                 f"process {rank} hangs: no sign of life for {silent[rank]:.0f} s (--timeout {self.timeout:g})"
             )
