@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -389,3 +390,21 @@ def test_the_surface_is_standardised_and_its_points_are_repeatable():
 def test_a_surface_takes_one_process_or_three(capsys):
     assert main(["train", "surface", "--processes", "2"]) == 2
     assert "in one process, or in three" in capsys.readouterr().err
+
+
+# A recurrent net
+
+
+def run_example(rank, windows, frozen):
+    made = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "encoder_and_core.py"))
+    with joined(60.0) as processes:
+        return made["run"](processes, windows, frozen)
+
+
+def test_an_encoder_learns_from_a_recurrent_net_in_another_process():
+    shares = []
+    for frozen in (False, True):
+        encoder, core = in_processes(2, run_example, 1000, frozen)
+        assert encoder.error is None, encoder
+        shares.append(core.result)
+    assert shares[0] > shares[1] + 0.1
