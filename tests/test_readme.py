@@ -49,7 +49,8 @@ def test_commands_of_the_readme_run_in_the_order_given(
     grid = grid.replace("[0, 1, 2]", "[0]").replace('"recall ', '"recall --steps 3 --hidden 8 ')
     (tmp_path / "results" / "mine" / "sweep.toml").write_text(grid)
     for command in commands():
-        words = [str(DATA) if word == "DATA" else word for word in shlex.split(command)[1:]]
+        here = {"DATA": str(DATA), "cuda": "auto"}
+        words = [here.get(word, word) for word in shlex.split(command)[1:]]
         if words[0] == "train":
             # The published command with a budget of moments; everything else is as typed.
             budgets = {"ptb": "--steps 3 --hidden 8", "counting": "--digits 3000 --hidden 8"}
