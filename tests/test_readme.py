@@ -58,18 +58,7 @@ def test_commands_of_the_readme_run_in_the_order_given(
         if words[0] == "sample":
             words += ["--chars", "20"]
         if words[0] == "bench":
-            words += [
-                "--hidden",
-                "8",
-                "--bptt",
-                "2",
-                "--batch-size",
-                "2",
-                "--processes",
-                "1",
-                "--rounds",
-                "1",
-            ]
+            words += shlex.split("--hidden 8 --bptt 2 --batch-size 2 --processes 1 --rounds 1")
         assert main(words) == 0, command
     written = capsys.readouterr().out
     assert "the company said" in written
