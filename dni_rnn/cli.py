@@ -230,7 +230,10 @@ def _train(self: Any, processes: distributed.Processes | None = None) -> None:
     if processes is None:
         config.among(config.processes or 1)
         if config.processes is not None:
-            sys.exit(distributed.launch(self.arguments, config.processes))
+            code = distributed.launch(self.arguments, config.processes)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # threads of torch's launcher may still run, and would abort a normal end
     from dni_rnn.runs import Run, default_path
     from dni_rnn.training import Interrupted, train
 
