@@ -195,6 +195,15 @@ class RunConfig:
         return self
 
 
+def _check_dni(config: Any, *names: str) -> None:
+    """Refuse settings `names` that do nothing without --dni, and --dni that has no row to compare with."""
+    for name in () if config.dni else names:
+        if getattr(config, name) != getattr(type(config), name):
+            raise UsageError(f"--{name.replace('_', '-')} does nothing without --dni; add --dni")
+    if config.dni and config.centre and config.batch_size == 1:
+        raise UsageError("--batch-size 1: a mean over one row leaves no synthetic gradient; add --no-centre")
+
+
 BUDGETS = ("chars", "minutes", "steps")
 """Fields of `TrainConfig` that say when to stop; at most one is given."""
 
@@ -283,19 +292,11 @@ class TrainConfig(RunConfig):
             raise UsageError(f"--discount must lie above 0 and at most at 1, not {self.discount}")
         if sum(getattr(self, name) is not None for name in BUDGETS) > 1:
             raise UsageError("give one of --chars, --minutes and --steps, not several")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        if not self.dni:
-            for name in (
-                "synthesizer", "synthesizer_reads", "context", "reading", "scale", "discount", "centre",
-                "restore", "audit", "aux", "synthesizer_lr",
-            ):  # fmt: skip
-                if getattr(self, name) != defaults[name]:
-                    raise UsageError(f"--{name.replace('_', '-')} does nothing without --dni; add --dni")
-        if self.dni and self.centre and self.batch_size == 1:
-            raise UsageError(
-                "--batch-size 1: a mean over one row leaves no synthetic gradient; add --no-centre"
-            )
-        if not self.aux and self.aux_weight != defaults["aux_weight"]:
+        _check_dni(
+            self, "synthesizer", "synthesizer_reads", "context", "reading", "scale", "discount", "centre",
+            "restore", "audit", "aux", "synthesizer_lr",
+        )  # fmt: skip
+        if not self.aux and self.aux_weight != type(self).aux_weight:
             raise UsageError("--aux-weight does nothing without --aux; add --aux")
         SynthesizerSpec.parse(self.synthesizer)
         ContextSpec.parse(self.context)
@@ -628,14 +629,9 @@ class RatesConfig(RunConfig):
             raise UsageError(f"--bptt must be at least 2, not {self.bptt}: else there is but one rate")
         if self.ticks is not None and self.bptt % self.ticks:
             raise UsageError(f"--ticks {self.ticks} must divide --bptt {self.bptt}")
-        needs = ("ticks", "synthesizer", "context", "critic", "scale", "centre", "restore", "synthesizer_lr")
-        for name in needs if not self.dni else ():
-            if getattr(self, name) != getattr(type(self), name):
-                raise UsageError(f"--{name.replace('_', '-')} does nothing without --dni; add --dni")
-        if self.dni and self.centre and self.batch_size == 1:
-            raise UsageError(
-                "--batch-size 1: a mean over one row leaves no synthetic gradient; add --no-centre"
-            )
+        _check_dni(
+            self, "ticks", "synthesizer", "context", "critic", "scale", "centre", "restore", "synthesizer_lr"
+        )
         if self.critic and self.context == "none":
             raise UsageError("--context none: a critic predicts the loss of known targets; add --no-critic")
         SynthesizerSpec.parse(self.synthesizer)

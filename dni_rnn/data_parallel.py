@@ -14,9 +14,7 @@ interfaces travel too: their order would have to be the same in all processes, w
 from __future__ import annotations
 
 import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,15 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dni_rnn.config import TrainConfig
-from dni_rnn.distributed import Processes, device_of
-from dni_rnn.errors import DivergedError, LostError, UsageError
+from dni_rnn.distributed import Processes, device_of, lead_or_follow, reaching
 from dni_rnn.estimators import Window
 from dni_rnn.interface import Interface
 from dni_rnn.recurrent import Boundary
 from dni_rnn.runs import Run
 from dni_rnn.streams import Stream
 from dni_rnn.task import Data
-from dni_rnn.training import Interrupted, Learner, fit, load_data, prepare, resume
+from dni_rnn.training import Learner, load_data, prepare, resume
 from dni_rnn.trees import flatten_rows, map_tree
 
 END, UPDATE, STATE, STATE_RMS = range(4)
@@ -55,18 +52,7 @@ def train_rows(run: Run, processes: Processes) -> dict[str, Any] | None:
     progress = processes.together(lambda: prepare(run, learner) if rank == 0 else None)
     processes.together(lambda: resume(run, learner) if rank else None)
     processes.agree({"the update of the checkpoint": learner.step})
-    if rank:
-        code = learner.follow()
-        return sys.exit(code) if code else None
-    assert progress is not None
-    try:
-        summary = fit(run, learner, progress)
-    except (UsageError, DivergedError, Interrupted) as error:
-        code = {UsageError: 2, DivergedError: 3}.get(type(error), 128)
-        learner.end(code + error.signal if isinstance(error, Interrupted) else code)
-        raise
-    learner.end(0)
-    return summary
+    return lead_or_follow(run, learner, progress)
 
 
 class RowsOf:
@@ -135,7 +121,7 @@ class RowsLearner(Learner):
     def _order(self, order: int = END, code: int = 0) -> tuple[int, int]:
         """Tell the others what to do; in the others, what to do."""
         said = torch.tensor([order, code])
-        with _nobody_lost():
+        with reaching("another process"):
             dist.broadcast(said, src=0)
         return int(said[0]), int(said[1])
 
@@ -170,7 +156,7 @@ class RowsLearner(Learner):
     def _whole(self, leaf: Tensor) -> Tensor:
         """A leaf of the state with the rows of all processes."""
         parts = [torch.empty_like(leaf) for _ in range(self.processes.size)]
-        with _nobody_lost():
+        with reaching("another process"):
             dist.all_gather(parts, leaf.contiguous())
         return torch.cat(parts, dim=-2)
 
@@ -188,18 +174,9 @@ def total(tensor: Tensor) -> Tensor:
 def total_(tensors: list[Tensor]) -> Iterable[Tensor]:
     """Sum each of several tensors over all processes, in place and in one message."""
     flat = tensors[0] if len(tensors) == 1 else torch.cat([tensor.flatten() for tensor in tensors])
-    with _nobody_lost():
+    with reaching("another process"):
         dist.all_reduce(flat)
     if len(tensors) > 1:
         for tensor, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(piece.view_as(tensor))
     return tensors
-
-
-@contextmanager
-def _nobody_lost() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:120]
-        raise LostError(f"another process has died or hangs ({reason}); add --resume to go on") from None

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dni_rnn.errors import LostError, ReportedElsewhere, UsageError
+from dni_rnn.errors import DivergedError, LostError, ReportedElsewhere, UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed.distributed_c10d import Store
+
+    from dni_rnn.runs import Run
+    from dni_rnn.training import Progress
 
 T = TypeVar("T")
 
@@ -65,11 +68,7 @@ def launch(arguments: list[str], processes: int) -> int:
         except SignalException as stop:
             return 128 + int(stop.sigval)
         except ChildFailedError as error:
-            # One that was killed, or failed by itself, and not one that lost the connection to it.
-            causes = sorted(
-                error.failures.items(), key=lambda each: (each[1].exitcode > 0, each[1].exitcode == 1)
-            )
-            rank, failure = causes[0]
+            rank, failure = min(error.failures.items(), key=lambda each: _precedence(each[1].exitcode))
             if failure.exitcode in (2, 3, 128 + signal.SIGINT, 128 + signal.SIGTERM):
                 return failure.exitcode
             how = f"exit code {failure.exitcode}"
@@ -78,6 +77,17 @@ def launch(arguments: list[str], processes: int) -> int:
             what = f"starting all anew ({start + 1} of {RESTARTS})" if start < RESTARTS else "giving up"
             print(f"dni-rnn: process {rank} died ({how}); {what}", file=sys.stderr, flush=True)
     return 1
+
+
+def _precedence(exit_code: int) -> int:
+    """Of the exit codes of several processes, the smallest belongs to the one that was the cause.
+
+    One that was killed comes first, then one that failed by itself. SIGTERM is what the launcher ends the
+    others with, and 1 is what one ends with that lost the connection to another.
+    """
+    if exit_code == -signal.SIGTERM:
+        return 2
+    return 3 if exit_code == 1 else int(exit_code > 0)
 
 
 @contextmanager
@@ -207,3 +217,26 @@ def device_of(processes: Processes, name: str) -> torch.device:
     if device.type == "cuda":
         return torch.device("cuda", processes.local_rank % torch.cuda.device_count())
     return device
+
+
+def lead_or_follow(run: Run, learner: Any, progress: Progress | None) -> dict[str, Any] | None:
+    """Process 0, which has `progress`, drives the training loop, and the others do what it says to its end.
+
+    Returns the summary in process 0. The others leave with the exit code that process 0 ends with.
+
+    Args:
+      learner: with `follow`, which returns that code, and `end`, which sends it.
+    """
+    from dni_rnn.training import Interrupted, fit
+
+    if progress is None:
+        code = learner.follow()
+        return sys.exit(code) if code else None
+    try:
+        summary = fit(run, learner, progress)
+    except (UsageError, DivergedError, Interrupted) as error:
+        code = {UsageError: 2, DivergedError: 3}.get(type(error), 128)
+        learner.end(code + error.signal if isinstance(error, Interrupted) else code)
+        raise
+    learner.end(0)
+    return summary

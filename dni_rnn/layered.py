@@ -14,7 +14,7 @@ from dni_rnn.errors import UsageError
 from dni_rnn.examples import Batches, Examples
 from dni_rnn.feedforward import Decoupled, agreement, cnn, decouple, fcn, sigmoid_net, vgg
 from dni_rnn.task import Split
-from dni_rnn.training import BaseLearner, set_rate
+from dni_rnn.training import BaseLearner
 
 WARM_UP = 0.15
 """Share of a fast training in which the learning rate rises."""
@@ -130,9 +130,7 @@ class LayeredLearner(BaseLearner):
     def update(self) -> None:
         config = self.config
         x, targets = self.batches.batch(self.step)
-        factor = self.rate()
-        for group in self.optimizer.param_groups:
-            set_rate(group, factor * group["base"])
+        self.set_rates(self.rate())
         if config.agreement_every and self.step % config.agreement_every == 0:
             self._measure(x, targets)
         self._run(x, targets)

@@ -109,14 +109,6 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def set_rate(group: dict[str, Any], rate: float) -> None:
-    """The learning rate of a parameter group; in place where it is a tensor, which a recording reads."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
-
-
 def learner_class(config: RunConfig) -> type[BaseLearner]:
     """What trains a run of this configuration (`RunConfig.learner`)."""
     module, _, name = config.learner.partition(":")
@@ -172,6 +164,15 @@ class BaseLearner:
         if cuda:
             groups = [group | {"lr": torch.tensor(group["lr"], device=self.device)} for group in groups]
         return torch.optim.Adam(groups, fused=True, capturable=cuda, **options)
+
+    def set_rates(self, factor: float) -> None:
+        """Learning rates as multiples of their groups' "base"; in place where a recording reads them."""
+        for group in self.optimizer.param_groups:
+            rate = factor * group["base"]
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def recorded(self, step: Callable[..., None]) -> Callable[..., None]:
         """`step`, on a CUDA device as a CUDA graph if the configuration wants it (`graphs.Recorded`)."""
@@ -526,15 +527,20 @@ def fit(run: Run, learner: BaseLearner, progress: Progress, *, quiet: bool = Fal
             stack.callback(loop.close)
             return loop.fit(stop)
         except OSError as error:
-            raise UsageError(
-                f"{run.path}: writing failed at update {learner.step} ({error.strerror}); "
-                "the last checkpoint is whole: make room and add --resume"
-            ) from None
+            raise writing_failed(run, learner.step, error) from None
         except DivergedError as error:
             kept = (
                 f"last good checkpoint: {run.checkpoint}" if run.checkpoint.exists() else "no checkpoint yet"
             )
             raise DivergedError(f"update {learner.step}: {error}; {kept}") from None
+
+
+def writing_failed(run: Run, step: int, error: OSError) -> UsageError:
+    """What to say when a run directory cannot be written."""
+    return UsageError(
+        f"{run.path}: writing failed at update {step} ({error.strerror}); "
+        "the last checkpoint is whole: make room and add --resume"
+    )
 
 
 class Best(NamedTuple):

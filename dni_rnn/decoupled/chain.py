@@ -104,8 +104,7 @@ class ChainPart(ProcessPart, LayeredLearner):
         """Learn from the message `self.step`, hand it on, and answer it with its gradient."""
         config, number = self.config, self.step
         self._collect()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate() * group["base"]
+        self.set_rates(self.rate())
         x = x.detach().requires_grad_(self.rank > 0)
         out = self.part(x)
         for link in self.onward:

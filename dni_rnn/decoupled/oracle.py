@@ -97,11 +97,9 @@ class SurfaceLearner(BaseLearner):
         model.train(training)
         return {RMSE.key: error}
 
-    def set_rates(self) -> None:
-        """Of the update to come: along a cosine to zero."""
-        factor = 0.5 * (1.0 + math.cos(math.pi * self.step / self.config.steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = factor * group["base"]
+    def rate(self) -> float:
+        """Factor on the learning rates of the coming update: along a cosine to zero."""
+        return 0.5 * (1.0 + math.cos(math.pi * self.step / self.config.steps))
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Points and heights of the update to come."""
@@ -115,7 +113,7 @@ class SurfaceLearner(BaseLearner):
         self.symbols += points
 
     def update(self) -> None:
-        self.set_rates()
+        self.set_rates(self.rate())
         x, y = self.batch()
         loss = F.mse_loss(self.model(x, y), y)
         self.optimizer.zero_grad()
@@ -217,7 +215,7 @@ class SurfacePart(ProcessPart, SurfaceLearner):
             while (answer := self.awaited[0].poll()) is not None:
                 self.take_gradient(answer)
             return
-        self.set_rates()
+        self.set_rates(self.rate())
         h.requires_grad_()
         loss = F.mse_loss(self.modules["part"](h), y)
         self.optimizer.zero_grad()
@@ -231,7 +229,7 @@ class SurfacePart(ProcessPart, SurfaceLearner):
         """A synthetic gradient in the input part, a lesson of the output part in the oracle."""
         self.seen = packet.notes
         tensors = [tensor.to(self.device) for tensor in packet.tensors]
-        self.set_rates()
+        self.set_rates(self.rate())
         self.optimizer.zero_grad()
         if self.rank == ORACLE:
             h, y, gradient = tensors

@@ -6,7 +6,6 @@ save, end) come the same way as messages, so that each part carries them out aft
 
 from __future__ import annotations
 
-import sys
 import time
 from importlib import import_module
 from pathlib import Path
@@ -30,11 +29,10 @@ from dni_rnn.decoupled.wire import (
     Outgoing,
     Packet,
 )  # fmt: skip
-from dni_rnn.distributed import Processes, device_of
-from dni_rnn.errors import DivergedError, UsageError
+from dni_rnn.distributed import Processes, device_of, lead_or_follow
 from dni_rnn.runs import MetricsLog, Run
 from dni_rnn.task import Split
-from dni_rnn.training import BaseLearner, Interrupted, fit, load_data, prepare, stop_requests
+from dni_rnn.training import BaseLearner, load_data, prepare, stop_requests, writing_failed
 
 
 def train_part(run: Run, processes: Processes) -> dict[str, Any] | None:
@@ -57,18 +55,7 @@ def train_part(run: Run, processes: Processes) -> dict[str, Any] | None:
     processes.together(lambda: learner.prepare_part(start) if rank else None)
     learner.connect()
     learner.connect_weights()
-    if rank:
-        code = learner.follow()
-        return sys.exit(code) if code else None
-    assert progress is not None
-    try:
-        summary = fit(run, learner, progress)
-    except (UsageError, DivergedError, Interrupted) as error:
-        code = {UsageError: 2, DivergedError: 3}.get(type(error), 128)
-        learner.end(code + error.signal if isinstance(error, Interrupted) else code)
-        raise
-    learner.end(0)
-    return summary
+    return lead_or_follow(run, learner, progress)
 
 
 class ProcessPart(BaseLearner):
@@ -268,10 +255,7 @@ class ProcessPart(BaseLearner):
                 if old not in (self._path(self.step), self._path(self.saved)):
                     old.unlink()
         except OSError as error:
-            raise UsageError(
-                f"{self.run.path}: writing failed at update {self.step} ({error.strerror}); "
-                "the last checkpoint is whole: make room and add --resume"
-            ) from None
+            raise writing_failed(self.run, self.step, error) from None
         self.saved = self.step
 
     def prepare_part(self, step: int) -> None:
