@@ -12,15 +12,15 @@ arXiv:1608.05343.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from dni_rnn.trees import Spec, Tree, detach, flatten, per_row, unflatten
+from dni_rnn.trees import Spec, Tree, flatten, flatten_rows, unflatten, unflatten_rows
 
 AUDIT_DECAY = 0.8
 """Of an audit's weight when the next one comes."""
@@ -33,8 +33,9 @@ class Critique(NamedTuple):
     """What M returns when it predicts the loss to come, and its gradient as the derivative of that.
 
     Attributes:
-      gradient: a tree like the message, in units of the loss (not of `Interface.size`); while gradients
-        are recorded, with its graph, through which its match trains M (a second derivative).
+      gradient: like the message, as any M's answer (see `Interface`), but in units of the loss, not of
+        `Interface.size`; while gradients are recorded, with its graph, through which its match trains M (a
+        second derivative).
       losses: (B,), what M is trained on besides the match: row by row, weighted as M sees fit against a
         match loss of 1 for predicting zero.
     """
@@ -46,31 +47,29 @@ class Critique(NamedTuple):
 class _Edge(torch.autograd.Function):
     """Identity forward. Backward: trains M on what arrives, and hands ĝ to a message that asks for it.
 
-    A detached message asks for nothing: then the edge is `receive`, and the graph ends here.
+    A detached message asks for nothing: then the edge is `receive`, and the graph ends here. The tensors are
+    the `count` of the message, what M says of it (B, features), and M's losses where it has such.
     """
 
     @staticmethod
     def forward(ctx: Any, interface: Interface, done: Tensor | None, count: int, *tensors: Tensor) -> Any:
-        messages = tensors[:count]
+        messages, said = tensors[:count], tensors[count:]
         ctx.interface, ctx.done = interface, done
         ctx.passes_on = any(ctx.needs_input_grad[3 : 3 + count])
         # The size as it is now: backward moves it.
-        ctx.factor = None
-        if ctx.passes_on:
-            scale = 1.0 if interface.loss_scale is None else interface.loss_scale
-            ctx.factor = scale * interface.trust * interface._factor(len(tensors) > 2 * count)
-        ctx.save_for_backward(*tensors[count:])
+        ctx.factor = interface._factor(len(said) > 1, interface.loss_scale) if ctx.passes_on else None
+        ctx.save_for_backward(*said)
         return tuple(message.view_as(message) for message in messages)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        predictions = list(ctx.saved_tensors[: len(gradients)])
-        losses = ctx.saved_tensors[-1] if len(ctx.saved_tensors) > len(gradients) else None
+        said, *losses = ctx.saved_tensors
+        interface = ctx.interface
         onward: list[Tensor | None] = [None] * len(gradients)
         if ctx.passes_on:
-            onward = [_times(ctx.factor, p).to(g.dtype) for p, g in zip(predictions, gradients, strict=True)]
-        trained = ctx.interface._regress(predictions, gradients, ctx.done, losses)
+            onward = interface._like(_times(ctx.factor, said), gradients)
+        trained = interface._regress(said, gradients, ctx.done, losses[0] if losses else None)
         return None, None, None, *onward, *trained
 
 
@@ -110,10 +109,10 @@ class Interface(nn.Module):
     gradient plus what ĝ adds through the boundary, and the parameters of M get `.grad` like any
     others, for an optimizer of the user's choice.
 
-    M is called as `M(message, context)` and returns a tensor or tree like `message`. It works in
-    units of the running size of its target, so that it and its learning rate do not depend on the
-    scale of the loss (one that returns a `Critique` speaks in units of the loss itself, and the same
-    holds with `size` left out of ĝ):
+    M is called as `M(message, context)` and returns a tensor or tree like `message`, or the same as one
+    tensor (B, features) with the tensors of each row side by side. It works in units of the running size of
+    its target, so that it and its learning rate do not depend on the scale of the loss (one that returns a
+    `Critique` speaks in units of the loss itself, and the same holds with `size` left out of ĝ):
 
         size² = running mean of g² over rows and features
         ĝ     = trust · scale · size · M(message, context)
@@ -224,9 +223,11 @@ class Interface(nn.Module):
 
         Where no gradients are recorded it is a detach and nothing else.
         """
+        leaves, spec = flatten(message)
+        leaves = [leaf.detach() for leaf in leaves]
         if not torch.is_grad_enabled():
-            return detach(message)
-        return self._edge(detach(message), context, done)
+            return unflatten(leaves, spec)
+        return self._edge(leaves, spec, context, done)
 
     def send(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tensor:
         """Hand a message on: a scalar of value 0 whose gradient with respect to the message is ĝ.
@@ -244,7 +245,7 @@ class Interface(nn.Module):
         leaves, spec = flatten(message)
         if not torch.is_grad_enabled():
             return leaves[0].new_zeros(())
-        synthetic = self._synthesize(leaves, spec, context, done, self.loss_scale)
+        synthetic = self._like(self._synthesize(leaves, spec, context, done, self.loss_scale), leaves)
         return _Send.apply(len(leaves), *synthetic, *leaves)  # type: ignore[return-value]
 
     def forward(self, message: Tree, context: Any = None) -> Tree:
@@ -255,12 +256,13 @@ class Interface(nn.Module):
         """
         if not torch.is_grad_enabled():
             return message
-        return self._edge(message, context, None)
+        leaves, spec = flatten(message)
+        return self._edge(leaves, spec, context, None)
 
     def synthetic_gradient(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
         """ĝ as `send` injects it: a tree like `message`, in the units of the loss, 0 in rows of `done`."""
         leaves, spec = flatten(message)
-        return unflatten(self._synthesize(leaves, spec, context, done), spec)
+        return unflatten(self._like(self._synthesize(leaves, spec, context, done), leaves), spec)
 
     @torch.no_grad()
     def audit(self, message: Tree, real: Tree, context: Any = None, done: Tensor | None = None) -> None:
@@ -278,25 +280,40 @@ class Interface(nn.Module):
           real: s, a tree like the message, in units of the loss, 0 in rows of `done`.
         """
         leaves, spec = flatten(message)
-        synthetic = self._untrusted(leaves, spec, context, done)
+        said, critique = self._centred(leaves, spec, context, done)
+        synthetic = _times(self._untrusted_factor(critique), said).to(self.audited.dtype)
+        true = self._rows(flatten(real)[0])
         self.audited.mul_(AUDIT_DECAY)
-        for ours, true in zip(synthetic, flatten(real)[0], strict=True):
-            ours = ours.to(self.audited.dtype)
-            self.audited += self._total(torch.stack([(ours * true).sum(), ours.square().sum()]))
+        self.audited += self._total(torch.stack([(synthetic * true).sum(), synthetic.square().sum()]))
         self.trust.copy_((self.audited[0] / self.audited[1]).nan_to_num(0.0).clamp(0.0, 1.0))
 
     def predict(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
         """M's output in units of `size`: a tree like `message`, in its dtypes, 0 in rows of `done`."""
         leaves, spec = flatten(message)
-        predictions, critique = self._predict(leaves, spec, context, done)
+        said, critique = self._predict(leaves, spec, context, done)
         if critique:
-            inverse = _inverse(self.size())
-            predictions = [(inverse * prediction).to(prediction.dtype) for prediction in predictions]
-        return unflatten(predictions, spec)
+            said = _times(_inverse(self.size()), said)
+        return unflatten(self._like(said, leaves), spec)
 
-    def _factor(self, critique: bool) -> Tensor:
+    # Below, a message and what goes with it is its rows: one tensor (B, features), its tensors side by side.
+    # This runs at every boundary: few and small tensor operations, none that waits for a device.
+
+    def _rows(self, leaves: Sequence[Tensor]) -> Tensor:
+        return flatten_rows(leaves, self.batch_dim)
+
+    def _like(self, rows: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Rows as tensors of the shapes and dtypes of `leaves`."""
+        parts = unflatten_rows(rows, leaves, self.batch_dim)
+        return [part.to(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
+
+    def _untrusted_factor(self, critique: bool) -> Tensor:
         """ĝ as a multiple of M's output, at trust 1."""
         return self.scale * (torch.ones_like(self.target_square) if critique else self.size())
+
+    def _factor(self, critique: bool, loss_scale: Tensor | float | None) -> Tensor:
+        """ĝ, multiplied by the factor of a loss scaler, as a multiple of M's output."""
+        factor = self.trust * self._untrusted_factor(critique)
+        return factor if loss_scale is None else loss_scale * factor
 
     @torch.no_grad()
     def _synthesize(
@@ -306,74 +323,70 @@ class Interface(nn.Module):
         context: Any,
         done: Tensor | None,
         loss_scale: Tensor | float | None = None,
-    ) -> list[Tensor]:
-        synthetic = self._untrusted(leaves, spec, context, done)
-        for number, leaf in enumerate(leaves):
-            gradient = self.trust * synthetic[number]
-            if self.restore:
-                excess = leaf - leaf.clamp(-RESTORE_BEYOND, RESTORE_BEYOND)
-                gradient = gradient + _times(self.restore * self.size(), excess)
-                gradient = gradient if done is None else self._without(done, gradient)
-            if loss_scale is not None:
-                gradient = (
-                    loss_scale * gradient
-                )  # before the cast: what it is there to save must not underflow
-            synthetic[number] = gradient.to(leaf.dtype)
-        return synthetic
+    ) -> Tensor:
+        """ĝ, in a dtype in which what a loss scaler is there to save does not underflow."""
+        said, critique = self._centred(leaves, spec, context, done)
+        gradient = _times(self._factor(critique, loss_scale), said)
+        if self.restore:
+            excess = F.softshrink(self._rows(leaves), RESTORE_BEYOND).to(gradient.dtype)
+            size = self.size() if loss_scale is None else loss_scale * self.size()
+            gradient = torch.addcmul(gradient, excess, size.to(gradient.dtype), value=self.restore)
+            gradient = _without(done, gradient)
+        return gradient
 
-    def _untrusted(self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None) -> list[Tensor]:
-        """ĝ at trust 1, without the restoring force."""
-        predictions, critique = self._predict(leaves, spec, context, done)
-        factor = self._factor(critique)
-        return [_times(factor, self._centred(p, done) if self.centre else p) for p in predictions]
+    @torch.no_grad()
+    def _centred(
+        self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None
+    ) -> tuple[Tensor, bool]:
+        """`_predict`, if wanted minus the mean over the rows that are not done."""
+        said, critique = self._predict(leaves, spec, context, done)
+        if not self.centre:
+            return said, critique
+        if done is None and self.total is None:
+            return said - said.mean(0, keepdim=True), critique
+        summed = said.sum(0)
+        rows = len(said) if done is None else (~done).sum()
+        both = self._total(torch.cat([summed, summed.new_zeros(1) + rows]))
+        return _without(done, said - both[:-1] / both[-1].clamp_min(1.0)), critique
 
     @torch.no_grad()
     def _predict(
         self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None
-    ) -> tuple[list[Tensor], bool]:
-        """M's output as it is, and whether it is a `Critique`, in units of the loss."""
-        predictions, losses = self._call(leaves, spec, context)
-        predictions = [p.to(leaf.dtype) for p, leaf in zip(predictions, leaves, strict=True)]
-        if done is not None:
-            predictions = [self._without(done, p) for p in predictions]
-        return predictions, bool(losses)
+    ) -> tuple[Tensor, bool]:
+        """M's output as it is, 0 in rows of `done`; and whether it is a `Critique`, in units of the loss."""
+        said, *losses = self._call([leaf.detach() for leaf in leaves], spec, context)
+        return _without(done, said), bool(losses)
 
-    def _edge(self, message: Tree, context: Any, done: Tensor | None) -> Tree:
-        leaves, spec = flatten(message)
-        predictions, losses = self._call(leaves, spec, context)
-        tensors = (*leaves, *predictions, *losses)
+    def _edge(self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None) -> Tree:
+        said = self._call([leaf.detach() for leaf in leaves], spec, context)
+        tensors = (*leaves, *said)
         return unflatten(_Edge.apply(self, done, len(leaves), *tensors), spec)  # type: ignore[arg-type]
 
-    def _call(self, leaves: list[Tensor], spec: Spec, context: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """M's output for a detached message, checked to be a tree like it; and its losses if it has them."""
-        said = self.synthesizer(unflatten([leaf.detach() for leaf in leaves], spec), context)
+    def _call(self, leaves: list[Tensor], spec: Spec, context: Any) -> list[Tensor]:
+        """What M says of a message, checked and as rows; and behind it its losses if it has them."""
+        said = self.synthesizer(unflatten(leaves, spec), context)
         said, losses = (said.gradient, [said.losses]) if isinstance(said, Critique) else (said, [])
-        predictions, _ = flatten(said)
-        if [p.shape for p in predictions] != [leaf.shape for leaf in leaves]:
-            got, wanted = [tuple(p.shape) for p in predictions], [tuple(leaf.shape) for leaf in leaves]
+        rows, features = leaves[0].shape[self.batch_dim], sum(leaf.numel() for leaf in leaves)
+        if isinstance(said, Tensor) and said.shape == (rows, features // max(rows, 1)):
+            return [said, *losses]
+        answers, _ = flatten(said)
+        if [answer.shape for answer in answers] != [leaf.shape for leaf in leaves]:
+            got, wanted = [tuple(a.shape) for a in answers], [tuple(leaf.shape) for leaf in leaves]
             raise ValueError(f"the synthesizer must return tensors like the message, {wanted}, not {got}")
-        return predictions, losses
+        return [self._rows(answers), *losses]
 
     def _regress(
-        self,
-        predictions: list[Tensor],
-        gradients: tuple[Tensor, ...],
-        done: Tensor | None,
-        losses: Tensor | None,
+        self, said: Tensor, gradients: Sequence[Tensor], done: Tensor | None, losses: Tensor | None
     ) -> list[Tensor]:
-        """The gradient of M's loss with respect to its outputs. Moves the running size on the way.
-
-        Few and small tensor operations, none that waits for a device: this runs at every boundary.
-        """
-        targets = [gradient.to(self.target_square.dtype) for gradient in gradients]
+        """The gradient of M's loss with respect to its outputs. Moves the running size on the way."""
+        target = self._rows(gradients).to(self.target_square.dtype)
         if self.loss_scale is not None:
-            targets = [target / self.loss_scale for target in targets]
-        elements = sum(target.numel() for target in targets)
-        count: Tensor | float = float(elements)
+            target = target / self.loss_scale
+        target = _without(done, target)
+        count: Tensor | float = float(target.numel())
         if done is not None:
-            targets = [self._without(done, target) for target in targets]
-            count = ((~done).sum() * (elements / done.numel())).to(self.target_square.dtype)
-        square = _square_sum(targets)
+            count = ((~done).sum() * target.shape[1]).to(target.dtype)
+        square = _square_sum(target)
         if self.total is not None:
             square, count = self.total(torch.stack([square, square.new_zeros(()) + count]))
         square = square / count  # not a number when no row is left
@@ -383,51 +396,34 @@ class Interface(nn.Module):
         rate = trained / self.target_count.clamp(1.0, 1.0 / (1.0 - self.decay))
         self.target_square.lerp_(square.nan_to_num(0.0, 0.0), rate)
         inverse = _inverse(self.size())
-        said = [prediction.to(square.dtype) for prediction in predictions]
+        answer = said.to(square.dtype)
         if losses is not None:
-            said = [prediction * inverse for prediction in said]
-        residuals = [
-            torch.addcmul(prediction, target, inverse, value=-1.0)
-            for prediction, target in zip(said, targets, strict=True)
-        ]
-        if done is not None:
-            residuals = [self._without(done, residual) for residual in residuals]
-        loss = self._total(_square_sum(residuals)) / count
+            answer = answer * inverse
+        residual = _without(done, torch.addcmul(answer, target, inverse, value=-1.0))
+        loss = self._total(_square_sum(residual)) / count
         self.regression_loss.copy_(torch.where(trained > 0, loss, self.regression_loss))
         factor = (2.0 * trained) / count
         if losses is not None:
             factor = factor * inverse
         if self.loss_scale is not None:
             factor = self.loss_scale * factor
-        slopes = [
-            (residual * factor).nan_to_num_(0.0, 0.0, 0.0).to(prediction.dtype)
-            for residual, prediction in zip(residuals, predictions, strict=True)
-        ]
+        slopes = [(residual * factor).nan_to_num_(0.0, 0.0, 0.0).to(said.dtype)]
         if losses is not None:
             rows = torch.ones_like(losses) if done is None else (~done).to(losses.dtype)
             slope = rows / self._total(rows.sum()).clamp_min(1.0)
             slopes.append(slope if self.loss_scale is None else self.loss_scale * slope)
         return slopes
 
-    def _centred(self, leaf: Tensor, done: Tensor | None) -> Tensor:
-        """Minus the mean over the rows that are not done; zero in the others, where `leaf` is zero too."""
-        if done is None and self.total is None:
-            return leaf - leaf.mean(self.batch_dim, keepdim=True)
-        summed = leaf.sum(self.batch_dim, keepdim=True)
-        rows = leaf.shape[self.batch_dim] if done is None else (~done).sum()
-        both = self._total(torch.cat([summed.flatten(), summed.new_zeros(1) + rows]))
-        centred = leaf - both[:-1].view_as(summed) / both[-1].clamp_min(1.0)
-        return centred if done is None else self._without(done, centred)
-
     def _total(self, tensor: Tensor) -> Tensor:
         return tensor if self.total is None else self.total(tensor)
 
-    def _without(self, done: Tensor, leaf: Tensor) -> Tensor:
-        """Zero in the rows of `done`."""
-        return leaf.masked_fill(per_row(done, leaf, self.batch_dim), 0.0)
-
     def extra_repr(self) -> str:
         return f"scale={self.scale}, normalize={self.normalize}, batch_dim={self.batch_dim}"
+
+
+def _without(done: Tensor | None, rows: Tensor) -> Tensor:
+    """Zero in the rows of `done`."""
+    return rows if done is None else rows.masked_fill(done.unsqueeze(1), 0.0)
 
 
 def _times(factor: Tensor, tensor: Tensor) -> Tensor:
@@ -440,7 +436,7 @@ def _inverse(size: Tensor) -> Tensor:
     return torch.where(size > 0, size.reciprocal(), 0.0)
 
 
-def _square_sum(tensors: list[Tensor]) -> Tensor:
-    """Sum of squares over all elements of all tensors."""
-    flat = [t.flatten() for t in tensors]
-    return functools.reduce(torch.add, [torch.dot(t, t) for t in flat])
+def _square_sum(rows: Tensor) -> Tensor:
+    """Sum of squares over all elements."""
+    flat = rows.flatten()
+    return torch.dot(flat, flat)

@@ -43,6 +43,7 @@ class OneHotTokens(ContextEncoder):
     """
 
     table: nn.EmbeddingBag
+    first: Tensor
 
     def __init__(self, symbols: int, window: int = 1) -> None:
         super().__init__()
@@ -52,11 +53,12 @@ class OneHotTokens(ContextEncoder):
         rows = self.symbols * self.window
         self.table = nn.EmbeddingBag(rows + 1, width, mode="sum", padding_idx=rows)
         nn.init.normal_(self.table.weight, std=0.0 if zero else self.window**-0.5)
+        first = torch.arange(0, rows, self.symbols).unsqueeze(1)  # row of position i, symbol 0
+        self.register_buffer("first", first, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens.reshape(self.window, -1)
-        offsets = torch.arange(self.window, device=tokens.device).mul_(self.symbols).unsqueeze(1)
-        rows = torch.where(tokens < 0, self.symbols * self.window, tokens + offsets)
+        rows = (tokens + self.first).masked_fill_(tokens < 0, self.symbols * self.window)
         return self.table(rows.t())
 
 
@@ -233,6 +235,8 @@ class MLPSynthesizer(nn.Module):
       hidden, context: see `ContextMLP`.
       reads, bounded, batch_dim: see `Rows`.
 
+    Shapes: a message of B rows -> (B, features), the gradients of its tensors side by side.
+
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §A.1 (zero start), §A.3 (one hidden layer).
     """
 
@@ -247,22 +251,12 @@ class MLPSynthesizer(nn.Module):
         batch_dim: int = -2,
     ) -> None:
         super().__init__()
-        self.batch_dim = batch_dim
         self.rows = Rows(reads=reads, bounded=bounded, batch_dim=batch_dim)
         outputs = flatten_rows(message, batch_dim).shape[1]
         self.mlp = ContextMLP(self.rows(message).shape[1], hidden, outputs, context)
 
-    def forward(self, message: Tree, context: Any = None) -> Tree:
-        leaves, spec = flatten(message)
-        x = self.mlp(self.rows(leaves), context)
-        parts = x.split([leaf.numel() // leaf.shape[self.batch_dim] for leaf in leaves], dim=1)
-        return unflatten([self._shape(part, leaf) for part, leaf in zip(parts, leaves, strict=True)], spec)
-
-    def _shape(self, part: Tensor, leaf: Tensor) -> Tensor:
-        """Rows (B, features) back into the shape of `leaf`."""
-        if leaf.dim() == 3 and leaf.shape[0] == 1 and self.batch_dim == -2:
-            return part.unsqueeze(0)  # one layer: the same, in one step
-        return part.reshape(leaf.movedim(self.batch_dim, 0).shape).movedim(0, self.batch_dim)
+    def forward(self, message: Tree, context: Any = None) -> Tensor:
+        return self.mlp(self.rows(message), context)
 
 
 class Critic(nn.Module):

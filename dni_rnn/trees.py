@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -98,5 +98,28 @@ def where_rows(rows: Tensor, chosen: Tree, other: Tree, batch_dim: int = -2) -> 
 
 def flatten_rows(tree: Tree, batch_dim: int = -2) -> Tensor:
     """All tensors of `tree` side by side, one row per row: (B, features)."""
-    rows = [leaf.movedim(batch_dim, 0).flatten(1) for leaf in flatten(tree)[0]]
+    rows = [_row_first(leaf, batch_dim) for leaf in flatten(tree)[0]]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+
+def _row_first(leaf: Tensor, batch_dim: int) -> Tensor:
+    # The first two in one step each: a state of one layer, and what is rows already.
+    if batch_dim == -2 and leaf.dim() == 3 and leaf.shape[0] == 1:
+        return leaf.squeeze(0)
+    if leaf.dim() == 2 and batch_dim in (0, -2):
+        return leaf
+    return leaf.movedim(batch_dim, 0).flatten(1)
+
+
+def unflatten_rows(rows: Tensor, leaves: Sequence[Tensor], batch_dim: int = -2) -> list[Tensor]:
+    """The inverse of `flatten_rows`: tensors of the shapes of `leaves`."""
+    if len(leaves) == 1:
+        return [_row_back(rows, leaves[0], batch_dim)]
+    parts = rows.split([leaf.numel() // leaf.shape[batch_dim] for leaf in leaves], dim=1)
+    return [_row_back(part, leaf, batch_dim) for part, leaf in zip(parts, leaves, strict=True)]
+
+
+def _row_back(part: Tensor, leaf: Tensor, batch_dim: int) -> Tensor:
+    if batch_dim == -2 and leaf.dim() == 3 and leaf.shape[0] == 1:
+        return part.unsqueeze(0)
+    return part.reshape(leaf.movedim(batch_dim, 0).shape).movedim(0, batch_dim)

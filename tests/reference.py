@@ -320,3 +320,15 @@ def random_problem(
     count = 2 if kind == "lstm" else 1
     state = tuple(0.5 * random(generator, layers, rows, hidden) for _ in range(count))
     return Problem(kind, parameters, windows, state)
+
+
+def laid_out(rows: Tensor, leaves: Sequence[Tensor], batch_dim: int = -2) -> list[Tensor]:
+    """What an M says as rows (B, features), as tensors of the shapes of `leaves`, element by element."""
+    parts, first = [], 0
+    for leaf in leaves:
+        size = leaf.numel() // leaf.shape[batch_dim]
+        shape = leaf.select(batch_dim, 0).shape
+        each = [row[first : first + size].reshape(shape) for row in rows]
+        parts.append(torch.stack(each, dim=batch_dim if batch_dim >= 0 else leaf.dim() + batch_dim))
+        first += size
+    return parts

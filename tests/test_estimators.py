@@ -11,7 +11,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import Problem, close, distance, grad, gradients, random, randomize, running_size
+from reference import Problem, close, distance, grad, gradients, laid_out, random, randomize, running_size
 from torch import Tensor, nn
 
 from dni_rnn.estimators import DNI, UNSCORED, FullBPTT, TruncatedBPTT, Window, window_loss
@@ -338,7 +338,8 @@ def dni_by_hand(
             assert at.next_input is not None
             with torch.no_grad():
                 state = reference.step(problem.kind, problem.parameters, at.next_input, state)[1]
-        return tuple(flatten(synthesizer(as_message(problem, state), at.context))[0])
+        message = as_message(problem, state)
+        return tuple(laid_out(synthesizer(message, at.context), flatten(message)[0]))
 
     def living(boundary: Boundary) -> Tensor:
         done = torch.zeros(rows, dtype=torch.bool) if boundary.done is None else boundary.done
@@ -505,7 +506,7 @@ def test_the_next_output_reading_is_m_of_the_state_one_step_on(generator):
     symbols = torch.tensor([4, 0, 2])
     seen = reference.step("lstm", problem.parameters, symbols, problem.state)[1]
     with torch.no_grad():
-        wanted = synthesizer(LSTMState(*seen), None)
+        wanted = LSTMState(*laid_out(synthesizer(LSTMState(*seen), None), seen))
     said = model.predict_gradient(as_message(problem), Boundary(next_input=symbols))
     assert isinstance(said, LSTMState)
     close(said, wanted)

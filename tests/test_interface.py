@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import reference
 import torch
-from reference import close, distance, grad, gradients, mean_square, random, randomize, running_size
+from reference import close, distance, grad, gradients, laid_out, mean_square, random, randomize, running_size
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -244,12 +244,12 @@ def test_synthesizer_gets_the_gradient_of_the_stated_loss(kind, hidden, normaliz
         (loss + interface.send(state)).backward()
 
         with torch.no_grad():
-            end_gradient = tuple(size * p for p in flatten(synthesizer(state))[0])
+            end_gradient = tuple(size * p for p in laid_out(synthesizer(state), flatten(state)[0]))
         start_leaves = tuple(flatten(start)[0])
         _, target = reference.injected(problem, number, start_leaves, end_gradient)
         squares.append(mean_square(target))
         size = running_size(squares) if normalize else 1.0
-        predictions = flatten(synthesizer(map_tree(torch.Tensor.detach, start)))[0]
+        predictions = laid_out(synthesizer(map_tree(torch.Tensor.detach, start)), start_leaves)
         errors = [(p - g / size).flatten() for p, g in zip(predictions, target, strict=True)]
         stated = torch.cat(errors).square().mean()
         wanted = torch.autograd.grad(stated, list(synthesizer.parameters()))
