@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dni, linear, context none": {"dni": True, "synthesizer": "linear", "context": "none"},
     "dni, context none": {"dni": True, "context": "none"},
     DEFAULT: {"dni": True},
-    "dni, a quarter as wide": {"dni": True, "synthesizer": "mlp:quarter"},
+    "dni, as wide as the core": {"dni": True, "synthesizer": "mlp"},
 }
 """Rows besides the plain one, and their settings. `dni` alone: the defaults of `--dni`."""
 
@@ -138,8 +138,6 @@ def plain_step(size: Size) -> Callable[[], None]:
 
 def learner(size: Size, settings: dict[str, Any], graph: bool = True) -> Learner:
     """What `dni-rnn train` would train, on random symbols."""
-    if settings.get("synthesizer") == "mlp:quarter":
-        settings = settings | {"synthesizer": f"mlp:{size.hidden // 4}"}
     config = TrainConfig(
         hidden=size.hidden, bptt=size.bptt, batch_size=size.batch_size, embedding=EMBEDDING,
         precision=size.precision, graph=graph, **settings,

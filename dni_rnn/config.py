@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,25 +18,38 @@ from dni_rnn.metrics import BPC, COUNTS, ERROR, Metric
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesizerSpec:
-    """`--synthesizer` read: widths of the hidden layers, 0 meaning the width of the core."""
+    """`--synthesizer` read."""
 
-    hidden: tuple[int, ...]
+    hidden: tuple[int | Fraction, ...]
+    """Widths of the hidden layers: units, or a fraction of the width of what M reads."""
 
     @classmethod
     def parse(cls, text: str) -> SynthesizerSpec:
-        """`linear`, `mlp` (one hidden layer as wide as the core), `mlp:128`, `mlp:512,512`."""
-        name, _, widths = text.partition(":")
+        """`linear`, `mlp` (one hidden layer as wide as the core), `mlp:128`, `mlp:1/4`, `mlp:512,512`."""
         if text == "linear":
             return cls(hidden=())
-        if text == "mlp":
-            return cls(hidden=(0,))
+        name, _, widths = text.partition(":")
         try:
-            hidden = tuple(int(width) for width in widths.split(","))
-        except ValueError:
-            hidden = ()
-        if name != "mlp" or not 1 <= len(hidden) <= 2 or min(hidden) < 1:
-            raise UsageError(f"--synthesizer {text}: give linear, mlp, mlp:WIDTH or mlp:WIDTH,WIDTH")
-        return cls(hidden=hidden)
+            hidden = [Fraction(width) for width in (widths if text != "mlp" else "1/1").split(",")]
+            whole = [width.denominator == 1 and text != "mlp" for width in hidden]
+        except (ValueError, ZeroDivisionError):
+            hidden, whole = [], []
+        good = [width >= 1 if units else 0 < width <= 1 for width, units in zip(hidden, whole, strict=True)]
+        if name != "mlp" or len(good) not in (1, 2) or not all(good):
+            raise UsageError(
+                f"--synthesizer {text}: give linear, mlp, mlp:WIDTH or mlp:WIDTH,WIDTH; "
+                "a WIDTH is a number of units or, as 1/4, a part of the core's"
+            )
+        return cls(hidden=tuple(int(w) if units else w for w, units in zip(hidden, whole, strict=True)))
+
+    def widths(self, core: int) -> list[int]:
+        """Units of the hidden layers for a core of so many."""
+        return [units(width, core) for width in self.hidden]
+
+
+def units(width: int | Fraction, core: int) -> int:
+    """A width as a number of units; a fraction is one of `core`, at least one unit."""
+    return width if isinstance(width, int) else max(1, round(width * core))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,8 +246,8 @@ class TrainConfig(RunConfig):
     """Windows per update. Methods with equal bptt × accumulate update after the same number of symbols."""
     dni: bool = False
     """Put a synthetic gradient at each truncation boundary."""
-    synthesizer: str = "mlp"
-    """linear, mlp (one hidden layer as wide as the core), mlp:WIDTH or mlp:WIDTH,WIDTH."""
+    synthesizer: str = "mlp:1/4"
+    """linear, mlp (one hidden layer as wide as the core), mlp:WIDTH[,WIDTH] (units, or 1/4 of the core's)."""
     synthesizer_reads: Literal["hidden", "state"] = "hidden"
     """The synthesizer reads the hidden state, which is the core's output, or the whole state."""
     context: str = "next-tokens:8"
@@ -422,7 +436,7 @@ class FeedforwardConfig(RunConfig):
     unlock: bool = False
     """Synthetic inputs too: no layer waits for the one before either."""
     synthesizer: str | None = None
-    """linear, mlp, mlp:WIDTH or mlp:WIDTH,WIDTH, of a critic its classifier; the default is the recipe's."""
+    """linear, mlp, mlp:WIDTH[,WIDTH] (units, or 1/4 of the layer's), of a critic its classifier."""
     recipe: Literal["fast", "paper"] = "fast"
     """Iterations, rates and synthesizers: as published, or chosen for far fewer iterations."""
 
@@ -596,7 +610,7 @@ class RatesConfig(RunConfig):
     hidden: int = 128
     """Units of every layer, and of the message."""
     synthesizer: str = "linear"
-    """linear, mlp (one hidden layer as wide as the nets), mlp:WIDTH or mlp:WIDTH,WIDTH."""
+    """linear, mlp (one hidden layer as wide as the nets), mlp:WIDTH[,WIDTH] (units, or 1/4 of theirs)."""
     context: Literal["targets", "none"] = "targets"
     """What synthesizers are told: the counts that are still to be said in the block, or nothing."""
     critic: bool = True

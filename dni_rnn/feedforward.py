@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dni_rnn.config import units
 from dni_rnn.interface import Interface, attach
 from dni_rnn.synthesizers import ContextMLP, Critic, OneHotTokens, Rows
 
@@ -211,7 +213,7 @@ def decouple(
     classes: int = 0,
     method: Method = "critic",
     *,
-    hidden: Sequence[int] | None = None,
+    hidden: Sequence[int | Fraction] | None = None,
     norm: bool | None = None,
     window: int = 1,
     update_probability: float = 1.0,
@@ -228,9 +230,10 @@ def decouple(
       method: `bprop` (no cut at all), `none` (nothing crosses the cuts), `dni` (regression on the message
         alone), `cdni` (regression on the message and the label), `critic` (the derivative of a predicted
         loss, `Critic`).
-      hidden: widths of the hidden layers of the synthesizers, 0 meaning that of the message. The default
-        is none for a critic, one layer for cdni (with none it could only add a constant per label to what
-        it says of the message, and the right gradient is not of that form) and two for dni.
+      hidden: widths of the hidden layers of the synthesizers; a `Fraction` is one of the message's. The
+        default is none for a critic, one layer as wide as the message for cdni (with none it could only add
+        a constant per label to what it says of the message, and the right gradient is not of that form)
+        and two such for dni.
       norm: batch normalisation in them; the default is only for dni.
       window: targets per row (W of `Critic` and `OneHotTokens`).
       update_probability: see `Decoupled`.
@@ -254,7 +257,8 @@ def decouple(
         raise ValueError(f"method {method} is told the labels: give their number, classes")
     messages = list(messages_of(parts, example))
     if synthesizer is None:
-        hidden = {"dni": (0, 0), "cdni": (0,), "critic": ()}[method] if hidden is None else hidden
+        if hidden is None:
+            hidden = [Fraction(1)] * {"dni": 2, "cdni": 1, "critic": 0}[method]
         norm = method == "dni" if norm is None else norm
         synthesizer = functools.partial(_synthesizer, method, classes, window, hidden, norm)
     guesses: list[nn.Module] = []
@@ -281,10 +285,10 @@ def messages_of(parts: Sequence[nn.Module], example: Tensor) -> Iterator[Tensor]
 
 
 def _synthesizer(
-    method: Method, classes: int, window: int, hidden: Sequence[int], norm: bool, message: Tensor
+    method: Method, classes: int, window: int, hidden: Sequence[int | Fraction], norm: bool, message: Tensor
 ) -> nn.Module:
     features = message.shape[1]
-    widths = [width or features for width in hidden]
+    widths = [units(width, features) for width in hidden]
     if method == "critic":
         rows = Rows(batch_dim=0)
         classifier = ContextMLP(rows(message).shape[1], widths, window * classes, norm=norm)

@@ -210,7 +210,7 @@ def build_model(config: RatesConfig, data: Any) -> TwoRates:
     """The two networks that `config` describes, with an interface at each cut if it wants them."""
     period, hidden, outputs = config.bptt, config.hidden, config.bptt**2 + 1
     ticks = config.ticks or period
-    widths = [width or hidden for width in config.synthesizer_spec.hidden]
+    widths = config.synthesizer_spec.widths(hidden)
     grounding = {"centre": config.centre, "restore": config.restore}
 
     def encoder(places: int) -> OneHotTokens | None:

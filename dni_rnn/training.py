@@ -56,7 +56,7 @@ def build_model(config: TrainConfig, data: Data) -> SequenceModel:
         example = RecurrentCore(config.core, 1, config.hidden, config.layers).initial_state(1)
         synthesizer = MLPSynthesizer(
             example,
-            _hidden(config),
+            config.synthesizer_spec.widths(config.hidden),
             context=_context_encoder(config, data),
             reads="first" if config.synthesizer_reads == "hidden" else "all",
             bounded=config.synthesizer_reads == "state",
@@ -83,12 +83,9 @@ def build_estimator(config: TrainConfig, data: Data) -> TruncatedBPTT:
         return DNI()
     state = RecurrentCore(config.core, 1, config.hidden, config.layers).initial_state(1)
     features = flatten_rows(state).shape[1]
-    aux = ContextMLP(config.hidden, _hidden(config), features, _context_encoder(config, data))
+    hidden = config.synthesizer_spec.widths(config.hidden)
+    aux = ContextMLP(config.hidden, hidden, features, _context_encoder(config, data))
     return DNI(aux, config.aux_weight)
-
-
-def _hidden(config: TrainConfig) -> list[int]:
-    return [width or config.hidden for width in config.synthesizer_spec.hidden]
 
 
 def _context_encoder(config: TrainConfig, data: Data) -> ContextEncoder | None:
@@ -279,7 +276,9 @@ class Learner(BaseLearner):
         self.net = self.model.net_parameters()
         self.synthesizer = [*self.model.synthesizer_parameters(), *self.estimator.parameters()]
         groups = [{"params": self.net, "lr": config.lr}]
-        if self.synthesizer:
+        if self.synthesizer and config.synthesizer_lr == config.lr:  # one group is one call less
+            groups[0]["params"] = [*self.net, *self.synthesizer]
+        elif self.synthesizer:
             groups.append({"params": self.synthesizer, "lr": config.synthesizer_lr})
         self.optimizer = self.adam(groups, betas=(0.9, config.beta2))
         self.stream = data.stream("train", config.batch_size, config.seed).to(device)

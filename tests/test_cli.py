@@ -25,7 +25,7 @@ import torch
 from dni_rnn import cli, task
 from dni_rnn.checkpoint import load_checkpoint, save_checkpoint
 from dni_rnn.cli import main, parse_train
-from dni_rnn.config import PUBLISHED_DNI, TrainConfig, from_json, to_json
+from dni_rnn.config import PUBLISHED_DNI, SynthesizerSpec, TrainConfig, from_json, to_json
 from dni_rnn.errors import UsageError
 from dni_rnn.inference import load_run
 from dni_rnn.sampling import sample
@@ -123,6 +123,21 @@ def test_every_setting_is_in_the_help_with_an_explanation(name, capsys, monkeypa
         line = re.search(rf"{flag}[ ,].*(\n.*)?\(default: ", text)
         assert line, flag
         assert len(re.sub(rf"{flag}\S*|\W|default", "", line[0])) > 20, flag
+
+
+@pytest.mark.parametrize(
+    ("text", "core", "widths"),
+    [
+        ("linear", 100, []),
+        ("mlp", 100, [100]),
+        ("mlp:1/4", 100, [25]),
+        ("mlp:1/4", 1, [1]),
+        ("mlp:300", 100, [300]),
+        ("mlp:1/2,64", 100, [50, 64]),
+    ],
+)
+def test_widths_of_a_synthesizer(text, core, widths):
+    assert SynthesizerSpec.parse(text).widths(core) == widths
 
 
 def test_no_torch_for_help():
@@ -224,7 +239,21 @@ ONLY_WITH_DNI = (
     ["--synthesizer-lr", "0.01"],
 )
 BUDGETS = (("chars", "minutes"), ("chars", "steps"), ("minutes", "steps"))
-SYNTHESIZERS = ("", "mpl", "mlp:", "mlp:0", "mlp:-1", "mlp:a", "mlp:1,2,3", "mlp:1,", "linear:5", "mlp:1.5")
+SYNTHESIZERS = (
+    "",
+    "mpl",
+    "mlp:",
+    "mlp:0",
+    "mlp:-1",
+    "mlp:a",
+    "mlp:1,2,3",
+    "mlp:1,",
+    "linear:5",
+    "mlp:1.5",
+    "mlp:1/0",
+    "mlp:3/2",
+    "mlp:-1/4",
+)
 CONTEXTS = (
     "", "all", "next-tokens", "next-tokens:", "next-tokens:0", "next-tokens:-2", "next-tokens:2:-1",
     "next-tokens:a", "next-tokens:2:", "next-tokens:2:3:4", "none:3", "next-token:2",

@@ -36,7 +36,7 @@ SETTINGS = {
     # Everything else that is on offer, told the next symbols.
     "dni_context": TrainConfig(
         hidden=16, embedding=8, batch_size=4, bptt=3, lr=0.02, synthesizer_lr=0.1,
-        dni=True, scale=1.0, context="next-tokens:4", centre=True, restore=0.5, aux=True,
+        dni=True, synthesizer="mlp", scale=1.0, context="next-tokens:4", centre=True, restore=0.5, aux=True,
     ),
 }  # fmt: skip
 STEPS_PER_ROW = 40

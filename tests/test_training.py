@@ -948,7 +948,9 @@ def test_no_tensor_outlives_its_update(settings, text):
 
 def test_an_audit_changes_nothing_but_the_trust(text):
     learner = Learner(
-        TrainConfig(**SMALL, dni=True, audit=1000), Text(path=text).load(None), torch.device("cpu")
+        TrainConfig(**SMALL, dni=True, synthesizer="mlp", audit=1000),
+        Text(path=text).load(None),
+        torch.device("cpu"),
     )
     for _ in range(5):
         learner.update()
