@@ -397,14 +397,14 @@ class Interface(nn.Module):
         self.target_square.lerp_(square.nan_to_num(0.0, 0.0), rate)
         inverse = _inverse(self.size())
         answer = said.to(square.dtype)
-        if losses is not None:
-            answer = answer * inverse
-        residual = _without(done, torch.addcmul(answer, target, inverse, value=-1.0))
-        loss = self._total(_square_sum(residual)) / count
+        if losses is None:
+            residual, mean = torch.addcmul(answer, target, inverse, value=-1.0), 1.0 / count
+        else:  # in units of the loss: what is divided are its square and its slope
+            residual, mean = answer - target, inverse.square() / count
+        residual = _without(done, residual)
+        loss = mean * self._total(_square_sum(residual))
         self.regression_loss.copy_(torch.where(trained > 0, loss, self.regression_loss))
-        factor = (2.0 * trained) / count
-        if losses is not None:
-            factor = factor * inverse
+        factor = 2.0 * mean * trained
         if self.loss_scale is not None:
             factor = self.loss_scale * factor
         slopes = [(residual * factor).nan_to_num_(0.0, 0.0, 0.0).to(said.dtype)]
