@@ -95,7 +95,10 @@ class LayeredLearner(BaseLearner):
     def __init__(self, config: FeedforwardConfig, data: Examples, device: torch.device) -> None:
         config = config.resolved
         super().__init__(config, data, device)
-        self.model = build_model(config, data).to(device)
+        # Convolutions are faster where the channels of a place lie side by side.
+        pictures = config.model in ("cnn", "vgg")
+        self.layout = torch.channels_last if pictures else torch.contiguous_format
+        self.model = build_model(config, data).to(device).to(memory_format=self.layout)
         self.modules = {"model": self.model}
         self.net, self.synthesizer = self.model.net_parameters(), self.model.synthesizer_parameters()
         groups = [{"params": self.net, "lr": 0.0, "base": config.lr}]
@@ -140,6 +143,7 @@ class LayeredLearner(BaseLearner):
 
     def _work(self, x: Tensor, targets: Tensor) -> None:
         """What an update does on the device, in place."""
+        x = x.contiguous(memory_format=self.layout)
         with self.autocast():
             logits = self.model(x, context_of(targets))
             loss = loss_of(logits, targets, self.config.smoothing)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from reference import close
 
+from dni_rnn.checkpoint import load_checkpoint, save_checkpoint
 from dni_rnn.cli import main
 from dni_rnn.config import FeedforwardConfig
 from dni_rnn.errors import UsageError
@@ -258,6 +259,22 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, tmp_path, monkeypatc
     ]
     assert rows[0] == rows[1]
     assert any("valid_error" in row for row in rows[0])
+
+
+def test_a_convolutional_net_goes_on_bit_for_bit(tmp_path):
+    """Its weights have a layout of their own in memory, which Adam's state must share."""
+    config = FeedforwardConfig(model="cnn", layers=3, width=4, epochs=2.0, batch_size=16)
+    first, second = (LayeredLearner(config, pictures(64), CPU) for _ in range(2))
+    assert first.net[0].is_contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        first.update()
+    save_checkpoint(tmp_path / "c", *first.state_dict())
+    second.load_state_dict(*load_checkpoint(tmp_path / "c"))
+    for learner in (first, second):
+        for _ in range(3):
+            learner.update()
+    for ours, theirs in zip(first.net, second.net, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_metrics_say_how_the_synthesizers_do(tmp_path):
