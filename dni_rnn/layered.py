@@ -98,7 +98,8 @@ class LayeredLearner(BaseLearner):
         # Convolutions are faster where the channels of a place lie side by side.
         pictures = config.model in ("cnn", "vgg")
         self.layout = torch.channels_last if pictures else torch.contiguous_format
-        self.model = build_model(config, data).to(device).to(memory_format=self.layout)
+        self.model = build_model(config, data).to(device)
+        self.model.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]
         self.modules = {"model": self.model}
         self.net, self.synthesizer = self.model.net_parameters(), self.model.synthesizer_parameters()
         groups = [{"params": self.net, "lr": 0.0, "base": config.lr}]

@@ -304,15 +304,18 @@ class Critic(nn.Module):
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
             leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-            losses = self._losses(self.classifier(unflatten(leaves, spec)), context)
-            total = losses.sum() * (self.weight / len(losses))
-            gradients = torch.autograd.grad(total, leaves, create_graph=differentiable)
+            logits = self.classifier(unflatten(leaves, spec))
+            losses, slope = self._losses(logits, context)
+            slope = slope * (self.weight / len(losses))
+            gradients = torch.autograd.grad(logits, leaves, slope, create_graph=differentiable)
         return Critique(unflatten(gradients, spec), self.value * losses)
 
-    def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        logits = logits.unflatten(1, (-1, self.symbols))  # (B, W, symbols)
-        each = F.cross_entropy(
-            logits.flatten(0, 1), targets.reshape(logits.shape[1], -1).t().flatten(), ignore_index=-1,
-            reduction="none",
-        )  # fmt: skip
-        return each.unflatten(0, logits.shape[:2]).sum(1)
+    def _losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """ℓ (B,), and its derivative with respect to the logits, softmax − one-hot, as a function of them."""
+        each = logits.unflatten(1, (-1, self.symbols))  # (B, W, symbols)
+        targets = targets.reshape(each.shape[1], -1).t().unsqueeze(2)
+        known, places = targets >= 0, targets.clamp_min(0)
+        said = F.log_softmax(each, 2)
+        losses = -torch.where(known, said.gather(2, places), 0.0).sum((1, 2))
+        wanted = torch.zeros_like(said).scatter_(2, places, 1.0)
+        return losses, torch.where(known, said.exp() - wanted, 0.0).flatten(1)
