@@ -259,6 +259,8 @@ def decouple(
     if synthesizer is None:
         if hidden is None:
             hidden = [Fraction(1)] * {"dni": 2, "cdni": 1, "critic": 0}[method]
+        if any(width <= 0 for width in hidden):
+            raise ValueError(f"widths of hidden layers must be positive, not {list(hidden)}")
         norm = method == "dni" if norm is None else norm
         synthesizer = functools.partial(_synthesizer, method, classes, window, hidden, norm)
     guesses: list[nn.Module] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -374,6 +375,20 @@ def test_the_critic_is_the_default_and_a_classifier(generator):
     assert all(isinstance(interface.synthesizer, Critic) for interface in model.interfaces)
 
 
+def test_hidden_layers_may_be_parts_of_the_message(generator):
+    model = decouple(
+        make_net("mlp", generator),
+        [1],
+        torch.zeros(1, 5).double(),
+        CLASSES,
+        "cdni",
+        hidden=[Fraction(1, 2), 3],
+    )
+    layers: Any = model.interfaces[0].get_submodule("synthesizer.layers")
+    features = layers[0].in_features
+    assert [layer.out_features for layer in layers] == [max(1, round(features / 2)), 3, features]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -385,6 +400,8 @@ def test_the_critic_is_the_default_and_a_classifier(generator):
         ({"method": "bprop", "update_probability": 0.5}, "need a cut net"),
         ({"method": "none", "update_probability": 0.5}, "with interfaces"),
         ({"update_probability": 0.0}, "above 0"),
+        ({"hidden": [0]}, "must be positive"),
+        ({"hidden": [Fraction(-1, 2)]}, "must be positive"),
     ],
 )
 def test_what_does_not_go_together(options, message, generator):
