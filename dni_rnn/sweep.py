@@ -290,8 +290,10 @@ class _Sweep:
         self.running: list[_Running] = []
         self.failed = 0
         name = folder.resolve().name
-        self.overview = Overview(name, len(cells), min(parallel, len(cells)), len(self.rows), self.deadline)
-        self.overview.say(f"{folder}: {len(self.rows)} rows there, {len(self.waiting)} to run")
+        self.asked = {(cell.name, cell.seed) for cell in cells}
+        there = len(self._finished())
+        self.overview = Overview(name, len(cells), min(parallel, len(cells)), there, self.deadline)
+        self.overview.say(f"{folder}: {there} rows there, {len(self.waiting)} to run")
         for cell in unfinished:
             if cell not in self.waiting:
                 self.overview.say(
@@ -310,6 +312,10 @@ class _Sweep:
             self.overview.say(
                 f"time is up, {len(self.waiting)} unfinished; the same command goes on with them"
             )
+
+    def _finished(self) -> list[dict[str, Any]]:
+        """Rows of the cells that are asked for; there may be others, of cells or seeds that are no longer."""
+        return [row for row in self.rows if (row["cell"], row["seed"]) in self.asked]
 
     def _round(self, turn: float) -> None:
         order = self.waiting
@@ -331,7 +337,8 @@ class _Sweep:
                 f"{run.cell.name}, seed {run.cell.seed}": progress(self.work / run.cell.folder)
                 for run in self.running
             }
-            self.overview.show(len(self.rows), self.failed, shares, best_score(self.rows))
+            rows = self._finished()
+            self.overview.show(len(rows), self.failed, shares, best_score(rows))
             time.sleep(POLL_SECONDS)
 
     def _ended(self, run: _Running) -> bool:

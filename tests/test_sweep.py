@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +149,17 @@ def test_a_finished_sweep_runs_nothing(finished, monkeypatch, capsys):
     assert main(["sweep", str(folder), "--work", str(work)]) == 0
     assert "4 rows there, 0 to run" in capsys.readouterr().out
     assert (folder / "rows.jsonl").read_bytes() == before
+
+
+def test_rows_of_other_seeds_do_not_count(finished, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "fewer"
+    shutil.copytree(finished[0], folder)
+    text = (folder / "sweep.toml").read_text()
+    (folder / "sweep.toml").write_text(re.sub(r"^seeds = .*", "seeds = [0]", text, flags=re.M))
+    monkeypatch.setattr(sweep, "_start", lambda *_: pytest.fail("a process was started"))
+    assert run_sweep(folder, tmp_path / "work") == 0
+    assert "2 rows there, 0 to run" in capsys.readouterr().out
+    assert len(read_rows(folder)) == 4
 
 
 def test_a_killed_sweep_goes_on_elsewhere(finished, tmp_path, capsys):
