@@ -27,6 +27,7 @@ class Metric:
       lower_is_better: whether a smaller number is a better one.
       unit: what training is counted in (`symbols` of rows and summaries).
       digits: decimals in a table.
+      logarithmic: drawn on a logarithmic axis where values differ more than tenfold.
       validated: whether it is measured on held-out data; if not, rows and summaries hold one number, KEY.
     """
 
@@ -37,6 +38,7 @@ class Metric:
     unit: str = "character"
     digits: int = 3
     validated: bool = True
+    logarithmic: bool = False
 
     def best(self, values: Iterable[float]) -> float:
         """The best of some values."""
@@ -57,7 +59,9 @@ class Metric:
 
 
 BPC = Metric("bpc", "BPC", "bits per character")
-ERROR = Metric("error", "error %", "wrongly classified examples, in percent", unit="example")
+ERROR = Metric(
+    "error", "error %", "wrongly classified examples, in percent", unit="example", logarithmic=True
+)
 
 COUNTS = Metric("error", "error %", "wrong counts, in percent, mean of networks A and B", unit="digit")
 COUNTS_OF_EACH = (

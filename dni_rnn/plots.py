@@ -35,6 +35,8 @@ LINES = ("-", "--", ":", "-.")
 MARKERS = ("", "o", "s", "^", "D", "v")
 """For curves of one method and one depth."""
 
+LEGEND_COLUMNS = 4
+
 FORMATS = (".png", ".svg", ".pdf")
 
 INK, INK_ON_DARK = "#1f2328", "#e6edf3"
@@ -145,7 +147,8 @@ def save_traces(paths: Sequence[Path], curves: Sequence[Curve], traces: Traces) 
             for curve, style in zip(curves, _styles(curves), strict=True):
                 if curve.label in lines:
                     x, y = zip(*lines[curve.label], strict=True)
-                    handles[curve.label] = axes.plot(x, y, **style | {"marker": ""})[0]
+                    style["markevery"] = max(1, len(x) // 8)
+                    handles[curve.label] = axes.plot(x, y, **style)[0]
             axes.set(xlabel="updates", title=quantity)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         for axes in [*grid][len(traces) :]:
@@ -255,7 +258,8 @@ def _draw(curves: Sequence[Curve], metric: Metric) -> Figure:
     axis = {"symbols": f"{metric.unit}s of training", "seconds": "seconds of training (logarithmic)"}
     if all(point.step is not None for point in points):
         axis["step"] = "updates (logarithmic)"
-    figure = Figure(figsize=(5.5 * len(axis), 5), layout="constrained")
+    rows = -(-len(curves) // LEGEND_COLUMNS)
+    figure = Figure(figsize=(5.5 * len(axis), 4.5 + 0.25 * rows), layout="constrained")
     panels = figure.subplots(1, len(axis), sharey=True)
     handles = {}
     for axes, (attribute, label) in zip(panels, axis.items(), strict=True):
@@ -279,8 +283,14 @@ def _draw(curves: Sequence[Curve], metric: Metric) -> Figure:
                 axes.set_xscale("log")
                 axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    text = f"validation {metric.label} ({metric.meaning})" if metric.validated else metric.label
+    text = f"validation {metric.label}\n({metric.meaning})" if metric.validated else metric.label
     panels[0].set_ylabel(text)
+    values = [point.value for point in points]
+    if metric.logarithmic and 0 < 10 * min(values) < max(values):
+        panels[0].set_yscale("log")
+        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[0].yaxis.set_major_formatter("{x:g}")
+        panels[0].yaxis.set_minor_locator(NullLocator())
     _legend(figure, handles)
     return figure
 
@@ -290,7 +300,7 @@ def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
         list(handles.values()),
         list(handles),
         loc="outside lower center",
-        ncols=4,
+        ncols=LEGEND_COLUMNS,
         handlelength=3.5,
         frameon=False,
     )
