@@ -96,8 +96,8 @@ def _glance(
 ) -> tuple[list[str], list[list[str]]]:
     """A small table of one sweep: a line per method, a column per depth, and what was published below.
 
-    Depth is the T=… or else the first number in the name of a cell; where that does not tell all cells
-    apart, a line per cell.
+    Depth is the T=… in the name of a cell, or else a number behind its first word; where that does not tell
+    all cells apart, a line per cell.
     """
     metric = metric_of(rows[0])
     key = f"test_{metric.key}" if metric.validated else metric.key
@@ -117,7 +117,8 @@ def _glance(
     for name, found in by_cell(cells, rows).items():
         line, column = places[name]
         n = "" if len(found) == planned[name] else f" ({len(found)} of {planned[name]})"
-        score = f"{mean_sd([row[key] for row in found], metric.digits)}{n}" if found else "–"
+        mean = mean_sd([row[key] for row in found], metric.digits).removesuffix(" ± –") if found else ""
+        score = f"{mean}{n}" if found else "–"
         ours.setdefault(line, {})[column] = score
         if name in about.published:
             published.setdefault(line, {})[column] = about.published[name]
@@ -135,8 +136,8 @@ def _glance(
 
 def _place(name: str) -> tuple[str, str]:
     """`dni, published T=4` is `dni, published` at T=4; `fcn 3, bprop` is `fcn, bprop` at 3."""
-    found = re.search(r"\bT=\d+", name) or re.search(r"\b\d+\b", name)
+    found = re.search(r"\b(T=\d+)", name) or re.match(r"\w+ (\d+)(?=,|$)", name)
     if found is None:
         return name, ""
-    rest = f"{name[: found.start()]} {name[found.end() :]}"
-    return re.sub(r" +(,|$)", r"\1", re.sub(r" +", " ", rest)).strip(), found[0]
+    rest = f"{name[: found.start(1)]} {name[found.end(1) :]}"
+    return re.sub(r" +(,|$)", r"\1", re.sub(r" +", " ", rest)).strip(), found[1]

@@ -17,7 +17,7 @@ import pytest
 from dni_rnn.cli import main
 from dni_rnn.config import TrainConfig, to_json
 from dni_rnn.errors import UsageError
-from dni_rnn.index import render_index, result_folders
+from dni_rnn.index import _place, render_index, result_folders
 from dni_rnn.metrics import BPC, metrics_of
 from dni_rnn.page import render_page
 from dni_rnn.plots import COLOURS, Curve, Point, fingerprint, fingerprint_of, mean_curve, save_curves
@@ -451,7 +451,7 @@ def test_all_results_at_a_glance(folder, tmp_path_factory):
     assert cells_of(text)[2:] == [
         ["bptt", "1.500 ± 0.000", "", "2.000 ± 0.707"],
         ["*published figure*", "", "", "1.42 \\", "theirs"],
-        ["dni", "2.100 ± – (1 of 2)", "–", ""],
+        ["dni", "2.100 (1 of 2)", "–", ""],
     ]
     assert "See [there](else.md) and [rows](made-up/rows.jsonl)." in text
     assert "## By hand\n\n[Table](other/table.md), [page](other/report.html)\n\nSomething else.\n" in text
@@ -459,6 +459,19 @@ def test_all_results_at_a_glance(folder, tmp_path_factory):
     assert "<td>1</td>" in (results / "other" / "report.html").read_text()
     assert (results / "made-up" / "report.html").exists()
     assert render_index(results) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "column"),
+    [
+        ("dni, published T=4", "dni, published", "T=4"),
+        ("fcn 4, cdni, p = 0.2", "fcn, cdni, p = 0.2", "4"),
+        ("dni, scale 0.3", "dni, scale 0.3", ""),
+        ("critic, three processes, 100 ms", "critic, three processes, 100 ms", ""),
+    ],
+)
+def test_depth_in_the_name_of_a_cell(name, line, column):
+    assert _place(name) == (line, column)
 
 
 def test_nothing_to_report(tmp_path, capsys):
