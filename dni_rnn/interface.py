@@ -354,17 +354,16 @@ class Interface(nn.Module):
         self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None
     ) -> tuple[Tensor, bool]:
         """M's output as it is, 0 in rows of `done`; and whether it is a `Critique`, in units of the loss."""
-        said, *losses = self._call([leaf.detach() for leaf in leaves], spec, context)
+        said, *losses = self._call(leaves, spec, context)
         return _without(done, said), bool(losses)
 
     def _edge(self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None) -> Tree:
-        said = self._call([leaf.detach() for leaf in leaves], spec, context)
-        tensors = (*leaves, *said)
+        tensors = (*leaves, *self._call(leaves, spec, context))
         return unflatten(_Edge.apply(self, done, len(leaves), *tensors), spec)  # type: ignore[arg-type]
 
     def _call(self, leaves: list[Tensor], spec: Spec, context: Any) -> list[Tensor]:
         """What M says of a message, checked and as rows; and behind it its losses if it has them."""
-        said = self.synthesizer(unflatten(leaves, spec), context)
+        said = self.synthesizer(unflatten([leaf.detach() for leaf in leaves], spec), context)
         said, losses = (said.gradient, [said.losses]) if isinstance(said, Critique) else (said, [])
         rows, features = leaves[0].shape[self.batch_dim], sum(leaf.numel() for leaf in leaves)
         if isinstance(said, Tensor) and said.shape == (rows, features // max(rows, 1)):
