@@ -156,7 +156,7 @@ class BaseLearner:
         self.reset_metrics()
 
     def adam(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Adam:
-        """Adam, whose rates a recording can follow (`set_rate`)."""
+        """Adam, whose rates a recording can follow (`set_rates`)."""
         cuda = self.device.type == "cuda"
         if cuda:
             groups = [group | {"lr": torch.tensor(group["lr"], device=self.device)} for group in groups]
