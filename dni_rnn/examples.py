@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -50,6 +51,17 @@ class Examples:
         """Inputs and targets of a split."""
         return getattr(self, split)
 
+    @functools.cached_property
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation over all training inputs, of pictures channel by channel."""
+        import numpy as np
+
+        inputs = self.train[0]
+        over = (0, *range(2, inputs.ndim)) if inputs.ndim > 2 else (0, 1)
+        mean = inputs.mean(over, dtype=np.float64)
+        square = np.mean(inputs.astype(np.float32) ** 2, axis=over, dtype=np.float64)
+        return mean, np.sqrt(square - mean**2)
+
 
 def hold_out(
     inputs: np.ndarray, targets: np.ndarray, count: int
@@ -65,7 +77,7 @@ def hold_out(
 class Batches:
     """Batches of a split on a device: uint8 there, and turned into numbers there.
 
-        x = (input − mean) / deviation,   both over all training inputs, of pictures channel by channel
+        x = (input − mean) / deviation,   both as `Examples.moments` has them
 
     A pass goes through the split in an order that the seed and the number of the pass alone decide, and
     leaves out the examples that do not fill a last batch. No example is touched by Python.
@@ -98,11 +110,7 @@ class Batches:
         self._targets = torch.from_numpy(targets.astype(np.int64)).to(device)
         self._seed, self._augment, self._flips = seed, augment, data.flips
         self._pass, self._order = -1, torch.empty(0)
-        channels = (0, *range(2, inputs.ndim)) if inputs.ndim > 2 else tuple(range(inputs.ndim))
-        train = data.train[0]
-        mean = train.mean(channels, dtype=np.float64)
-        square = np.mean(train.astype(np.float32) ** 2, axis=channels, dtype=np.float64)
-        deviation = np.sqrt(square - mean**2)
+        mean, deviation = data.moments
         wide = (-1, *[1] * (inputs.ndim - 2))
         self._shift = torch.tensor(mean, dtype=torch.float32, device=device).reshape(wide)
         self._factor = torch.tensor(1.0 / deviation, dtype=torch.float32, device=device).reshape(wide)
