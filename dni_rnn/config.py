@@ -218,6 +218,11 @@ def _check_dni(config: Any, *names: str) -> None:
         raise UsageError("--batch-size 1: a mean over one row leaves no synthetic gradient; add --no-centre")
 
 
+def _check_critic(config: Any) -> None:
+    if config.critic and config.context == "none":
+        raise UsageError("--context none: a critic predicts the loss of known targets; add --no-critic")
+
+
 BUDGETS = ("chars", "minutes", "steps")
 """Fields of `TrainConfig` that say when to stop; at most one is given."""
 
@@ -250,6 +255,8 @@ class TrainConfig(RunConfig):
     """linear, mlp (one hidden layer as wide as the core), mlp:WIDTH[,WIDTH] (units, or 1/4 of the core's)."""
     synthesizer_reads: Literal["hidden", "state"] = "hidden"
     """The synthesizer reads the hidden state, which is the core's output, or the whole state."""
+    critic: bool = False
+    """The synthesizer predicts the loss of what it is told will come, and is differentiated."""
     context: str = "next-tokens:8"
     """What the synthesizer is told of what comes: none, next-tokens:W[:EMBEDDING] or gru:W[:UNITS]."""
     reading: Literal["boundary", "next-output"] = "boundary"
@@ -307,13 +314,20 @@ class TrainConfig(RunConfig):
         if sum(getattr(self, name) is not None for name in BUDGETS) > 1:
             raise UsageError("give one of --chars, --minutes and --steps, not several")
         _check_dni(
-            self, "synthesizer", "synthesizer_reads", "context", "reading", "scale", "discount", "centre",
-            "restore", "audit", "aux", "synthesizer_lr",
+            self, "synthesizer", "synthesizer_reads", "critic", "context", "reading", "scale", "discount",
+            "centre", "restore", "audit", "aux", "synthesizer_lr",
         )  # fmt: skip
+        _check_critic(self)
         if not self.aux and self.aux_weight != type(self).aux_weight:
             raise UsageError("--aux-weight does nothing without --aux; add --aux")
         SynthesizerSpec.parse(self.synthesizer)
-        ContextSpec.parse(self.context)
+        context = ContextSpec.parse(self.context)
+        if self.critic and (context.encoder != "next-tokens" or context.width):
+            raise UsageError(
+                f"--critic has no encoder of its targets: --context next-tokens:{context.window}"
+            )
+        if self.critic and self.reading != "boundary":
+            raise UsageError("--critic is differentiated by the state at the boundary: leave out --reading")
 
     def among(self, processes: int) -> TrainConfig:
         """With as many rows of the batch in each process."""
@@ -345,7 +359,7 @@ class TrainConfig(RunConfig):
         if not self.dni:
             return "bptt"
         context = "-online" if self.context == "none" else f"+{self.context}"
-        return f"dni{context}{'+aux' if self.aux else ''}"
+        return f"dni{context}{'+critic' if self.critic else ''}{'+aux' if self.aux else ''}"
 
     @property
     def budget(self) -> tuple[str, float] | None:
@@ -648,8 +662,7 @@ class RatesConfig(RunConfig):
         _check_dni(
             self, "ticks", "synthesizer", "context", "critic", "scale", "centre", "restore", "synthesizer_lr"
         )
-        if self.critic and self.context == "none":
-            raise UsageError("--context none: a critic predicts the loss of known targets; add --no-critic")
+        _check_critic(self)
         SynthesizerSpec.parse(self.synthesizer)
 
     @property

@@ -30,8 +30,8 @@ DELAY, CHANCE = 5, 2.0
 RECALL_METHODS = {
     "recall-bptt-T1": RECALL,
     "recall-dni-T1": dataclasses.replace(
-        RECALL, dni=True, context=f"next-tokens:{DELAY}", synthesizer="linear", synthesizer_lr=5e-3,
-        scale=1.0, discount=0.97,
+        RECALL, dni=True, critic=True, context=f"next-tokens:{DELAY}", synthesizer="linear",
+        synthesizer_reads="state", synthesizer_lr=5e-3, scale=1.0, discount=0.97,
     ),
 }  # fmt: skip
 

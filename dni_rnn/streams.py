@@ -161,17 +161,25 @@ class Block(NamedTuple):
     Attributes:
       inputs: (L, B) symbols.
       targets: (L, B) symbols, `UNSCORED` where a step does not count.
+      lag: (L,) steps from the input that decides a target to the target; of no account where none is scored.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
+    lag: np.ndarray
+
+
+# What M is told at a boundary are targets to come whose input has been read: one that has not says nothing
+# about what the state should hold. A place means the same at every level, or a task that grows would be
+# learnt anew from level to level.
 
 
 class GeneratedStream:
     """An endless stream made block by block, so that its position and level alone say where it stands.
 
-    The context at a boundary before step t is the targets of steps t, t + 1, ..., t + W − 1, -1 where
-    a step is not scored: what the loss to come depends on.
+    The context at a boundary before step t: at place a, for a = 0 ... W − 1, the next target that input
+    t − 1 − a decides, -1 where none is to come. So a symbol moves on by one place per step, and a longer
+    delay needs one place more.
 
     Args:
       generate: (block number, level) -> the block; the same numbers give the same block. Blocks are
@@ -202,7 +210,7 @@ class GeneratedStream:
         return self
 
     def window(self, steps: int, context: int) -> Window:
-        self._hold(self.position // self._block, steps + context)
+        self._hold(self.position // self._block, steps)
         first = self.position - self._held[0] * self._block
         last = first + steps
         self.position += steps
@@ -216,18 +224,29 @@ class GeneratedStream:
         )
 
     def _boundary(self, at: int, context: int) -> Boundary:
-        coming = self._targets[at : at + context]
-        known = torch.where(coming == UNSCORED, -1, coming) if context else None
-        return Boundary(known, self._inputs[at], None)
+        if not context:
+            return Boundary(None, self._inputs[at], None)
+        steps = np.arange(
+            at + self._reach - 1, at - 1, -1
+        )  # backwards: the nearest target of an input is the last
+        places = at - 1 - (steps - self._lag[steps])
+        told = (places >= 0) & (places < context)
+        step_of = np.full(context, -1)
+        step_of[places[told]] = steps[told]
+        index = torch.from_numpy(step_of).to(self._device)[:, None]
+        coming = self._targets[index.clamp_min(0).squeeze(1)]
+        return Boundary(torch.where((index < 0) | (coming == UNSCORED), -1, coming), self._inputs[at], None)
 
-    def _hold(self, number: int, ahead: int) -> None:
+    def _hold(self, number: int, steps: int) -> None:
         """Have the block `number` and enough of what follows in memory, at the present level."""
-        count, level = 2 + ahead // self._block, self._level
-        if self._held == (number, level) and count * self._block <= len(self._inputs):
+        level = self._level
+        if self._held == (number, level) and len(self._inputs) > self._block + steps + self._reach:
             return
-        blocks = [self._generate(number + i, level) for i in range(count)]
-        inputs, targets = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-        self._scored = targets != UNSCORED
+        blocks = [self._generate(number, level)]
+        while len(blocks) * self._block <= self._block + steps + max(int(b.lag.max()) for b in blocks):
+            blocks.append(self._generate(number + len(blocks), level))
+        inputs, targets, self._lag = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+        self._scored, self._reach = targets != UNSCORED, int(self._lag.max())
         self._inputs, self._targets = (
             torch.from_numpy(part.astype(np.int64)).to(self._device) for part in (inputs, targets)
         )
@@ -249,9 +268,10 @@ class EpisodeStream:
     and is done there. A window is cut short where the last of its rows has nothing left. A row that comes
     to a new level first idles for a random part of an episode, so that a batch holds all phases of one.
 
-    The context at a boundary is the row's next W targets in its episode, −1 where a step is not scored
-    and past the end. Target t of the episode is at place t mod W, so it stays there while it comes nearer:
-    a cell that keeps a symbol until it is asked for gets the same signal at every boundary.
+    The context at a boundary: at place a, for a = 0 ... W − 1, the row's next target in its episode that is
+    decided by an input it has read at a step t with t mod W = a, -1 where none is to come. A symbol stays at
+    its place until it has been asked for the last time: a cell that keeps it gets the same signal at every
+    boundary.
 
     Args:
       generate: (random generator, count, level) -> `count` episodes of equal length side by side.
@@ -278,6 +298,7 @@ class EpisodeStream:
         # Per row: its episode, idle and unscored to the end of the array; its length; the place in it.
         self._inputs = np.full((batch_size, 0), idle)
         self._targets = np.full((batch_size, 0), UNSCORED)
+        self._lag = np.zeros((batch_size, 0), dtype=np.int64)
         self._length = np.zeros(batch_size, dtype=np.int64)
         self._position = np.zeros(batch_size, dtype=np.int64)
         self._row_level = np.full(batch_size, -1)
@@ -292,7 +313,7 @@ class EpisodeStream:
             self._begin(self._length == 0)
         steps = min(steps, int((self._length - self._position).max()))
         rows = np.arange(self.batch_size)
-        self._reach(steps + context)
+        self._reach(steps + 1)
         at = self._position + np.arange(steps)[:, None]
         inputs, targets = self._inputs[rows, at], self._targets[rows, at]
         start = self._start
@@ -302,7 +323,7 @@ class EpisodeStream:
         done = self._position >= self._length
         if done.any():
             self._begin(done)
-            self._reach(context + 1)
+            self._reach(1)
         self._start = self._boundary(context, done)
         scored = int(np.count_nonzero(targets != UNSCORED))
         return Window(self._tensor(inputs), self._tensor(targets), start, self._start, scored)
@@ -318,6 +339,7 @@ class EpisodeStream:
         length = len(block.inputs)
         self._reach(length, np.zeros_like(self._position))
         self._inputs[done, :length], self._targets[done, :length] = block.inputs.T, block.targets.T
+        self._lag[done, :length] = block.lag
         self._inputs[done, length:], self._targets[done, length:] = self._idle, UNSCORED
         self._length[done], self._position[done] = length, 0
         new = done & (self._row_level != level)
@@ -333,14 +355,22 @@ class EpisodeStream:
             wider = ((0, 0), (0, missing + 64))
             self._inputs = np.pad(self._inputs, wider, constant_values=self._idle)
             self._targets = np.pad(self._targets, wider, constant_values=UNSCORED)
+            self._lag = np.pad(self._lag, wider)
 
     def _boundary(self, context: int, done: np.ndarray) -> Boundary:
         rows = np.arange(self.batch_size)
         known = None
         if context:
-            ahead = (np.arange(context)[:, None] - self._position) % context
-            coming = self._targets[rows, self._position + ahead]
-            known = self._tensor(np.where(coming == UNSCORED, -1, coming))
+            coming = np.full((context, self.batch_size), -1)
+            left = int((self._length - self._position).max())
+            steps = np.minimum(
+                self._position + np.arange(left - 1, -1, -1)[:, None], self._inputs.shape[1] - 1
+            )
+            targets = self._targets[rows, steps]  # backwards: the nearest target of an input is the last
+            decided = steps - self._lag[rows, steps]
+            told = (targets != UNSCORED) & (decided < self._position)
+            coming[decided[told] % context, np.broadcast_to(rows, told.shape)[told]] = targets[told]
+            known = self._tensor(coming)
         next_input = self._tensor(self._inputs[rows, self._position])
         return Boundary(known, next_input, self._tensor(done) if done.any() else None)
 
@@ -353,6 +383,7 @@ class EpisodeStream:
         return {
             "inputs": self._inputs[:, :used].tolist(),
             "targets": self._targets[:, :used].tolist(),
+            "lag": self._lag[:, :used].tolist(),
             "length": self._length.tolist(),
             "position": self._position.tolist(),
             "row_level": self._row_level.tolist(),
@@ -360,8 +391,8 @@ class EpisodeStream:
         } | _ladder_state(self.ladder)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        names = ("inputs", "targets", "length", "position", "row_level")
-        self._inputs, self._targets, self._length, self._position, self._row_level = (
+        names = ("inputs", "targets", "lag", "length", "position", "row_level")
+        self._inputs, self._targets, self._lag, self._length, self._position, self._row_level = (
             np.array(state[name], dtype=np.int64) for name in names
         )
         self._random.bit_generator.state = state["random"]

@@ -30,9 +30,11 @@ from dni_rnn.synthesizers import (
     BackwardGRU,
     ContextEncoder,
     ContextMLP,
+    Critic,
     EmbeddedTokens,
     MLPSynthesizer,
     OneHotTokens,
+    Rows,
 )
 from dni_rnn.task import Corpus, Data, Split
 from dni_rnn.trees import flatten, flatten_rows
@@ -51,28 +53,34 @@ AUDIT_STEPS = 32
 
 def build_model(config: TrainConfig, data: Data) -> SequenceModel:
     """The model that `config` describes, for the symbols of `data`."""
-    synthesizer = None
-    if config.dni:
-        example = RecurrentCore(config.core, 1, config.hidden, config.layers).initial_state(1)
-        synthesizer = MLPSynthesizer(
-            example,
-            config.synthesizer_spec.widths(config.hidden),
-            context=_context_encoder(config, data),
-            reads="first" if config.synthesizer_reads == "hidden" else "all",
-            bounded=config.synthesizer_reads == "state",
-        )
     core = RecurrentCore(
         config.core,
         config.embedding,
         config.hidden,
         config.layers,
-        synthesizer=synthesizer,
+        synthesizer=_build_synthesizer(config, data) if config.dni else None,
         reading=config.reading,
         scale=config.scale * config.discount**config.bptt,
         centre=config.centre,
         restore=config.restore,
     )
     return SequenceModel(data.input_symbols, data.target_symbols, config.embedding, core)
+
+
+def _build_synthesizer(config: TrainConfig, data: Data) -> nn.Module:
+    example = RecurrentCore(config.core, 1, config.hidden, config.layers).initial_state(1)
+    hidden = config.synthesizer_spec.widths(config.hidden)
+    reads = "first" if config.synthesizer_reads == "hidden" else "all"
+    bounded = config.synthesizer_reads == "state"
+    if not config.critic:
+        context = _context_encoder(config, data)
+        return MLPSynthesizer(example, hidden, context=context, reads=reads, bounded=bounded)
+    rows = Rows(reads=reads, bounded=bounded)
+    places = config.context_spec.window * data.target_symbols
+    classifier = nn.Sequential(rows, ContextMLP(rows(example).shape[1], hidden, places))
+    # Its own loss counts little: in a net that has learnt the task it would go on pushing where the true
+    # gradient is zero.
+    return Critic(classifier, data.target_symbols, weight=config.weight, value=1.0)
 
 
 def build_estimator(config: TrainConfig, data: Data) -> TruncatedBPTT:

@@ -228,6 +228,7 @@ NOT_NEGATIVE = ("clip", "scale", "restore", "audit", "save-every")
 ONLY_WITH_DNI = (
     ["--synthesizer", "linear"],
     ["--synthesizer-reads", "state"],
+    ["--critic"],
     ["--context", "next-tokens:3"],
     ["--reading", "next-output"],
     ["--scale", "0.5"],
@@ -281,6 +282,18 @@ MISTAKES = [
         for t in SYNTHESIZERS
     ),
     *((["--dni", "--context", t], f"--context {t}: give none, next-tokens:W,") for t in CONTEXTS),
+    (
+        ["--dni", "--critic", "--context", "none"],
+        "--context none: a critic predicts the loss of known targets",
+    ),
+    (
+        ["--dni", "--critic", "--context", "gru:4"],
+        "--critic has no encoder of its targets: --context next-tokens:4",
+    ),
+    (
+        ["--dni", "--critic", "--reading", "next-output"],
+        "--critic is differentiated by the state at the boundary",
+    ),
 ]
 
 

@@ -137,6 +137,7 @@ CASES = {
     "aux, not centred": (text, DNI | dict(aux=True, centre=False)),
     "one row each": (text, DNI | dict(batch_size=2)),
     "generated": (Recall(delay=3), DNI),
+    "critic": (Recall(delay=3), DNI | dict(critic=True)),
     "episodes": (Copy(symbols=2), DNI | dict(reading="next-output")),
     "episodes, audited": (Copy(symbols=2), DNI | dict(audit=3, centre=False)),
 }

@@ -30,7 +30,7 @@ def counted(batch_size: int, seed: int = 0, ladder: Ladder | None = None) -> Epi
         numbers = np.arange(made[0], made[0] + count)
         made[0] += count
         inputs = numbers * 100 + np.arange(3 + level)[:, None] + 1000
-        return Block(inputs, np.where(inputs % 2, inputs, UNSCORED))
+        return Block(inputs, np.where(inputs % 2, inputs, UNSCORED), np.arange(3 + level) // 2)
 
     return EpisodeStream(generate, batch_size, 1000, idle=IDLE, seed=[seed], ladder=ladder)
 
@@ -70,24 +70,36 @@ def starts(window: Window, row: int) -> bool:
     return window.start.done is not None and bool(window.start.done[row])
 
 
-@given(steps=st.integers(1, 5), context=st.integers(1, 6))
-def test_the_context_is_what_the_row_will_be_asked(steps, context):
-    stream = counted(3)
-    windows = [stream.window(steps, context) for _ in range(20)]
-    for number, window in enumerate(windows[:-4]):
-        known = window.end.context
-        assert known is not None
-        for row in range(3):
-            coming: list[int] = []
-            for following in windows[number + 1 :]:
-                if coming and following.start.done is not None and following.start.done[row]:
-                    break
-                coming += following.targets[:, row].tolist()
-            coming = (coming + [UNSCORED] * context)[:context]
-            begun = max(n for n in range(number + 2) if starts(windows[n], row))
-            position = steps * (number + 1 - begun)
-            placed = [coming[(place - position) % context] for place in range(context)]
-            assert known[:, row].tolist() == [-1 if target == UNSCORED else target for target in placed]
+@pytest.mark.parametrize("task", [Copy(), RepeatCopy()])
+@given(steps=st.integers(1, 5), context=st.integers(1, 30), level=st.integers(1, 7))
+@settings(max_examples=40, deadline=None)
+def test_the_context_is_what_has_been_read_and_will_be_asked(task, steps, context, level):
+    """Against a search in the whole episode, by the rules of the task."""
+    data = task.load(None)
+    stream = data.stream("train", 3, 0)
+    stream.ladder.level = level
+    (n, r), told = data.shape(level), data.repeats
+    begins = n + 1 + told
+    windows = [stream.window(steps, context) for _ in range(4 * data.length(level) // steps + 8)]
+    for row in range(3):
+        starts_at = [number for number, w in enumerate(windows) if starts(w, row)]
+        assert len(starts_at) > 2
+        for first, after in pairwise(starts_at[1:]):  # the first one idles
+            word = torch.cat([w.inputs[:, row] for w in windows[first:after]])[:n].tolist()
+            for number in range(first, after):
+                position = steps * (number - first)
+                asked = {}  # step -> (input that decides it, target)
+                for turn in range(r):
+                    asked |= {begins + turn * n + k: (k, word[k]) for k in range(n)}
+                asked[begins + n * r] = (n + told, data.told)
+                wanted = [-1] * context
+                for step in sorted(asked, reverse=True):
+                    read, target = asked[step]
+                    if read < position <= step:
+                        wanted[read % context] = target
+                known = windows[number].start.context
+                assert known is not None
+                assert known[:, row].tolist() == wanted
 
 
 def test_episodes_go_on_where_another_stood():

@@ -74,7 +74,7 @@ def layered(device=CPU, **settings):
 LEARNERS = {
     **{name: (lambda s: lambda **k: recurrent(**s, **k))(settings) for name, settings in METHODS.items()},
     "episodes": lambda **k: recurrent(Copy(), bptt=3, dni=True, **k),
-    "growing": lambda **k: recurrent(Recall(grow=True), bptt=2, dni=True, **k),
+    "growing, critic": lambda **k: recurrent(Recall(grow=True), bptt=2, dni=True, critic=True, **k),
     "critic": lambda **k: layered(method="critic", **k),
     "layers, bprop": lambda **k: layered(method="bprop", **k),
 }

@@ -180,7 +180,7 @@ def generated(block: int, rows: int, seed: int = 0) -> GeneratedStream:
         random = np.random.default_rng([seed, number])
         inputs, targets = random.integers(100, size=(2, block, rows))
         targets[random.random((block, rows)) < 0.3] = UNSCORED
-        return Block(inputs, targets)
+        return Block(inputs, targets, random.integers(0, 2 * block, block))
 
     return GeneratedStream(generate, rows, size=10 * block * rows)
 
@@ -194,8 +194,8 @@ def generated(block: int, rows: int, seed: int = 0) -> GeneratedStream:
 )
 def test_generated_windows_are_slices_of_the_blocks(block, rows, steps, context, seed):
     stream, source = generated(block, rows, seed), generated(block, rows, seed)
-    count = 2 + (12 * steps + context) // block
-    inputs, targets = (
+    count = 4 + 12 * steps // block
+    inputs, targets, lag = (
         np.concatenate(parts)
         for parts in zip(*[source._generate(number, 0) for number in range(count)], strict=True)
     )
@@ -211,11 +211,20 @@ def test_generated_windows_are_slices_of_the_blocks(block, rows, steps, context,
             assert boundary.next_input.tolist() == inputs[at].tolist()
             assert (boundary.context is None) == (context == 0)
             if boundary.context is not None:
-                coming = targets[at : at + context]
-                assert boundary.context.tolist() == np.where(coming == UNSCORED, -1, coming).tolist()
+                assert boundary.context.tolist() == told(targets, lag, at, context)
         if before is not None:
             assert_same(before, window.start)
         before = window.end
+
+
+def told(targets: np.ndarray, lag: np.ndarray, at: int, context: int) -> list[list[int]]:
+    """Place by place, with a search: the next target that the input so many steps back decides."""
+    rows = []
+    for input_step in range(at - 1, at - 1 - context, -1):
+        decided = [step for step in range(at, len(lag)) if step - lag[step] == input_step]
+        coming = targets[decided[0]] if decided else np.full(targets.shape[1], UNSCORED)
+        rows.append(np.where(coming == UNSCORED, -1, coming).tolist())
+    return rows
 
 
 def test_a_generated_stream_goes_on_where_another_stood():
@@ -231,13 +240,15 @@ def test_a_generated_stream_goes_on_where_another_stood():
 
 
 def test_a_generated_stream_can_be_asked_for_more_than_before():
-    stream, whole = generated(10, 2), generated(10, 2).window(60, 0)
+    stream, source = generated(10, 2), generated(10, 2)
+    inputs, targets, lag = (
+        np.concatenate(parts) for parts in zip(*[source._generate(n, 0) for n in range(12)], strict=True)
+    )
     position = 0
     for steps, context in ((2, 0), (30, 4), (1, 25), (3, 0)):
         window = stream.window(steps, context)
-        assert torch.equal(window.inputs, whole.inputs[position : position + steps])
+        assert window.inputs.tolist() == inputs[position : position + steps].tolist()
         position += steps
-        assert context == 0 or window.end.context is not None
+        assert (window.end.context is None) == (context == 0)
         if window.end.context is not None:
-            coming = whole.targets[position : position + context]
-            assert torch.equal(window.end.context, torch.where(coming == UNSCORED, -1, coming))
+            assert window.end.context.tolist() == told(targets, lag, position, context)

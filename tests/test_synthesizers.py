@@ -401,10 +401,11 @@ critic_messages = pytest.mark.parametrize("shape", ["LSTM", "GRU", "vector", "ma
 
 @critic_messages
 @pytest.mark.parametrize("window", [1, WINDOW])
-def test_a_critic_is_the_gradient_of_the_loss_it_predicts(shape, window, generator):
-    """Row by row and position by position, written out; in units of a weighted mean over rows."""
+@pytest.mark.parametrize("weight", [None, 0.3])
+def test_a_critic_is_the_gradient_of_the_loss_it_predicts(shape, window, weight, generator):
+    """Row by row and position by position, written out; of a mean over rows, or of a weighted sum."""
     message, _ = messages(generator)[shape]
-    made = critic_of(message, window, generator, weight=0.3, value=7.0)
+    made = critic_of(message, window, generator, weight=weight, value=7.0)
     given = tokens(generator, window, ROWS)
     given[0, 1] = -1
     leaves, spec = flatten(message)
@@ -421,7 +422,8 @@ def test_a_critic_is_the_gradient_of_the_loss_it_predicts(shape, window, generat
         losses.append(total)
     if logits is not None:
         close(losses[0], -logits[0, given[0, 0]])
-    wanted = torch.autograd.grad(0.3 * torch.stack(losses).mean(), leaves)
+    whole = torch.stack(losses).sum()
+    wanted = torch.autograd.grad(whole / ROWS if weight is None else weight * whole, leaves)
     said = made(message, given)
     close(flatten(said.gradient)[0], list(wanted))
     close(said.losses, 7.0 * torch.stack(losses))

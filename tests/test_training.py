@@ -160,6 +160,7 @@ METHODS = {
     "next-output": {"dni": True, "reading": "next-output", "synthesizer_reads": "state", "layers": 2},
     "accumulate": {"dni": True, "accumulate": 2, "core": "gru", "clip": 0.0},
     "gru": {"dni": True, "context": "gru:4:6"},
+    "critic": {"dni": True, "critic": True, "context": "next-tokens:3", "synthesizer": "mlp:7"},
     "several passes": {"dni": True, "context": "next-tokens:3", "eval_every": 300, "log_every": 1},
     "recall": {"dni": True, "context": "next-tokens:4", "bptt": 60, "eval_every": 2400},
     "copy": {"dni": True, "context": "next-tokens:4", "lr": 0.02, "bptt": 3, "eval_every": 100},

@@ -41,8 +41,10 @@ class Recall:
                 "eval_every": 200_000,
             },
             dni={
-                "context": "next-tokens:40",
+                "context": "next-tokens:128",
+                "critic": True,
                 "synthesizer": "linear",
+                "synthesizer_reads": "state",
                 "synthesizer_lr": 3e-3,
                 "scale": 1.0,
                 "discount": 0.97,
@@ -103,7 +105,8 @@ class RecallData:
         def generate(number: int, level: int) -> Block:
             inputs, delay = symbols(number), level if self.task.grow else self.task.delay
             before = symbols(number - 1) if number else np.full_like(inputs, UNSCORED)
-            return Block(inputs, np.concatenate([before[-delay:], inputs])[:BLOCK])
+            targets = np.concatenate([before[-delay:], inputs])[:BLOCK]
+            return Block(inputs, targets, np.full(BLOCK, delay))
 
         ladder = Ladder(FIRST_DELAY, SOLVED, lambda delay: delay + 32) if self.task.grow else None
         return GeneratedStream(generate, batch_size, EVALUATION_SYMBOLS, ladder)

@@ -72,7 +72,7 @@ class RepeatCopy:
     """
 
     presets: ClassVar = {
-        "default": Preset(run=RUN, dni={**METHOD, "context": "next-tokens:24"}),
+        "default": Preset(run=RUN, dni={**METHOD, "context": "next-tokens:32"}),
         "paper": PAPER,
     }
 
@@ -152,7 +152,9 @@ class EpisodeData:
             if self.repeats:
                 inputs[n + 1] = blank + min(r, MOST_REPEATS)
             targets[-n * r - 1 : -1], targets[-1] = np.tile(word, (r, 1)), stop
-            return Block(inputs, targets)
+            decided_at = np.zeros(len(inputs), dtype=np.int64)
+            decided_at[-n * r - 1 : -1], decided_at[-1] = np.tile(np.arange(n), r), n + self.repeats
+            return Block(inputs, targets, np.arange(len(inputs)) - decided_at)
 
         ladder = Ladder(1, SOLVED, lambda level: max(self.length(level), SHORTEST_PERIOD), self.score)
         return EpisodeStream(
