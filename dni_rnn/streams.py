@@ -81,7 +81,7 @@ class Stream(Protocol):
     """Symbols in one pass; for an endless source, what one evaluation reads."""
 
     def window(self, steps: int, context: int) -> Window:
-        """The next window of at most `steps` steps; its boundaries know the next `context` symbols."""
+        """The next window of at most `steps` steps; its boundaries are told `context` symbols."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
