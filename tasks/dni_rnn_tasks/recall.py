@@ -41,7 +41,7 @@ class Recall:
                 "eval_every": 200_000,
             },
             dni={
-                "context": "next-tokens:128",
+                "context": "next-tokens:64",
                 "critic": True,
                 "synthesizer": "linear",
                 "synthesizer_reads": "state",
