@@ -219,6 +219,7 @@ def _check_dni(config: Any, *names: str) -> None:
 
 
 def _check_critic(config: Any) -> None:
+    """Refuse a critic that is told nothing."""
     if config.critic and config.context == "none":
         raise UsageError("--context none: a critic predicts the loss of known targets; add --no-critic")
 

@@ -323,7 +323,6 @@ class EpisodeStream:
         done = self._position >= self._length
         if done.any():
             self._begin(done)
-            self._reach(1)
         self._start = self._boundary(context, done)
         scored = int(np.count_nonzero(targets != UNSCORED))
         return Window(self._tensor(inputs), self._tensor(targets), start, self._start, scored)
