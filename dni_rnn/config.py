@@ -128,7 +128,7 @@ class RunConfig:
             "timeout",
         ]
     )
-    """Fields that may change when a run is resumed: they do not change what any one update does."""
+    """Fields that do not change what any one update does."""
 
     seed: int = 0
     """Of the initial weights and of generated data."""
@@ -175,6 +175,11 @@ class RunConfig:
     def method(self) -> str:
         """What tables call it."""
         raise NotImplementedError
+
+    @property
+    def may_change(self) -> frozenset[str]:
+        """Settings that may be others when this run is resumed."""
+        return self.free
 
     @property
     def budget(self) -> tuple[str, float] | None:
@@ -286,6 +291,8 @@ class TrainConfig(RunConfig):
     """Adam's learning rate for the synthesizer."""
     beta2: float = 0.999
     """Decay of Adam's mean square gradient; a shorter memory suits a task that grows."""
+    anneal: bool = False
+    """Let both learning rates fall to zero along a cosine, over --chars or --steps."""
     clip: float = 1.0
     """Largest norm of the net's gradient per update; 0 switches clipping off."""
 
@@ -314,6 +321,8 @@ class TrainConfig(RunConfig):
             raise UsageError(f"--discount must lie above 0 and at most at 1, not {self.discount}")
         if sum(getattr(self, name) is not None for name in BUDGETS) > 1:
             raise UsageError("give one of --chars, --minutes and --steps, not several")
+        if self.anneal and self.minutes is not None:
+            raise UsageError("--anneal does not go by the clock: give --chars or --steps, not --minutes")
         _check_dni(
             self, "synthesizer", "synthesizer_reads", "critic", "context", "reading", "scale", "discount",
             "centre", "restore", "audit", "aux", "synthesizer_lr",
@@ -368,6 +377,10 @@ class TrainConfig(RunConfig):
         return next(((unit, amount) for unit, amount in given.items() if amount is not None), None)
 
     @property
+    def may_change(self) -> frozenset[str]:
+        return self.free - {*BUDGETS} if self.anneal else self.free
+
+    @property
     def depth(self) -> int:
         return self.bptt
 
@@ -388,6 +401,8 @@ class LiveConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.anneal and self.budget is None:
+            raise UsageError("--anneal must know the end of a stream: add --chars or --steps")
         if self.lag is None:
             return
         if not self.dni:

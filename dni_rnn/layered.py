@@ -14,7 +14,7 @@ from dni_rnn.errors import UsageError
 from dni_rnn.examples import Batches, Examples
 from dni_rnn.feedforward import Decoupled, agreement, cnn, decouple, fcn, sigmoid_net, vgg
 from dni_rnn.task import Split
-from dni_rnn.training import BaseLearner
+from dni_rnn.training import BaseLearner, cosine
 
 WARM_UP = 0.15
 """Share of a fast training in which the learning rate rises."""
@@ -162,7 +162,7 @@ class LayeredLearner(BaseLearner):
             return 0.1 ** ((done >= 0.6) + (done >= 0.8))
         if done < WARM_UP:
             return (self.step + 1) / (WARM_UP * self.steps + 1)
-        return 0.5 * (1.0 + math.cos(math.pi * (done - WARM_UP) / (1.0 - WARM_UP)))
+        return cosine((done - WARM_UP) / (1.0 - WARM_UP))
 
     def _measure(self, x: Tensor, targets: Tensor) -> None:
         found = agreement(

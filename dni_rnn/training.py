@@ -107,6 +107,11 @@ def _context_encoder(config: TrainConfig, data: Data) -> ContextEncoder | None:
     return OneHotTokens(data.target_symbols, spec.window)
 
 
+def cosine(done: float) -> float:
+    """Factor on the learning rates at `done`, from 0 to 1, of the way: (1 + cos(π·done)) / 2."""
+    return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+
+
 def choose_device(name: str) -> torch.device:
     """`auto` is CUDA when there is a device, else the CPU."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -283,11 +288,12 @@ class Learner(BaseLearner):
         self.estimator = build_estimator(config, data).to(device)
         self.net = self.model.net_parameters()
         self.synthesizer = [*self.model.synthesizer_parameters(), *self.estimator.parameters()]
-        groups = [{"params": self.net, "lr": config.lr}]
+        groups = [{"params": self.net, "lr": config.lr, "base": config.lr}]
         if self.synthesizer and config.synthesizer_lr == config.lr:  # one group is one call less
             groups[0]["params"] = [*self.net, *self.synthesizer]
         elif self.synthesizer:
-            groups.append({"params": self.synthesizer, "lr": config.synthesizer_lr})
+            rate = config.synthesizer_lr
+            groups.append({"params": self.synthesizer, "lr": rate, "base": rate})
         self.optimizer = self.adam(groups, betas=(0.9, config.beta2))
         self.stream = data.stream("train", config.batch_size, config.seed).to(device)
         self.state = self.model.initial_state(config.batch_size)
@@ -316,6 +322,9 @@ class Learner(BaseLearner):
         config = self.config
         if config.audit and self.step % config.audit == 0:
             self._audit()
+        if config.anneal:
+            unit, amount = config.budget or ("symbols", self.one_pass)
+            self.set_rates(cosine((self.step if unit == "steps" else self.symbols) / amount))
         windows = [self.stream.window(config.bptt, self.context) for _ in range(config.accumulate)]
         self._run(*(tensor for w in windows for tensor in (w.inputs, w.targets, *w.start, *w.end)))
         scored, steps = (sum(w.scored for w in windows), sum(len(w.inputs) for w in windows))

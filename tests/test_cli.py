@@ -277,6 +277,7 @@ MISTAKES = [
     (["--dni", "--aux-weight", "0.5"], "--aux-weight does nothing without --aux; add --aux"),
     (["--aux-weight", "0.5"], "--aux-weight does nothing without --aux; add --aux"),
     *(([f"--{a}", "1", f"--{b}", "1"], "give one of --chars, --minutes and --steps") for a, b in BUDGETS),
+    (["--anneal", "--minutes", "1"], "--anneal does not go by the clock: give --chars or --steps"),
     *(
         (["--dni", "--synthesizer", t], f"--synthesizer {t}: give linear, mlp, mlp:WIDTH")
         for t in SYNTHESIZERS

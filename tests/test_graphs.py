@@ -20,6 +20,7 @@ METHODS = {
     "bptt": {"bptt": 5},
     "dni": {"bptt": 3, "dni": True},
     "aux, windows accumulated": {"bptt": 2, "accumulate": 2, "dni": True, "aux": True},
+    "annealed": {"bptt": 3, "dni": True, "synthesizer_lr": 0.003, "anneal": True, "steps": 30},
     "gru, next output": {"bptt": 3, "dni": True, "core": "gru", "reading": "next-output"},
 }
 

@@ -261,6 +261,7 @@ def test_the_lag_is_what_the_synthesizer_is_told(words, method, window):
     ("words", "message"),
     [
         (["--lag", "3"], "add --dni"),
+        (["--anneal"], "--anneal must know the end of a stream: add --chars or --steps"),
         (["--dni", "--lag", "-1"], "must not be negative"),
         (["--dni", "--lag", "3", "--context", "gru:5:16"], "disagree"),
         (["--stretch", "0"], "must be positive"),

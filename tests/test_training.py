@@ -162,6 +162,7 @@ METHODS = {
     "gru": {"dni": True, "context": "gru:4:6"},
     "critic": {"dni": True, "critic": True, "context": "next-tokens:3", "synthesizer": "mlp:7"},
     "several passes": {"dni": True, "context": "next-tokens:3", "eval_every": 300, "log_every": 1},
+    "annealed": {"dni": True, "context": "next-tokens:3", "synthesizer_lr": 0.02, "anneal": True},
     "recall": {"dni": True, "context": "next-tokens:4", "bptt": 60, "eval_every": 2400},
     "copy": {"dni": True, "context": "next-tokens:4", "lr": 0.02, "bptt": 3, "eval_every": 100},
 }
@@ -191,6 +192,10 @@ def test_stopped_by_its_budget_and_resumed(uninterrupted, tmp_path):
     due = [row["step"] for row in validations(whole) if row["step"] % settings.get("log_every", 5) == 0]
     stop = next(step for step in due if 0.35 * steps < step < steps)
     fit(out, task, steps=stop, **settings)
+    if settings.get("anneal"):  # the rates go by it
+        with pytest.raises(UsageError, match=f"--steps {stop}, not {steps}"):
+            fit(out, task, steps=steps, resume=True, **settings)
+        return
     assert rows(out) == [row for row in rows(whole) if row["step"] <= stop]
     fit(out, task, steps=steps, resume=True, **settings)
     same_run(out, whole)
@@ -654,6 +659,24 @@ def test_budgets_in_symbols_and_updates(text, tmp_path):
     assert fit(tmp_path / "steps", Text(path=text), steps=7)["steps"] == 7
     whole = fit(tmp_path / "accumulate", Text(path=text), steps=7, accumulate=3)
     assert (whole["steps"], whole["symbols"]) == (7, 7 * 3 * PER_UPDATE)
+
+
+@pytest.mark.parametrize(("budget", "updates"), [({"steps": 8}, 8), ({"chars": 8 * 2 * PER_UPDATE}, 8)])
+def test_annealed_rates_follow_a_cosine_over_the_budget(budget, updates, text):
+    learner = learner_of(Text(path=text), dni=True, synthesizer_lr=0.03, anneal=True, accumulate=2, **budget)
+    for step in range(updates):
+        learner.update()
+        factor = math.cos(math.pi * step / updates / 2) ** 2  # half angle
+        assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx(
+            [0.01 * factor, 0.03 * factor]
+        )
+
+
+def test_annealing_without_a_budget_ends_with_the_pass(text):
+    learner = learner_of(Text(path=text), anneal=True)
+    while learner.symbols < learner.one_pass:
+        learner.update()
+    assert learner.optimizer.param_groups[0]["lr"] < 0.01 * 0.002
 
 
 @pytest.mark.parametrize("stopped", [False, True])

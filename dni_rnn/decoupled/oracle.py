@@ -28,7 +28,7 @@ from dni_rnn.metrics import RMSE
 from dni_rnn.runs import Run
 from dni_rnn.synthesizers import ContextMLP
 from dni_rnn.task import Split
-from dni_rnn.training import BaseLearner
+from dni_rnn.training import BaseLearner, cosine
 
 INPUT, ORACLE, OUTPUT = range(3)
 
@@ -99,7 +99,7 @@ class SurfaceLearner(BaseLearner):
 
     def rate(self) -> float:
         """Factor on the learning rates of the coming update: along a cosine to zero."""
-        return 0.5 * (1.0 + math.cos(math.pi * self.step / self.config.steps))
+        return cosine(self.step / self.config.steps)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Points and heights of the update to come."""
