@@ -47,7 +47,7 @@ class Copy:
     """
 
     presets: ClassVar = {
-        "default": Preset(run=RUN, dni={**METHOD, "context": "next-tokens:48"}),
+        "default": Preset(run=RUN, dni={**METHOD, "context": "next-tokens:48", "discount": 0.99}),
         "paper": PAPER,
     }
 
