@@ -253,6 +253,8 @@ class TrainConfig(RunConfig):
 
     bptt: int = 20
     """T: steps per window, the length that gradients are backpropagated."""
+    shorten: float = 0.0
+    """Share of windows that end early, at a random step: a net can learn an even grid of boundaries."""
     accumulate: int = 1
     """Windows per update. Methods with equal bptt × accumulate update after the same number of symbols."""
     dni: bool = False
@@ -317,6 +319,8 @@ class TrainConfig(RunConfig):
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative")
         if not 0 < self.beta2 < 1:
             raise UsageError(f"--beta2 must lie between 0 and 1, not {self.beta2}")
+        if not 0 <= self.shorten <= 1:
+            raise UsageError(f"--shorten is a share of windows, from 0 to 1, not {self.shorten}")
         if not 0 < self.discount <= 1:
             raise UsageError(f"--discount must lie above 0 and at most at 1, not {self.discount}")
         if sum(getattr(self, name) is not None for name in BUDGETS) > 1:

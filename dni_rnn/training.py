@@ -12,6 +12,7 @@ from importlib import import_module
 from types import FrameType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -325,7 +326,7 @@ class Learner(BaseLearner):
         if config.anneal:
             unit, amount = config.budget or ("symbols", self.one_pass)
             self.set_rates(cosine((self.step if unit == "steps" else self.symbols) / amount))
-        windows = [self.stream.window(config.bptt, self.context) for _ in range(config.accumulate)]
+        windows = [self.stream.window(steps, self.context) for steps in self._lengths()]
         self._run(*(tensor for w in windows for tensor in (w.inputs, w.targets, *w.start, *w.end)))
         scored, steps = (sum(w.scored for w in windows), sum(len(w.inputs) for w in windows))
         if self.stream.ladder is not None:
@@ -334,6 +335,15 @@ class Learner(BaseLearner):
         self.symbols += steps * config.batch_size
         self.step += 1
         self.updates += 1
+
+    def _lengths(self) -> list[int]:
+        """Of the windows of the coming update; the update's number alone says what was drawn."""
+        config = self.config
+        if not config.shorten:
+            return [config.bptt] * config.accumulate
+        random = np.random.default_rng([config.seed, self.step])
+        short = random.integers(1, config.bptt, config.accumulate, endpoint=True)
+        return np.where(random.random(config.accumulate) < config.shorten, short, config.bptt).tolist()
 
     def _work(self, *tensors: Any) -> None:
         """What an update does on the device, in place; the tensors are those of its windows."""

@@ -260,6 +260,7 @@ CONTEXTS = (
     "next-tokens:a", "next-tokens:2:", "next-tokens:2:3:4", "none:3", "next-token:2",
     "gru", "gru:", "gru:0", "gru:4:0", "gru:4:-1", "gru:4:", "gru:4:8:2", "gru:a", "next-token:2:3",
 )  # fmt: skip
+SHARES = ("-0.1", "1.5", "nan")
 MISTAKES = [
     *((["--dni", "--aux", f"--{name}", "0"], f"--{name} must be positive, not 0") for name in POSITIVE),
     *((["--dni", f"--{name}", "-1"], f"--{name} must not be negative") for name in NOT_NEGATIVE),
@@ -277,6 +278,7 @@ MISTAKES = [
     (["--dni", "--aux-weight", "0.5"], "--aux-weight does nothing without --aux; add --aux"),
     (["--aux-weight", "0.5"], "--aux-weight does nothing without --aux; add --aux"),
     *(([f"--{a}", "1", f"--{b}", "1"], "give one of --chars, --minutes and --steps") for a, b in BUDGETS),
+    *((["--shorten", s], f"--shorten is a share of windows, from 0 to 1, not {s}") for s in SHARES),
     (["--anneal", "--minutes", "1"], "--anneal does not go by the clock: give --chars or --steps"),
     *(
         (["--dni", "--synthesizer", t], f"--synthesizer {t}: give linear, mlp, mlp:WIDTH")

@@ -163,6 +163,7 @@ METHODS = {
     "critic": {"dni": True, "critic": True, "context": "next-tokens:3", "synthesizer": "mlp:7"},
     "several passes": {"dni": True, "context": "next-tokens:3", "eval_every": 300, "log_every": 1},
     "annealed": {"dni": True, "context": "next-tokens:3", "synthesizer_lr": 0.02, "anneal": True},
+    "shortened": {"dni": True, "context": "next-tokens:3", "shorten": 0.6, "accumulate": 2},
     "recall": {"dni": True, "context": "next-tokens:4", "bptt": 60, "eval_every": 2400},
     "copy": {"dni": True, "context": "next-tokens:4", "lr": 0.02, "bptt": 3, "eval_every": 100},
 }
@@ -670,6 +671,28 @@ def test_annealed_rates_follow_a_cosine_over_the_budget(budget, updates, text):
         assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx(
             [0.01 * factor, 0.03 * factor]
         )
+
+
+def test_shortened_windows_miss_no_symbol_and_have_every_length(text):
+    """Read one after the other they are the stream; their lengths are as asked, and another seed's differ."""
+
+    def windows(updates=200, **settings):
+        learner, found = learner_of(Text(path=text), bptt=4, **settings), []
+        whole, taken = learner.stream, learner.stream.window
+        whole.window = lambda steps, context: found.append(taken(steps, context)) or found[-1]
+        for _ in range(updates):
+            learner.update()
+        assert learner.symbols == sum(w.inputs.numel() for w in found)
+        return found
+
+    cut = windows(shorten=0.6)
+    lengths = [len(w.inputs) for w in cut]
+    assert 0.4 < sum(n < 4 for n in lengths) / len(lengths) < 0.5  # 0.6 of them, of which a quarter draws 4
+    assert set(lengths) == {1, 2, 3, 4}
+    assert lengths != [len(w.inputs) for w in windows(shorten=0.6, seed=1)]
+    read = torch.cat([w.inputs for w in cut])
+    even = torch.cat([w.inputs for w in windows()])[: len(read)]
+    assert torch.equal(read[: len(even)], even)
 
 
 def test_annealing_without_a_budget_ends_with_the_pass(text):
