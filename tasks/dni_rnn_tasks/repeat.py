@@ -47,7 +47,10 @@ class Copy:
     """
 
     presets: ClassVar = {
-        "default": Preset(run=RUN, dni={**METHOD, "context": "next-tokens:48", "discount": 0.99}),
+        "default": Preset(
+            run={**RUN, "hidden": 256, "batch_size": 32, "lr": 3e-3, "beta2": 0.98},
+            dni={**METHOD, "context": "next-tokens:48", "discount": 0.99, "synthesizer_lr": 3e-3},
+        ),
         "paper": PAPER,
     }
 
