@@ -347,7 +347,8 @@ def test_the_names_of_methods():
 def test_a_preset_gives_defaults_that_options_replace():
     default = parse_train(["copy"])[2]
     paper = parse_train(["copy", "--preset", "paper"])[2]
-    assert (default.hidden, paper.hidden, paper.batch_size, paper.lr) == (128, 256, 256, 7e-5)
+    assert (default.hidden, default.batch_size) == (256, 32)
+    assert (paper.hidden, paper.batch_size, paper.lr, default.lr) == (256, 256, 7e-5, 3e-3)
     assert parse_train(["copy", "--hidden", "9", "--preset=paper"])[2] == replace(paper, hidden=9)
     published = parse_train(["ptb", "--preset", "paper", "--dni"])[2]
     assert {name: getattr(published, name) for name in PUBLISHED_DNI} == dict(PUBLISHED_DNI)
