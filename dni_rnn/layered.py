@@ -102,9 +102,9 @@ class LayeredLearner(BaseLearner):
         self.model.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]
         self.modules = {"model": self.model}
         self.net, self.synthesizer = self.model.net_parameters(), self.model.synthesizer_parameters()
-        groups = [{"params": self.net, "lr": 0.0, "base": config.lr}]
+        groups = [{"params": self.net, "lr": config.lr}]
         if self.synthesizer:
-            groups.append({"params": self.synthesizer, "lr": 0.0, "base": config.synthesizer_lr})
+            groups.append({"params": self.synthesizer, "lr": config.synthesizer_lr})
         self.optimizer = self.adam(groups)
         # Which layers take part in an update is drawn in Python, so it cannot be replayed.
         self._run = self.recorded(self._work) if config.update_probability == 1.0 else self._work

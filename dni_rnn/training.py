@@ -170,8 +170,9 @@ class BaseLearner:
         self.reset_metrics()
 
     def adam(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Adam:
-        """Adam, whose rates a recording can follow (`set_rates`)."""
+        """Adam, whose rates a recording can follow (`set_rates`); each group keeps its own as "base"."""
         cuda = self.device.type == "cuda"
+        groups = [group | {"base": group["lr"]} for group in groups]
         if cuda:
             groups = [group | {"lr": torch.tensor(group["lr"], device=self.device)} for group in groups]
         return torch.optim.Adam(groups, fused=True, capturable=cuda, **options)
@@ -289,12 +290,11 @@ class Learner(BaseLearner):
         self.estimator = build_estimator(config, data).to(device)
         self.net = self.model.net_parameters()
         self.synthesizer = [*self.model.synthesizer_parameters(), *self.estimator.parameters()]
-        groups = [{"params": self.net, "lr": config.lr, "base": config.lr}]
+        groups = [{"params": self.net, "lr": config.lr}]
         if self.synthesizer and config.synthesizer_lr == config.lr:  # one group is one call less
             groups[0]["params"] = [*self.net, *self.synthesizer]
         elif self.synthesizer:
-            rate = config.synthesizer_lr
-            groups.append({"params": self.synthesizer, "lr": rate, "base": rate})
+            groups.append({"params": self.synthesizer, "lr": config.synthesizer_lr})
         self.optimizer = self.adam(groups, betas=(0.9, config.beta2))
         self.stream = data.stream("train", config.batch_size, config.seed).to(device)
         self.state = self.model.initial_state(config.batch_size)
@@ -324,8 +324,7 @@ class Learner(BaseLearner):
         if config.audit and self.step % config.audit == 0:
             self._audit()
         if config.anneal:
-            unit, amount = config.budget or ("symbols", self.one_pass)
-            self.set_rates(cosine((self.step if unit == "steps" else self.symbols) / amount))
+            self.set_rates(self.rate())
         windows = [self.stream.window(steps, self.context) for steps in self._lengths()]
         self._run(*(tensor for w in windows for tensor in (w.inputs, w.targets, *w.start, *w.end)))
         scored, steps = (sum(w.scored for w in windows), sum(len(w.inputs) for w in windows))
@@ -335,6 +334,11 @@ class Learner(BaseLearner):
         self.symbols += steps * config.batch_size
         self.step += 1
         self.updates += 1
+
+    def rate(self) -> float:
+        """Factor on the learning rates of the coming update of an annealed run: along a cosine to zero."""
+        unit, amount = self.config.budget or ("symbols", self.one_pass)
+        return cosine((self.step if unit == "steps" else self.symbols) / amount)
 
     def _lengths(self) -> list[int]:
         """Of the windows of the coming update; the update's number alone says what was drawn."""
