@@ -12,7 +12,7 @@ from functools import reduce
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, NoReturn, Union
 
 import tyro
 
@@ -230,10 +230,7 @@ def _train(self: Any, processes: distributed.Processes | None = None) -> None:
     if processes is None:
         config.among(config.processes or 1)
         if config.processes is not None:
-            code = distributed.launch(self.arguments, config.processes)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)  # threads of torch's launcher may still run, and would abort a normal end
+            _leave(distributed.launch(self.arguments, config.processes))
     from dni_rnn.runs import Run, default_path
     from dni_rnn.training import Interrupted, train
 
@@ -378,6 +375,24 @@ def parse_train(arguments: list[str]) -> tuple[str, Task, Any]:
     return command.name, command.task, command.config.resolved
 
 
+def _leave(code: int) -> NoReturn:
+    """End the process now: threads of torch.distributed may still run, and would abort a normal end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def script() -> None:
+    """The command `dni-rnn`: `main`, and the end of the process with its exit code."""
+    if not distributed.launched():
+        sys.exit(main())
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    _leave(code)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 2 for what the user can mend, 3 for a diverged run."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -398,8 +413,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dni-rnn: stopped: {error}", file=sys.stderr)
         return 3
     except LostError as error:
-        print(f"dni-rnn: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # threads wait inside torch for those who are gone, and would abort a normal end
+        print(f"dni-rnn: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -408,4 +423,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()
