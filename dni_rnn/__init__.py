@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Critic,
         EmbeddedTokens,
         MLPSynthesizer,
+        NoSynthesizer,
         OneHotTokens,
         Rows,
     )
@@ -32,6 +33,7 @@ _PUBLIC = {
         "Critic",
         "EmbeddedTokens",
         "MLPSynthesizer",
+        "NoSynthesizer",
         "OneHotTokens",
         "Rows",
     ),
@@ -58,6 +60,7 @@ __all__ = [  # noqa: RUF022  (by module)
     "Critic",
     "EmbeddedTokens",
     "MLPSynthesizer",
+    "NoSynthesizer",
     "OneHotTokens",
     "Rows",
     "LSTMState",

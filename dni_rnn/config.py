@@ -260,7 +260,8 @@ class TrainConfig(RunConfig):
     dni: bool = False
     """Put a synthetic gradient at each truncation boundary."""
     synthesizer: str = "mlp:1/4"
-    """linear, mlp (one hidden layer as wide as the core), mlp:WIDTH[,WIDTH] (units, or 1/4 of the core's)."""
+    """linear, mlp (one hidden layer as wide as the core), mlp:WIDTH[,WIDTH] (units, or 1/4 of the core's), or
+    none, which leaves the restoring force alone."""
     synthesizer_reads: Literal["hidden", "state"] = "hidden"
     """The synthesizer reads the hidden state, which is the core's output, or the whole state."""
     critic: bool = False
@@ -334,7 +335,16 @@ class TrainConfig(RunConfig):
         _check_critic(self)
         if not self.aux and self.aux_weight != type(self).aux_weight:
             raise UsageError("--aux-weight does nothing without --aux; add --aux")
-        SynthesizerSpec.parse(self.synthesizer)
+        if self.silent:
+            for name, instead in (
+                ("critic", "add --no-critic"),
+                ("aux", "add --no-aux"),
+                ("audit", "leave it out"),
+            ):
+                if getattr(self, name):
+                    raise UsageError(f"--synthesizer none: --{name} has nothing to work on; {instead}")
+        else:
+            SynthesizerSpec.parse(self.synthesizer)
         context = ContextSpec.parse(self.context)
         if self.critic and (context.encoder != "next-tokens" or context.width):
             raise UsageError(
@@ -355,12 +365,18 @@ class TrainConfig(RunConfig):
         return dataclasses.replace(self, processes=processes)
 
     @property
+    def silent(self) -> bool:
+        """There is no synthetic gradient: `--synthesizer none`."""
+        return self.synthesizer == "none"
+
+    @property
     def synthesizer_spec(self) -> SynthesizerSpec:
         return SynthesizerSpec.parse(self.synthesizer)
 
     @property
     def context_spec(self) -> ContextSpec:
-        return ContextSpec.parse(self.context)
+        """What is known at a boundary; nothing where there is no synthesizer to tell it."""
+        return ContextSpec.parse("none" if self.silent else self.context)
 
     @property
     def weight(self) -> float:
@@ -372,6 +388,8 @@ class TrainConfig(RunConfig):
         """What tables call it: `bptt`, `dni-online` (told nothing of what comes), `dni+next-tokens:8`."""
         if not self.dni:
             return "bptt"
+        if self.silent:
+            return "bptt+restore"
         context = "-online" if self.context == "none" else f"+{self.context}"
         return f"dni{context}{'+critic' if self.critic else ''}{'+aux' if self.aux else ''}"
 

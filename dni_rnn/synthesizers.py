@@ -259,6 +259,24 @@ class MLPSynthesizer(nn.Module):
         return self.mlp(self.rows(message), context)
 
 
+class NoSynthesizer(nn.Module):
+    """M ≡ 0, without parameters: of an interface this leaves the restoring force, and its unit, the size.
+
+    Args:
+      batch_dim: where the rows lie (see `Interface`).
+
+    Shapes: a message of B rows -> zeros (B, features), whatever the context.
+    """
+
+    def __init__(self, *, batch_dim: int = -2) -> None:
+        super().__init__()
+        self.batch_dim = batch_dim
+
+    def forward(self, message: Tree, context: Any = None) -> Tensor:
+        # An interface sees the gradient that arrives only if it is asked for one.
+        return torch.zeros_like(flatten_rows(message, self.batch_dim)).requires_grad_()
+
+
 class Critic(nn.Module):
     """M as the derivative of a loss that it predicts: a classifier of the message, told what comes.
 

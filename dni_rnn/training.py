@@ -34,6 +34,7 @@ from dni_rnn.synthesizers import (
     Critic,
     EmbeddedTokens,
     MLPSynthesizer,
+    NoSynthesizer,
     OneHotTokens,
     Rows,
 )
@@ -69,6 +70,8 @@ def build_model(config: TrainConfig, data: Data) -> SequenceModel:
 
 
 def _build_synthesizer(config: TrainConfig, data: Data) -> nn.Module:
+    if config.silent:
+        return NoSynthesizer()
     example = RecurrentCore(config.core, 1, config.hidden, config.layers).initial_state(1)
     hidden = config.synthesizer_spec.widths(config.hidden)
     reads = "first" if config.synthesizer_reads == "hidden" else "all"

@@ -284,6 +284,13 @@ MISTAKES = [
         (["--dni", "--synthesizer", t], f"--synthesizer {t}: give linear, mlp, mlp:WIDTH")
         for t in SYNTHESIZERS
     ),
+    *(
+        (
+            ["--dni", "--no-critic", "--synthesizer", "none", *words],
+            f"--synthesizer none: {words[0]} has nothing",
+        )
+        for words in (["--critic"], ["--aux"], ["--audit", "5"])
+    ),
     *((["--dni", "--context", t], f"--context {t}: give none, next-tokens:W,") for t in CONTEXTS),
     (
         ["--dni", "--critic", "--context", "none"],

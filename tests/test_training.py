@@ -998,6 +998,33 @@ def test_no_tensor_outlives_its_update(settings, text):
     assert live_tensors() == counts[1] + len(kept)
 
 
+def test_without_a_synthesizer_the_restoring_force_is_what_is_left(text):
+    """The same updates as with an M that has no weight; other ones than without the force."""
+    weights = {}
+    for name, settings in {
+        "none": {"dni": True, "synthesizer": "none", "restore": 0.5},
+        "weightless": {"dni": True, "synthesizer": "linear", "scale": 0.0, "restore": 0.5},
+        "no force": {"dni": True, "synthesizer": "none", "restore": 0.0},
+        "truncated": {"dni": False},
+    }.items():
+        learner = learner_of(Text(path=text), **settings)
+        assert name == "weightless" or not learner.synthesizer
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in learner.net:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            biases = dict(learner.model.core.rnn.named_parameters())["bias_hh_l0"]
+            biases.chunk(4)[1].fill_(5.0)  # cells that keep what is beyond ±3
+        for leaf in learner.state:
+            leaf.copy_(6.0 * torch.randn(leaf.shape, generator=generator))
+        for _ in range(5):
+            learner.update()
+        weights[name] = torch.cat([parameter.detach().flatten() for parameter in learner.net])
+    torch.testing.assert_close(weights["none"], weights["weightless"])
+    torch.testing.assert_close(weights["no force"], weights["truncated"])
+    assert (weights["none"] - weights["truncated"]).abs().max() > 1e-3
+
+
 def test_an_audit_changes_nothing_but_the_trust(text):
     learner = Learner(
         TrainConfig(**SMALL, dni=True, synthesizer="mlp", audit=1000),
