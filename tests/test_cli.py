@@ -341,13 +341,21 @@ def test_the_names_of_methods():
     dni = {"dni": True, "context": "next-tokens:8"}
     gru = {"dni": True, "context": "gru:16:64"}
     online = {"dni": True, "context": "none"}
-    settings: list[dict[str, Any]] = [{}, online, dni, {**dni, "aux": True}, gru]
+    settings: list[dict[str, Any]] = [
+        {},
+        online,
+        dni,
+        {**dni, "aux": True},
+        gru,
+        {**dni, "synthesizer": "none"},
+    ]
     assert [TrainConfig(**each).method for each in settings] == [
         "bptt",
         "dni-online",
         "dni+next-tokens:8",
         "dni+next-tokens:8+aux",
         "dni+gru:16:64",
+        "bptt+restore",
     ]
 
 
