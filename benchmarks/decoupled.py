@@ -27,14 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from dni_rnn.atomic_files import read_jsonl
 from dni_rnn.config import FeedforwardConfig
-from dni_rnn.decoupled.chain import ChainPart
-from dni_rnn.distributed import Processes, joined
-from dni_rnn.examples import Examples
-from dni_rnn.files import read_jsonl
-from dni_rnn.plots import Panel, save_lines
-from dni_rnn.runs import Run
-from dni_rnn.task import installed_tasks
+from dni_rnn.data.labelled import Examples
+from dni_rnn.data.task import installed_tasks
+from dni_rnn.distributed.chain import ChainPart
+from dni_rnn.distributed.processes import Processes, joined
+from dni_rnn.experiments.plots import Panel, save_lines
+from dni_rnn.training.run_directory import Run
 
 WIDTH, BATCH, QUEUE = 1024, 256, 32
 DELAYS = (0.0, 1.0, 10.0, 100.0)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dni_rnn.bench import compare
+from dni_rnn.experiments.bench import compare
 from dni_rnn.feedforward import Method, cnn, decouple, fcn
 
 CLASSES, ROWS = 10, 256

@@ -4,7 +4,8 @@
 
 An LSTM of 128 is trained on Penn Treebank characters by truncated BPTT with T = 20, then frozen. A
 synthesizer M alone is trained on the training text, through the package's own `DNI`, and the gradient it
-gives is measured on validation text against full BPTT over 120 steps (`dni_rnn.diagnostics`). One thread.
+gives is measured on validation text against full BPTT over 120 steps
+(`dni_rnn.gradient_quality`). One thread.
 
 Each (candidate, seed) is a line of rows.jsonl; those that are there are not run again. --seconds measures
 what an update costs, into seconds.jsonl. table.md and the plot are made from these two; with --report
@@ -29,16 +30,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dni_rnn.bench import compare
+from dni_rnn.atomic_files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.config import TrainConfig
-from dni_rnn.diagnostics import Diagnosis, diagnose
+from dni_rnn.data.task import Data
 from dni_rnn.estimators import DNI, TruncatedBPTT
-from dni_rnn.files import read_jsonl, write_atomically, write_jsonl
-from dni_rnn.plots import Panel, save_lines
+from dni_rnn.experiments.bench import compare
+from dni_rnn.experiments.plots import Panel, save_lines
+from dni_rnn.experiments.report import markdown_table, mean_sd
+from dni_rnn.gradient_quality import Diagnosis, diagnose
 from dni_rnn.recurrent import SequenceModel
-from dni_rnn.report import markdown_table, mean_sd
-from dni_rnn.task import Data
-from dni_rnn.training import Learner, build_model
+from dni_rnn.training.loop import Learner, build_model
 from dni_rnn_tasks.ptb import PTB
 
 HIDDEN, EMBEDDING, ROWS = 128, 32, 128
@@ -182,7 +183,7 @@ def seconds_ratio(config: TrainConfig, data_dir: Path | None) -> float:
 
 
 def measure_seconds(path: Path, data_dir: Path | None) -> None:
-    """Write `seconds_ratio` of every candidate, each in a process of its own (see `dni_rnn.bench`)."""
+    """Write `seconds_ratio` of every candidate, each in its own process (`dni_rnn.experiments.bench`)."""
     os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**32))
     found = []
     for candidate in {c: None for c, _ in PLAN if c.core == "constant"}:

@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from dni_rnn.config import TrainConfig
-from dni_rnn.runs import Run
-from dni_rnn.task import installed_tasks
-from dni_rnn.training import train
+from dni_rnn.data.task import installed_tasks
+from dni_rnn.training.loop import train
+from dni_rnn.training.run_directory import Run
 
 
 def bare_loop(data: torch.Tensor, symbols: int, config: TrainConfig, steps: int) -> float:

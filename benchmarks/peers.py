@@ -33,11 +33,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn import Interface, MLPSynthesizer
-from dni_rnn.bench import EMBEDDING, METHODS, SYMBOLS, Cost, Size, compare, learner, plain_step
+from dni_rnn.atomic_files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.errors import UsageError
-from dni_rnn.files import read_jsonl, write_atomically, write_jsonl
-from dni_rnn.report import markdown_table
-from dni_rnn.runs import machine_name, source_commit
+from dni_rnn.experiments.bench import EMBEDDING, METHODS, SYMBOLS, Cost, Size, compare, learner, plain_step
+from dni_rnn.experiments.report import markdown_table
+from dni_rnn.training.run_directory import machine_name, source_commit
 
 HIDDEN, BATCH, BPTT = 256, 32, 8
 SIZE = Size(HIDDEN, BPTT, BATCH, "cpu", 1, "float32")
@@ -244,7 +244,7 @@ def main() -> None:
     args = parser.parse_args()
     path = args.out / "rows.jsonl"
     if not args.report:
-        # As in `dni_rnn.bench`: the allocator held still, and several processes.
+        # As in `dni_rnn.experiments.bench`: the allocator held still, and several processes.
         os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**32))
         words = ["/".join(Path(word).parts[-2:]) if word.endswith(".py") else word for word in sys.argv[1:]]
         about = {

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from dni_rnn.bench import compare
 from dni_rnn.cli import parse_train
-from dni_rnn.sweep import read_sweep
-from dni_rnn.training import learner_class
+from dni_rnn.experiments.bench import compare
+from dni_rnn.experiments.sweep import read_sweep
+from dni_rnn.training.loop import learner_class
 
 
 def main() -> None:

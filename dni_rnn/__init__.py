@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from dni_rnn.estimators import DNI, Estimate, FullBPTT, TruncatedBPTT, Window
     from dni_rnn.feedforward import Decoupled, decouple
     from dni_rnn.interface import Critique, Interface
+    from dni_rnn.pytree import LSTMState
     from dni_rnn.recurrent import Boundary, CoreOutput, RecurrentCore, SequenceModel
     from dni_rnn.synthesizers import (
         BackwardGRU,
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
         OneHotTokens,
         Rows,
     )
-    from dni_rnn.trees import LSTMState
 
 _PUBLIC = {
     "estimators": ("DNI", "Estimate", "FullBPTT", "TruncatedBPTT", "Window"),
@@ -37,7 +37,7 @@ _PUBLIC = {
         "OneHotTokens",
         "Rows",
     ),
-    "trees": ("LSTMState",),
+    "pytree": ("LSTMState",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

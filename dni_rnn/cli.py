@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal, NoReturn, Union
 
 import tyro
 
-from dni_rnn import distributed
 from dni_rnn.config import BUDGETS, Preset, RunConfig, TrainConfig, to_json
+from dni_rnn.data.task import Task, config_of, installed_tasks
+from dni_rnn.distributed import processes as distributed
 from dni_rnn.errors import DivergedError, LostError, ReportedElsewhere, UsageError
-from dni_rnn.task import Task, config_of, installed_tasks
 
 TASKS = installed_tasks()
 
@@ -38,9 +38,9 @@ class Eval:
     """Folder that holds the data files; the default is the run's."""
 
     def __call__(self) -> None:
-        from dni_rnn.inference import load_run
-        from dni_rnn.runs import Run
-        from dni_rnn.training import choose_device, learner_class
+        from dni_rnn.training.inference import load_run
+        from dni_rnn.training.loop import choose_device, learner_class
+        from dni_rnn.training.run_directory import Run
 
         loaded = load_run(self.run, choose_device(self.device), self.data_dir)
         config = Run.open(self.run).config
@@ -71,9 +71,9 @@ class Sample:
     """Folder that holds the data files; the default is the run's."""
 
     def __call__(self) -> None:
-        from dni_rnn.inference import load_run
-        from dni_rnn.sampling import sample
-        from dni_rnn.training import choose_device
+        from dni_rnn.training.inference import load_run
+        from dni_rnn.training.loop import choose_device
+        from dni_rnn.training.sampling import sample
 
         loaded = load_run(self.run, choose_device("cpu"), self.data_dir)
         print(sample(loaded.model, loaded.data, self.prompt, self.chars, self.temperature, self.seed))
@@ -92,8 +92,8 @@ class Demo:
     """Characters that each model trains on."""
 
     def __call__(self) -> None:
-        from dni_rnn.demo import run_demo
-        from dni_rnn.training import Interrupted
+        from dni_rnn.experiments.demo import run_demo
+        from dni_rnn.training.loop import Interrupted
 
         try:
             run_demo(self.out, self.chars)
@@ -116,8 +116,8 @@ class Diagnose:
     """Folder that holds the data files; the default is the run's."""
 
     def __call__(self) -> None:
-        from dni_rnn.diagnostics import diagnose_run
-        from dni_rnn.training import choose_device
+        from dni_rnn.gradient_quality import diagnose_run
+        from dni_rnn.training.loop import choose_device
 
         diagnose_run(self.run, self.bptt, choose_device(self.device), self.data_dir)
 
@@ -140,7 +140,7 @@ class Sweep:
     """Folder to carry unfinished runs elsewhere: read at the start, written at the end, parts below 16 MB."""
 
     def __call__(self) -> None:
-        from dni_rnn.sweep import parse_duration, run_sweep
+        from dni_rnn.experiments.sweep import parse_duration, run_sweep
 
         failed = run_sweep(
             self.folder,
@@ -163,7 +163,7 @@ class Report:
     there too. A folder of such folders: all of them, and their README.md."""
 
     def __call__(self) -> None:
-        from dni_rnn.index import write_reports
+        from dni_rnn.experiments.results_page import write_reports
 
         write_reports(self.folder)
 
@@ -178,7 +178,7 @@ class Compare:
     """Where the plot goes: png, svg or pdf by its ending."""
 
     def __call__(self) -> None:
-        from dni_rnn.compare import compare_runs
+        from dni_rnn.experiments.compare import compare_runs
 
         compare_runs(self.runs, self.out)
 
@@ -210,7 +210,7 @@ class Bench:
     """Markdown file to write the report to as well."""
 
     def __call__(self) -> None:
-        from dni_rnn.bench import write_report
+        from dni_rnn.experiments.bench import write_report
 
         write_report(self)
 
@@ -231,8 +231,8 @@ def _train(self: Any, processes: distributed.Processes | None = None) -> None:
         config.among(config.processes or 1)
         if config.processes is not None:
             _leave(distributed.launch(self.arguments, config.processes))
-    from dni_rnn.runs import Run, default_path
-    from dni_rnn.training import Interrupted, train
+    from dni_rnn.training.loop import Interrupted, train
+    from dni_rnn.training.run_directory import Run, default_path
 
     if config.out is None:
         config = dataclasses.replace(config, out=default_path(self.name, config))
@@ -244,11 +244,11 @@ def _train(self: Any, processes: distributed.Processes | None = None) -> None:
         if processes is None or processes.size == 1:
             summary = train(run)
         elif isinstance(config, TrainConfig):
-            from dni_rnn.data_parallel import train_rows
+            from dni_rnn.distributed.data_parallel import train_rows
 
             summary = train_rows(run, processes)
         else:
-            from dni_rnn.decoupled.process import train_part
+            from dni_rnn.distributed.part import train_part
 
             summary = train_part(run, processes)
     except Interrupted as stop:

@@ -107,9 +107,9 @@ class RunConfig:
     """What every training run has, whatever it trains. A task names its configuration in `Task.config`."""
 
     learner: ClassVar[str]
-    """Module and class of what is trained, `module:Class`; see `dni_rnn.training.BaseLearner`."""
+    """Module and class of what is trained, `module:Class`; see `dni_rnn.training.loop.BaseLearner`."""
     part_learner: ClassVar[str]
-    """The same for parts in processes of their own; see `dni_rnn.decoupled.process.ProcessPart`."""
+    """The same for parts in processes of their own; see `dni_rnn.distributed.part.ProcessPart`."""
     metric: ClassVar[Metric]
     """What runs are judged by."""
     depth_name: ClassVar[str]
@@ -237,7 +237,7 @@ BUDGETS = ("chars", "minutes", "steps")
 class TrainConfig(RunConfig):
     """Everything that decides what a recurrent training run does, beside the options of its task."""
 
-    learner: ClassVar[str] = "dni_rnn.training:Learner"
+    learner: ClassVar[str] = "dni_rnn.training.loop:Learner"
     metric: ClassVar[Metric] = BPC
     depth_name: ClassVar[str] = "T"
     free: ClassVar[frozenset[str]] = RunConfig.free | {*BUDGETS, "state_limit"}
@@ -415,7 +415,7 @@ class TrainConfig(RunConfig):
 class LiveConfig(TrainConfig):
     """A recurrent run on a stream that is read once, as it comes."""
 
-    learner: ClassVar[str] = "dni_rnn.live:LiveLearner"
+    learner: ClassVar[str] = "dni_rnn.training.live:LiveLearner"
 
     lag: int | None = None
     """Symbols that training stays behind the newest: the synthesizer is told these, as --context
@@ -459,8 +459,8 @@ class LiveConfig(TrainConfig):
 class FeedforwardConfig(RunConfig):
     """Everything that decides what a feed-forward training run does, beside the options of its task."""
 
-    learner: ClassVar[str] = "dni_rnn.layered:LayeredLearner"
-    part_learner: ClassVar[str] = "dni_rnn.decoupled.chain:ChainPart"
+    learner: ClassVar[str] = "dni_rnn.training.feedforward:LayeredLearner"
+    part_learner: ClassVar[str] = "dni_rnn.distributed.chain:ChainPart"
     metric: ClassVar[Metric] = ERROR
     depth_name: ClassVar[str] = "layers"
     widths: ClassVar[dict[str, int]] = {"mlp": 256, "cnn": 64, "vgg": 64, "sigmoid": 32}
@@ -647,7 +647,7 @@ class FeedforwardConfig(RunConfig):
 class RatesConfig(RunConfig):
     """Everything that decides what two networks at different rates do, beside the options of their task."""
 
-    learner: ClassVar[str] = "dni_rnn.rates:RatesLearner"
+    learner: ClassVar[str] = "dni_rnn.two_rates:RatesLearner"
     metric: ClassVar[Metric] = COUNTS
     depth_name: ClassVar[str] = "T"
     free: ClassVar[frozenset[str]] = RunConfig.free | {"digits"}

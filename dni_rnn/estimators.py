@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dni_rnn.pytree import Tree, detach, flatten, flatten_rows, map_tree, unflatten
 from dni_rnn.recurrent import Boundary, SequenceModel
-from dni_rnn.trees import Tree, detach, flatten, flatten_rows, map_tree, unflatten
 
 UNSCORED = -100
 """The target of a step that is not scored."""

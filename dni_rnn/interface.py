@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dni_rnn.trees import Spec, Tree, flatten, flatten_rows, unflatten, unflatten_rows
+from dni_rnn.pytree import Spec, Tree, flatten, flatten_rows, unflatten, unflatten_rows
 
 AUDIT_DECAY = 0.8
 """Of an audit's weight when the next one comes."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dni_rnn.interface import Interface
-from dni_rnn.trees import LSTMState, Tree, map_tree, where_rows
+from dni_rnn.pytree import LSTMState, Tree, map_tree, where_rows
 
 Kind = Literal["lstm", "gru", "rnn"]
 Reading = Literal["boundary", "next-output"]

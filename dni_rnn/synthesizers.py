@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn.interface import Critique
-from dni_rnn.trees import Tree, flatten, flatten_rows, unflatten
+from dni_rnn.pytree import Tree, flatten, flatten_rows, unflatten
 
 
 class ContextEncoder(nn.Module):

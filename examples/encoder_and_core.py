@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn import Interface, LSTMState, MLPSynthesizer
-from dni_rnn.decoupled.oracle import Beside
-from dni_rnn.decoupled.wire import END, GRADIENT, MESSAGE, Incoming, Layout, Outgoing, Packet
-from dni_rnn.distributed import Processes, joined
+from dni_rnn.distributed.oracle import Beside
+from dni_rnn.distributed.processes import Processes, joined
+from dni_rnn.distributed.transport import END, GRADIENT, MESSAGE, Incoming, Layout, Outgoing, Packet
 
 SYMBOLS, PATTERNS, PIXELS, CODE, UNITS = 4, 8, 64, 8, 64
 WINDOW, BATCH, DELAY, QUEUE = 4, 32, 2, 2

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from dni_rnn.bench import METHODS, PLAIN, Size, compare, learner, memory, plain_step, report
 from dni_rnn.cli import main
+from dni_rnn.experiments.bench import METHODS, PLAIN, Size, compare, learner, memory, plain_step, report
 
 TINY = Size(hidden=8, bptt=2, batch_size=4, device="cpu", threads=1, precision="float32")
 

@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dni_rnn.checkpoint import (
+from dni_rnn.atomic_files import write_atomically
+from dni_rnn.errors import UsageError
+from dni_rnn.training.checkpoint import (
     load_checkpoint,
     load_optimizer_state,
     nest,
@@ -19,8 +21,6 @@ from dni_rnn.checkpoint import (
     save_checkpoint,
     under,
 )
-from dni_rnn.errors import UsageError
-from dni_rnn.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,14 +22,15 @@ from typing import Any
 import pytest
 import torch
 
-from dni_rnn import cli, task
-from dni_rnn.checkpoint import load_checkpoint, save_checkpoint
+from dni_rnn import cli
 from dni_rnn.cli import main, parse_train
 from dni_rnn.config import PUBLISHED_DNI, SynthesizerSpec, TrainConfig, from_json, to_json
+from dni_rnn.data import task
+from dni_rnn.data.task import config_of, installed_tasks
 from dni_rnn.errors import UsageError
-from dni_rnn.inference import load_run
-from dni_rnn.sampling import sample
-from dni_rnn.task import config_of, installed_tasks
+from dni_rnn.training.checkpoint import load_checkpoint, save_checkpoint
+from dni_rnn.training.inference import load_run
+from dni_rnn.training.sampling import sample
 
 GOLDEN = Path(__file__).parent / "golden"
 RENEW = os.environ.get("DNI_RNN_RENEW") == "1"

@@ -13,8 +13,8 @@ import platformdirs
 import pytest
 import tyro
 
+from dni_rnn.data.task import SPLITS, Corpus, Task
 from dni_rnn.errors import UsageError
-from dni_rnn.task import SPLITS, Corpus, Task
 from dni_rnn_tasks import ptb
 from dni_rnn_tasks.files import ENVIRONMENT, KnownFile, Source, load_known
 from dni_rnn_tasks.ptb import CHARACTERS, PTB, WORDS, derive_characters

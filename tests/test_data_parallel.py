@@ -17,10 +17,10 @@ import pytest
 import torch
 from reference import close
 
-from dni_rnn.checkpoint import load_checkpoint
 from dni_rnn.cli import main
-from dni_rnn.data_parallel import RowsOf
-from dni_rnn.streams import EpisodeStream, GeneratedStream
+from dni_rnn.data.streams import EpisodeStream, GeneratedStream
+from dni_rnn.distributed.data_parallel import RowsOf
+from dni_rnn.training.checkpoint import load_checkpoint
 from dni_rnn_tasks.recall import Recall
 from dni_rnn_tasks.repeat import Copy
 
@@ -118,9 +118,9 @@ TOGETHER = """
 import sys, torch
 from pathlib import Path
 from dni_rnn.config import TrainConfig
-from dni_rnn.data_parallel import RowsLearner
-from dni_rnn.distributed import joined
-from dni_rnn.training import Learner
+from dni_rnn.distributed.data_parallel import RowsLearner
+from dni_rnn.distributed.processes import joined
+from dni_rnn.training.loop import Learner
 from dni_rnn_tasks.recall import Recall
 from dni_rnn_tasks.repeat import Copy
 from dni_rnn_tasks.text import Text

@@ -21,14 +21,14 @@ from processes import in_processes
 
 from dni_rnn import checkpoint
 from dni_rnn.cli import main
-from dni_rnn.decoupled.chain import FORGET, ChainPart
-from dni_rnn.decoupled.oracle import SurfaceLearner
-from dni_rnn.decoupled.process import train_part
-from dni_rnn.decoupled.wire import GRADIENT, MESSAGE, SAVE, Layout, Mailbox, Packet
-from dni_rnn.distributed import joined
+from dni_rnn.distributed.chain import FORGET, ChainPart
+from dni_rnn.distributed.oracle import SurfaceLearner
+from dni_rnn.distributed.part import train_part
+from dni_rnn.distributed.processes import joined
+from dni_rnn.distributed.transport import GRADIENT, MESSAGE, SAVE, Layout, Mailbox, Packet
 from dni_rnn.errors import LostError, ReportedElsewhere, UsageError
-from dni_rnn.runs import Run
-from dni_rnn.training import train
+from dni_rnn.training.loop import train
+from dni_rnn.training.run_directory import Run
 from dni_rnn_tasks.addition import Addition, AdditionConfig
 from dni_rnn_tasks.surface import Surface, SurfaceConfig
 

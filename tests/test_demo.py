@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from dni_rnn import demo
 from dni_rnn.cli import main
-from dni_rnn.compare import Record
-from dni_rnn.demo import METHODS, RECALL_METHODS, SAMPLED, recall_verdict, verdict
+from dni_rnn.experiments import demo
+from dni_rnn.experiments.compare import Record
+from dni_rnn.experiments.demo import METHODS, RECALL_METHODS, SAMPLED, recall_verdict, verdict
 
 
 def record(test, seconds, bptt=2):

@@ -10,13 +10,13 @@ import torch
 
 from dni_rnn.cli import main
 from dni_rnn.config import PUBLISHED_DNI, TrainConfig
-from dni_rnn.diagnostics import core_gradient, diagnose
+from dni_rnn.data.task import Corpus, Data
 from dni_rnn.errors import UsageError
 from dni_rnn.estimators import DNI, FullBPTT, TruncatedBPTT, Window, state_gradients
+from dni_rnn.gradient_quality import core_gradient, diagnose
+from dni_rnn.pytree import LSTMState, flatten_rows
 from dni_rnn.recurrent import Boundary, SequenceModel
-from dni_rnn.task import Corpus, Data
-from dni_rnn.training import build_model
-from dni_rnn.trees import LSTMState, flatten_rows
+from dni_rnn.training.loop import build_model
 
 
 def text(generator: torch.Generator, length: int = 1000) -> Corpus:

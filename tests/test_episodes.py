@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dni_rnn.config import TrainConfig
+from dni_rnn.data.streams import Block, EpisodeStream, Ladder
 from dni_rnn.estimators import UNSCORED, Window
-from dni_rnn.streams import Block, EpisodeStream, Ladder
-from dni_rnn.training import Learner, evaluate
+from dni_rnn.training.loop import Learner, evaluate
 from dni_rnn_tasks.recall import Recall
 from dni_rnn_tasks.repeat import Copy, EpisodeData, RepeatCopy
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from dni_rnn.estimators import DNI, UNSCORED, FullBPTT, TruncatedBPTT, Window, window_loss
 from dni_rnn.interface import Interface
+from dni_rnn.pytree import LSTMState, Tree, flatten, map_tree, unflatten
 from dni_rnn.recurrent import RNNS, Boundary, RecurrentCore, SequenceModel
 from dni_rnn.synthesizers import ContextMLP, MLPSynthesizer, OneHotTokens
-from dni_rnn.trees import LSTMState, Tree, flatten, map_tree, unflatten
 
 WEIGHT = 0.37
 CONTEXT = 3

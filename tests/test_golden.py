@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from dni_rnn.config import PUBLISHED_DNI, TrainConfig
-from dni_rnn.task import Corpus, Data
-from dni_rnn.training import BITS, Learner
+from dni_rnn.data.task import Corpus, Data
+from dni_rnn.training.loop import BITS, Learner
 
 GOLDEN = Path(__file__).parent / "golden"
 RENEW = os.environ.get("DNI_RNN_RENEW") == "1"

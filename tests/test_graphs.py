@@ -5,10 +5,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dni_rnn.config import FeedforwardConfig, TrainConfig
-from dni_rnn.examples import Examples
-from dni_rnn.graphs import WARM_UP, Recorded, cuda_graph
-from dni_rnn.layered import LayeredLearner
-from dni_rnn.training import Learner
+from dni_rnn.data.labelled import Examples
+from dni_rnn.training.cuda_graph import WARM_UP, Recorded, cuda_graph
+from dni_rnn.training.feedforward import LayeredLearner
+from dni_rnn.training.loop import Learner
 from dni_rnn_tasks.addition import Addition
 from dni_rnn_tasks.recall import Recall
 from dni_rnn_tasks.repeat import Copy

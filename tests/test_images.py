@@ -15,14 +15,14 @@ import pytest
 import torch
 from reference import close
 
-from dni_rnn.checkpoint import load_checkpoint, save_checkpoint
 from dni_rnn.cli import main
 from dni_rnn.config import FeedforwardConfig
+from dni_rnn.data.labelled import Batches, Examples, hold_out, shifted
 from dni_rnn.errors import UsageError
-from dni_rnn.examples import Batches, Examples, hold_out, shifted
-from dni_rnn.layered import LayeredLearner, loss_of, wrong
-from dni_rnn.runs import Run
-from dni_rnn.training import Interrupted, train
+from dni_rnn.training.checkpoint import load_checkpoint, save_checkpoint
+from dni_rnn.training.feedforward import LayeredLearner, loss_of, wrong
+from dni_rnn.training.loop import Interrupted, train
+from dni_rnn.training.run_directory import Run
 from dni_rnn_tasks import images
 from dni_rnn_tasks.addition import Addition, AdditionConfig
 from dni_rnn_tasks.files import KnownFile

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn.interface import Interface
+from dni_rnn.pytree import LSTMState, Tree, flatten, map_tree, unflatten
 from dni_rnn.synthesizers import ContextMLP, Critic, MLPSynthesizer, OneHotTokens, Rows
-from dni_rnn.trees import LSTMState, Tree, flatten, map_tree, unflatten
 
 RNNS: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 CORES = [(kind, layers) for kind in RNNS for layers in (1, 2)]

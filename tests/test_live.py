@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from dni_rnn.cli import main, parse_train
 from dni_rnn.errors import UsageError
-from dni_rnn.live import LiveStream, StandardInput
+from dni_rnn.training.live import LiveStream, StandardInput
 from dni_rnn_tasks.live import Live
 
 SMALL = [

@@ -15,9 +15,9 @@ MODULES = [
     "dni_rnn",
     "dni_rnn_tasks",
     *(
-        f"{package.__name__}.{module.name}"
+        module.name
         for package in (dni_rnn, dni_rnn_tasks)
-        for module in pkgutil.iter_modules(package.__path__)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     ),
 ]
 PROGRAM = "dni_rnn.__main__"

@@ -15,13 +15,13 @@ from reference import Parameters, close, grad, gradients, random, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rnn.checkpoint import load_checkpoint
 from dni_rnn.cli import main
 from dni_rnn.config import RatesConfig
-from dni_rnn.rates import Block, RatesLearner, TwoRates, build_model
-from dni_rnn.runs import Run
-from dni_rnn.training import Interrupted, train
-from dni_rnn.trees import LSTMState, Tree, flatten
+from dni_rnn.pytree import LSTMState, Tree, flatten
+from dni_rnn.training.checkpoint import load_checkpoint
+from dni_rnn.training.loop import Interrupted, train
+from dni_rnn.training.run_directory import Run
+from dni_rnn.two_rates import Block, RatesLearner, TwoRates, build_model
 from dni_rnn_tasks.counting import CountedDigits, Counting
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -111,7 +111,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_every_task_is_in_the_readme() -> None:
-    from dni_rnn.task import installed_tasks
+    from dni_rnn.data.task import installed_tasks
 
     for name in installed_tasks():
         assert f"| `{name}` |" in README

@@ -17,11 +17,17 @@ import pytest
 from dni_rnn.cli import main
 from dni_rnn.config import TrainConfig, to_json
 from dni_rnn.errors import UsageError
-from dni_rnn.index import _place, render_index, result_folders
-from dni_rnn.metrics import BPC, metrics_of
-from dni_rnn.page import render_page
-from dni_rnn.plots import COLOURS, Curve, Point, fingerprint, fingerprint_of, mean_curve, save_curves
-from dni_rnn.report import (
+from dni_rnn.experiments.html_page import render_page
+from dni_rnn.experiments.plots import (
+    COLOURS,
+    Curve,
+    Point,
+    fingerprint,
+    fingerprint_of,
+    mean_curve,
+    save_curves,
+)
+from dni_rnn.experiments.report import (
     INSIDE,
     About,
     Metric,
@@ -35,7 +41,9 @@ from dni_rnn.report import (
     traces_of,
     write_report,
 )
-from dni_rnn.sweep import read_failures, read_rows, read_sweep
+from dni_rnn.experiments.results_page import _place, render_index, result_folders
+from dni_rnn.experiments.sweep import read_failures, read_rows, read_sweep
+from dni_rnn.metrics import BPC, metrics_of
 
 RESULTS = Path(__file__).parents[1] / "results"
 ACCURACY = Metric("accuracy", "accuracy", "share of right answers", lower_is_better=False)

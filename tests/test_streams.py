@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dni_rnn.data.streams import Block, GeneratedStream, TokenStream
 from dni_rnn.errors import UsageError
 from dni_rnn.estimators import UNSCORED, Window
 from dni_rnn.recurrent import Boundary
-from dni_rnn.streams import Block, GeneratedStream, TokenStream
 
 
 def text(length: int, seed: int = 0) -> np.ndarray:

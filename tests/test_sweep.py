@@ -16,13 +16,10 @@ from random import Random
 
 import pytest
 
-from dni_rnn import sweep
-from dni_rnn.checkpoint import load_checkpoint
 from dni_rnn.cli import main, parse_train
 from dni_rnn.errors import UsageError
-from dni_rnn.overview import duration
-from dni_rnn.runs import machine_name
-from dni_rnn.sweep import (
+from dni_rnn.experiments import sweep
+from dni_rnn.experiments.sweep import (
     Cell,
     pack_runs,
     parse_duration,
@@ -32,6 +29,9 @@ from dni_rnn.sweep import (
     run_sweep,
     unpack_runs,
 )
+from dni_rnn.experiments.sweep_progress import duration
+from dni_rnn.training.checkpoint import load_checkpoint
+from dni_rnn.training.run_directory import machine_name
 
 RESULTS = Path(__file__).parents[1] / "results"
 WORDS = ("the", "cat", "sat", "on", "a", "mat")

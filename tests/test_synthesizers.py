@@ -12,6 +12,7 @@ from reference import close, grad, gru_cell, laid_out, random, randomize
 from torch import Tensor, nn
 
 from dni_rnn.interface import Interface
+from dni_rnn.pytree import LSTMState, Tree, flatten, map_tree, unflatten
 from dni_rnn.synthesizers import (
     BackwardGRU,
     ContextEncoder,
@@ -22,7 +23,6 @@ from dni_rnn.synthesizers import (
     OneHotTokens,
     Rows,
 )
-from dni_rnn.trees import LSTMState, Tree, flatten, map_tree, unflatten
 
 SYMBOLS, WINDOW, ROWS, WIDTH = 5, 3, 4, 6
 

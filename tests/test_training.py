@@ -19,15 +19,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dni_rnn import checkpoint, runs, training
-from dni_rnn.checkpoint import load_checkpoint
 from dni_rnn.cli import main
 from dni_rnn.config import TrainConfig
 from dni_rnn.errors import DivergedError, UsageError
 from dni_rnn.estimators import FullBPTT
-from dni_rnn.runs import Run
-from dni_rnn.sampling import sample
-from dni_rnn.training import SAMPLED, Interrupted, Learner, train
+from dni_rnn.training import checkpoint
+from dni_rnn.training import loop as training
+from dni_rnn.training import run_directory as runs
+from dni_rnn.training.checkpoint import load_checkpoint
+from dni_rnn.training.loop import SAMPLED, Interrupted, Learner, train
+from dni_rnn.training.run_directory import Run
+from dni_rnn.training.sampling import sample
 from dni_rnn_tasks.recall import Recall
 from dni_rnn_tasks.repeat import Copy
 from dni_rnn_tasks.text import Text

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dni_rnn.config import FeedforwardConfig
+from dni_rnn.data.labelled import Examples, hold_out
 from dni_rnn.errors import UsageError
-from dni_rnn.examples import Examples, hold_out
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from dni_rnn.config import Preset, RatesConfig
-from dni_rnn.examples import Examples
+from dni_rnn.data.labelled import Examples
 from dni_rnn_tasks.images import MNIST
 
 if TYPE_CHECKING:

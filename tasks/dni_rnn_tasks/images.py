@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from dni_rnn.config import FeedforwardConfig, Preset
-from dni_rnn.examples import Examples, hold_out
+from dni_rnn.data.labelled import Examples, hold_out
 from dni_rnn_tasks.files import KnownFile, Source, load_known
 
 if TYPE_CHECKING:

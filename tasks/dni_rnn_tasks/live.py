@@ -10,8 +10,8 @@ from dni_rnn.config import LiveConfig, Preset
 from dni_rnn.errors import UsageError
 
 if TYPE_CHECKING:
-    from dni_rnn.live import LiveStream
-    from dni_rnn.task import Split
+    from dni_rnn.data.task import Split
+    from dni_rnn.training.live import LiveStream
 
 BYTES = 256
 
@@ -55,7 +55,7 @@ class LiveData:
     target_symbols: int = BYTES
 
     def stream(self, split: Split, batch_size: int, seed: int) -> LiveStream:
-        from dni_rnn.live import LiveStream, StandardInput
+        from dni_rnn.training.live import LiveStream, StandardInput
 
         if split != "train":
             raise UsageError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from dni_rnn.config import PUBLISHED_DNI, Preset
-from dni_rnn.task import Corpus
+from dni_rnn.data.task import Corpus
 from dni_rnn_tasks.files import KnownFile, Source, load_known
 
 # Mikolov's preprocessed files (`data/` of his simple-examples archive), in the order train, valid, test.

@@ -10,8 +10,8 @@ from dni_rnn.config import PUBLISHED_DNI, Preset
 from dni_rnn.errors import UsageError
 
 if TYPE_CHECKING:
-    from dni_rnn.streams import GeneratedStream
-    from dni_rnn.task import Split
+    from dni_rnn.data.streams import GeneratedStream
+    from dni_rnn.data.task import Split
 
 BLOCK = 1024
 EVALUATION_SYMBOLS = 100_000
@@ -93,9 +93,9 @@ class RecallData:
         """Random symbols; the three splits and all seeds are different streams."""
         import numpy as np
 
+        from dni_rnn.data.streams import Block, GeneratedStream, Ladder
+        from dni_rnn.data.task import SPLITS
         from dni_rnn.estimators import UNSCORED
-        from dni_rnn.streams import Block, GeneratedStream, Ladder
-        from dni_rnn.task import SPLITS
 
         def symbols(number: int) -> np.ndarray:
             key = [seed, SPLITS.index(split)]

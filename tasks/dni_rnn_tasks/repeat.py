@@ -12,8 +12,8 @@ from dni_rnn.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from dni_rnn.streams import EpisodeStream
-    from dni_rnn.task import Split
+    from dni_rnn.data.streams import EpisodeStream
+    from dni_rnn.data.task import Split
 
 SOLVED = 0.15
 """Bits per scored symbol below which a length counts as solved, as published."""
@@ -140,9 +140,9 @@ class EpisodeData:
         """Random episodes; the three splits and all seeds are different streams."""
         import numpy as np
 
+        from dni_rnn.data.streams import Block, EpisodeStream, Ladder
+        from dni_rnn.data.task import SPLITS
         from dni_rnn.estimators import UNSCORED
-        from dni_rnn.streams import Block, EpisodeStream, Ladder
-        from dni_rnn.task import SPLITS
 
         stop, blank = self.told, self.told + 1
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from dni_rnn.config import RunConfig
+from dni_rnn.data.task import Split
 from dni_rnn.errors import UsageError
 from dni_rnn.metrics import RMSE, Metric
-from dni_rnn.task import Split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +22,8 @@ GRID = {"train": 32, "valid": 48, "test": 64}
 class SurfaceConfig(RunConfig):
     """A run on the surface: two layers, a message, and two layers that read it."""
 
-    learner: ClassVar[str] = "dni_rnn.decoupled.oracle:SurfaceLearner"
-    part_learner: ClassVar[str] = "dni_rnn.decoupled.oracle:SurfacePart"
+    learner: ClassVar[str] = "dni_rnn.distributed.oracle:SurfaceLearner"
+    part_learner: ClassVar[str] = "dni_rnn.distributed.oracle:SurfacePart"
     metric: ClassVar[Metric] = RMSE
     depth_name: ClassVar[str] = "layers"
 

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
+from dni_rnn.data.task import Corpus
 from dni_rnn.errors import UsageError
-from dni_rnn.task import Corpus
 
 SHORTEST_SPLIT = 2
 """Symbols: one to read and one to predict."""

@@ -23,10 +23,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dni_rnn.atomic_files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.config import RunConfig, from_json, to_json
+from dni_rnn.data.task import Data, Task, config_of, installed_tasks
 from dni_rnn.errors import UsageError
-from dni_rnn.files import read_jsonl, write_atomically, write_jsonl
-from dni_rnn.task import Data, Task, config_of, installed_tasks
 
 REPORTED_PACKAGES = ("dni-rnn", "torch", "numpy", "safetensors")
 
@@ -219,7 +219,7 @@ def _version(package: str) -> str | None:
 
 def source_commit() -> str | None:
     """The commit of the source, with `+` behind it when code was changed; None for an installed wheel."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     if not (here.parent / ".git").exists():
         return None
     try:

@@ -29,12 +29,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from dni_rnn.atomic_files import write_atomically
 from dni_rnn.errors import UsageError
-from dni_rnn.files import write_atomically
+from dni_rnn.experiments.html_page import render_page
+from dni_rnn.experiments.plots import Curve, save_curves, save_traces
+from dni_rnn.experiments.sweep import Cell, read_failures, read_rows, read_sweep
 from dni_rnn.metrics import BPC, TRACES, Metric, Point, metrics_of
-from dni_rnn.page import render_page
-from dni_rnn.plots import Curve, save_curves, save_traces
-from dni_rnn.sweep import Cell, read_failures, read_rows, read_sweep
 
 
 @dataclass(frozen=True)

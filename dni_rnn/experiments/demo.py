@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from dni_rnn.compare import Record, plot_records, read_record, render_comparison
 from dni_rnn.config import TrainConfig
+from dni_rnn.data.task import installed_tasks
 from dni_rnn.errors import UsageError
-from dni_rnn.inference import load_run
-from dni_rnn.runs import Run
-from dni_rnn.sampling import sample
-from dni_rnn.task import installed_tasks
-from dni_rnn.training import train
+from dni_rnn.experiments.compare import Record, plot_records, read_record, render_comparison
+from dni_rnn.training.inference import load_run
+from dni_rnn.training.loop import train
+from dni_rnn.training.run_directory import Run
+from dni_rnn.training.sampling import sample
 
 RECALL = TrainConfig(
     hidden=64, embedding=4, bptt=1, lr=5e-3, beta2=0.95, chars=300_000, eval_every=30_000, log_every=20,

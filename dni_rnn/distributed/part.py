@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dni_rnn import checkpoint
-from dni_rnn.decoupled.watch import BEAT_SECONDS, Watch
-from dni_rnn.decoupled.wire import (
+from dni_rnn.data.task import Split
+from dni_rnn.distributed.heartbeat import BEAT_SECONDS, Watch
+from dni_rnn.distributed.processes import Processes, device_of, lead_or_follow
+from dni_rnn.distributed.transport import (
     END,
     GATHER,
     GRADIENT,
@@ -29,17 +30,16 @@ from dni_rnn.decoupled.wire import (
     Outgoing,
     Packet,
 )  # fmt: skip
-from dni_rnn.distributed import Processes, device_of, lead_or_follow
-from dni_rnn.runs import MetricsLog, Run
-from dni_rnn.task import Split
-from dni_rnn.training import BaseLearner, load_data, prepare, stop_requests, writing_failed
+from dni_rnn.training import checkpoint
+from dni_rnn.training.loop import BaseLearner, load_data, prepare, stop_requests, writing_failed
+from dni_rnn.training.run_directory import MetricsLog, Run
 
 
 def train_part(run: Run, processes: Processes) -> dict[str, Any] | None:
     """Train the part of this process; returns the summary in process 0, None in the others.
 
     Raises:
-      UsageError, DivergedError, Interrupted: as `dni_rnn.training.train`; in the other processes
+      UsageError, DivergedError, Interrupted: as `dni_rnn.training.loop.train`; in the other processes
         `ReportedElsewhere` for what may happen before the training, and afterwards the exit code.
       LostError: another process has died or hangs.
     """

@@ -19,16 +19,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rnn.decoupled.process import ProcessPart
-from dni_rnn.decoupled.wire import GRADIENT, MESSAGE, Incoming, Layout, Outgoing, Packet
-from dni_rnn.distributed import Processes
+from dni_rnn.data.task import Split
+from dni_rnn.distributed.part import ProcessPart
+from dni_rnn.distributed.processes import Processes
+from dni_rnn.distributed.transport import GRADIENT, MESSAGE, Incoming, Layout, Outgoing, Packet
 from dni_rnn.feedforward import Decoupled
 from dni_rnn.interface import Interface
 from dni_rnn.metrics import RMSE
-from dni_rnn.runs import Run
 from dni_rnn.synthesizers import ContextMLP
-from dni_rnn.task import Split
-from dni_rnn.training import BaseLearner, cosine
+from dni_rnn.training.loop import BaseLearner, cosine
+from dni_rnn.training.run_directory import Run
 
 INPUT, ORACLE, OUTPUT = range(3)
 
@@ -134,7 +134,7 @@ class SurfaceLearner(BaseLearner):
     @torch.no_grad()
     def draw(self, run: Run) -> None:
         """surface.png: the surface, what was learnt of it, and the parts' losses."""
-        from dni_rnn.plots import Panel, save_surface
+        from dni_rnn.experiments.plots import Panel, save_surface
 
         x, y = self.data.grid("test")
         side = math.isqrt(len(x))

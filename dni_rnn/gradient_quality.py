@@ -26,18 +26,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dni_rnn.atomic_files import write_atomically
 from dni_rnn.config import TrainConfig
+from dni_rnn.data.streams import Stream
+from dni_rnn.data.task import Data, Split
 from dni_rnn.errors import UsageError
 from dni_rnn.estimators import DNI, FullBPTT, TruncatedBPTT, Window, state_gradients
-from dni_rnn.files import write_atomically
-from dni_rnn.inference import load_run
-from dni_rnn.plots import Panel, save_lines
+from dni_rnn.experiments.plots import Panel, save_lines
+from dni_rnn.experiments.report import markdown_table
+from dni_rnn.pytree import Tree, flatten_rows
 from dni_rnn.recurrent import SequenceModel
-from dni_rnn.report import markdown_table
-from dni_rnn.runs import Run
-from dni_rnn.streams import Stream
-from dni_rnn.task import Data, Split
-from dni_rnn.trees import Tree, flatten_rows
+from dni_rnn.training.inference import load_run
+from dni_rnn.training.run_directory import Run
 
 ROWS = 128
 STRETCH = 120

@@ -17,16 +17,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dni_rnn import checkpoint
+from dni_rnn.atomic_files import held
 from dni_rnn.config import RunConfig, TrainConfig
+from dni_rnn.data.task import Corpus, Data, Split
 from dni_rnn.errors import DivergedError, UsageError
 from dni_rnn.estimators import DNI, TruncatedBPTT, Window, state_gradients, window_loss
-from dni_rnn.files import held
-from dni_rnn.graphs import Recorded
 from dni_rnn.metrics import BPC, Metric
+from dni_rnn.pytree import flatten, flatten_rows
 from dni_rnn.recurrent import Boundary, RecurrentCore, SequenceModel
-from dni_rnn.runs import MetricsLog, Run
-from dni_rnn.sampling import sample
 from dni_rnn.synthesizers import (
     BackwardGRU,
     ContextEncoder,
@@ -38,8 +36,10 @@ from dni_rnn.synthesizers import (
     OneHotTokens,
     Rows,
 )
-from dni_rnn.task import Corpus, Data, Split
-from dni_rnn.trees import flatten, flatten_rows
+from dni_rnn.training import checkpoint
+from dni_rnn.training.cuda_graph import Recorded
+from dni_rnn.training.run_directory import MetricsLog, Run
+from dni_rnn.training.sampling import sample
 
 BITS = 1.0 / math.log(2.0)
 """Bits per nat."""

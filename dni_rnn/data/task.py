@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from dni_rnn.streams import Stream
+    from dni_rnn.data.streams import Stream
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -91,7 +91,7 @@ class Corpus:
 
     def stream(self, split: Split, batch_size: int, seed: int) -> Stream:
         """The text cut into `batch_size` pieces of equal length, read side by side (`seed` unused)."""
-        from dni_rnn.streams import TokenStream
+        from dni_rnn.data.streams import TokenStream
 
         return TokenStream(getattr(self, split), batch_size)
 

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn.config import RatesConfig
-from dni_rnn.examples import Batches
+from dni_rnn.data.labelled import Batches
+from dni_rnn.data.task import Split
 from dni_rnn.interface import Interface
-from dni_rnn.layered import wrong
+from dni_rnn.pytree import Tree, detach
 from dni_rnn.recurrent import Boundary, RecurrentCore
 from dni_rnn.synthesizers import ContextMLP, Critic, MLPSynthesizer, OneHotTokens
-from dni_rnn.task import Split
-from dni_rnn.training import BaseLearner
-from dni_rnn.trees import Tree, detach
+from dni_rnn.training.feedforward import wrong
+from dni_rnn.training.loop import BaseLearner
 
 EVALUATION_STEPS, EVALUATION_PASSES = 40_000, 10
 """Inputs that one validation reads, in shuffled passes over the split, and the most passes."""

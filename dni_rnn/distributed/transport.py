@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dni_rnn.distributed import reaching
+from dni_rnn.distributed.processes import reaching
 from dni_rnn.errors import LostError
 
 MESSAGE, GRADIENT, GATHER, SAVE, END = range(5)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dni_rnn.atomic_files import read_jsonl
 from dni_rnn.config import TrainConfig, from_json
+from dni_rnn.data.task import config_of, installed_tasks
 from dni_rnn.errors import UsageError
-from dni_rnn.files import read_jsonl
+from dni_rnn.experiments.plots import Curve, Panel, check_format, save_curves, save_lines
+from dni_rnn.experiments.report import markdown_table
 from dni_rnn.metrics import BPC, TRACES, Metric, Point
-from dni_rnn.plots import Curve, Panel, check_format, save_curves, save_lines
-from dni_rnn.report import markdown_table
-from dni_rnn.task import config_of, installed_tasks
 
 
 @dataclass(frozen=True)

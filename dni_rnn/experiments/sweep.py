@@ -41,10 +41,10 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from dni_rnn.atomic_files import held, read_jsonl, write_atomically, write_jsonl
 from dni_rnn.errors import UsageError
-from dni_rnn.files import held, read_jsonl, write_atomically, write_jsonl
+from dni_rnn.experiments.sweep_progress import Overview, best_score
 from dni_rnn.metrics import TRACES, metric_of
-from dni_rnn.overview import Overview, best_score
 
 POLL_SECONDS = 0.5
 LEAST_TURN = 20.0

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn.config import FeedforwardConfig
+from dni_rnn.data.labelled import Batches, Examples
+from dni_rnn.data.task import Split
 from dni_rnn.errors import UsageError
-from dni_rnn.examples import Batches, Examples
 from dni_rnn.feedforward import Decoupled, agreement, cnn, decouple, fcn, sigmoid_net, vgg
-from dni_rnn.task import Split
-from dni_rnn.training import BaseLearner, cosine
+from dni_rnn.training.loop import BaseLearner, cosine
 
 WARM_UP = 0.15
 """Share of a fast training in which the learning rate rises."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from dni_rnn.data.task import Corpus, Data
 from dni_rnn.errors import UsageError
 from dni_rnn.recurrent import SequenceModel
-from dni_rnn.task import Corpus, Data
 
 
 @torch.no_grad()

@@ -22,15 +22,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dni_rnn.config import TrainConfig
-from dni_rnn.distributed import Processes, device_of, lead_or_follow, reaching
+from dni_rnn.data.streams import Stream
+from dni_rnn.data.task import Data
+from dni_rnn.distributed.processes import Processes, device_of, lead_or_follow, reaching
 from dni_rnn.estimators import Window
 from dni_rnn.interface import Interface
+from dni_rnn.pytree import flatten_rows, map_tree
 from dni_rnn.recurrent import Boundary
-from dni_rnn.runs import Run
-from dni_rnn.streams import Stream
-from dni_rnn.task import Data
-from dni_rnn.training import Learner, load_data, prepare, resume
-from dni_rnn.trees import flatten_rows, map_tree
+from dni_rnn.training.loop import Learner, load_data, prepare, resume
+from dni_rnn.training.run_directory import Run
 
 END, UPDATE, STATE, STATE_RMS = range(4)
 """What all do together."""
@@ -40,7 +40,7 @@ def train_rows(run: Run, processes: Processes) -> dict[str, Any] | None:
     """Train with this process's rows; returns the summary in process 0, None in the others.
 
     Raises:
-      UsageError, DivergedError, Interrupted: as `dni_rnn.training.train`; in the other processes
+      UsageError, DivergedError, Interrupted: as `dni_rnn.training.loop.train`; in the other processes
         `ReportedElsewhere` for what may happen before the training, and afterwards the exit code.
       LostError: another process has died or hangs.
     """

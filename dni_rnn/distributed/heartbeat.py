@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 
-from dni_rnn.distributed import Processes, reaching
+from dni_rnn.distributed.processes import Processes, reaching
 from dni_rnn.errors import LostError
 
 BEAT_SECONDS = 1.0

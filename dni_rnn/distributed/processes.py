@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.distributed_c10d import Store
 
-    from dni_rnn.runs import Run
-    from dni_rnn.training import Progress
+    from dni_rnn.training.loop import Progress
+    from dni_rnn.training.run_directory import Run
 
 T = TypeVar("T")
 
@@ -211,7 +211,7 @@ def device_of(processes: Processes, name: str) -> torch.device:
     """The device of this process; `name` is `auto`, `cuda` or `cpu`. CUDA devices are dealt out in turn."""
     import torch
 
-    from dni_rnn.training import choose_device
+    from dni_rnn.training.loop import choose_device
 
     device = choose_device(name)
     if device.type == "cuda":
@@ -227,7 +227,7 @@ def lead_or_follow(run: Run, learner: Any, progress: Progress | None) -> dict[st
     Args:
       learner: with `follow`, which returns that code, and `end`, which sends it.
     """
-    from dni_rnn.training import Interrupted, fit
+    from dni_rnn.training.loop import Interrupted, fit
 
     if progress is None:
         code = learner.follow()

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dni_rnn.atomic_files import write_atomically
 from dni_rnn.errors import UsageError
-from dni_rnn.files import write_atomically
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:

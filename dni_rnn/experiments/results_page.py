@@ -13,10 +13,18 @@ from posixpath import normpath
 from typing import Any
 
 from dni_rnn.errors import UsageError
+from dni_rnn.experiments.html_page import render_page
+from dni_rnn.experiments.report import (
+    About,
+    by_cell,
+    markdown_table,
+    mean_sd,
+    read_about,
+    write_report,
+    write_text,
+)
+from dni_rnn.experiments.sweep import Cell, read_rows, read_sweep
 from dni_rnn.metrics import metric_of
-from dni_rnn.page import render_page
-from dni_rnn.report import About, by_cell, markdown_table, mean_sd, read_about, write_report, write_text
-from dni_rnn.sweep import Cell, read_rows, read_sweep
 
 
 def write_reports(folder: Path) -> None:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dni_rnn import checkpoint
 from dni_rnn.errors import UsageError
-from dni_rnn.runs import Run
-from dni_rnn.training import learner_class
+from dni_rnn.training import checkpoint
+from dni_rnn.training.loop import learner_class
+from dni_rnn.training.run_directory import Run
 
 
 class LoadedRun(NamedTuple):

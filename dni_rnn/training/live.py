@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from dni_rnn.config import LiveConfig
+from dni_rnn.data.task import Data
 from dni_rnn.errors import UsageError
 from dni_rnn.estimators import Window
 from dni_rnn.metrics import BPC
 from dni_rnn.recurrent import Boundary
-from dni_rnn.task import Data
-from dni_rnn.training import BITS, Learner
+from dni_rnn.training.loop import BITS, Learner
 
 WAIT_SECONDS = 0.2
 """How long training waits for symbols before it looks whether it should stop."""

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dni_rnn.config import FeedforwardConfig
-from dni_rnn.decoupled.process import ProcessPart
-from dni_rnn.decoupled.wire import GRADIENT, MESSAGE, Incoming, Layout, Outgoing, Packet
-from dni_rnn.distributed import Processes
-from dni_rnn.examples import Examples
+from dni_rnn.data.labelled import Examples
+from dni_rnn.distributed.part import ProcessPart
+from dni_rnn.distributed.processes import Processes
+from dni_rnn.distributed.transport import GRADIENT, MESSAGE, Incoming, Layout, Outgoing, Packet
 from dni_rnn.feedforward import messages_of, split
-from dni_rnn.layered import LayeredLearner, context_of, loss_of, wrong
-from dni_rnn.runs import Run
+from dni_rnn.training.feedforward import LayeredLearner, context_of, loss_of, wrong
+from dni_rnn.training.run_directory import Run
 
 FORGET = 4
 """Where messages may get lost: how many are kept for their gradients, in units of `queue`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dni_rnn.task import Split
+from dni_rnn.data.task import Split
 
 if TYPE_CHECKING:
     import numpy as np

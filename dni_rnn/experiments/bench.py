@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dni_rnn.atomic_files import write_atomically
 from dni_rnn.config import TrainConfig
+from dni_rnn.data.task import Corpus
 from dni_rnn.errors import UsageError
-from dni_rnn.files import write_atomically
-from dni_rnn.graphs import cuda_graph
-from dni_rnn.report import markdown_table
-from dni_rnn.task import Corpus
-from dni_rnn.training import Learner, choose_device, device_name, peak_memory
+from dni_rnn.experiments.report import markdown_table
+from dni_rnn.training.cuda_graph import cuda_graph
+from dni_rnn.training.loop import Learner, choose_device, device_name, peak_memory
 
 if TYPE_CHECKING:
     from dni_rnn.cli import Bench

@@ -1,1 +1,0 @@
-"""Parts of a net in processes of their own, which do not wait for each other's gradients."""

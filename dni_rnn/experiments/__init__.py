@@ -1,0 +1,1 @@
+"""Many runs: sweeps, reports, plots, comparisons, benchmarks and the demo."""
