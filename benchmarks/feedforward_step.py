@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dni_rnn.experiments.bench import compare
+from dni_rnn.experiments.bench import time_in_turns
 from dni_rnn.feedforward import Method, cnn, decouple, fcn
 
 CLASSES, ROWS = 10, 256
@@ -72,7 +72,7 @@ def main() -> None:
     print("| net | step | ms | ratio to bprop |\n|---|---|---|---|")
     for net in args.net:
         steps = {name: training_step(net, args.layers, *how) for name, how in METHODS.items()}
-        for name, cost in compare(steps, args.rounds, args.block).items():
+        for name, cost in time_in_turns(steps, args.rounds, args.block).items():
             print(
                 f"| {net}, {args.layers} layers | {name} | {cost.milliseconds:.1f} | {cost.ratio:.2f} |",
                 flush=True,

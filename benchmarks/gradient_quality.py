@@ -31,15 +31,18 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dni_rnn.atomic_files import read_jsonl, write_atomically, write_jsonl
-from dni_rnn.config import TrainConfig
+from dni_rnn.config import RecurrentConfig
 from dni_rnn.data.task import Data
-from dni_rnn.estimators import DNI, TruncatedBPTT
-from dni_rnn.experiments.bench import compare
+from dni_rnn.estimators.bptt import TruncatedBPTT
+from dni_rnn.estimators.dni import DNI
+from dni_rnn.experiments.bench import time_in_turns
+from dni_rnn.experiments.diagnose import diagnose_model
 from dni_rnn.experiments.plots import Panel, save_lines
 from dni_rnn.experiments.report import markdown_table, mean_sd
-from dni_rnn.gradient_quality import Diagnosis, diagnose
+from dni_rnn.gradient_quality import Diagnosis
 from dni_rnn.recurrent import SequenceModel
-from dni_rnn.training.loop import Learner, build_model
+from dni_rnn.training.builders import build_model
+from dni_rnn.training.recurrent import RecurrentLearner
 from dni_rnn_tasks.ptb import PTB
 
 HIDDEN, EMBEDDING, ROWS = 128, 32, 128
@@ -50,7 +53,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A synthesizer and how it is trained; the fields are those of `TrainConfig` where they share a name.
+    """A synthesizer and how it is trained; the fields are those of `RecurrentConfig` where they share a name.
 
     Attributes:
       windows: of T steps and 128 rows, that M is trained on.
@@ -64,9 +67,9 @@ class Candidate:
     windows: int = 5000
     core: Literal["constant", "annealed"] = "constant"
 
-    def config(self, seed: int) -> TrainConfig:
-        """ĝ is injected as M gives it: nothing is scaled, centred or restored."""
-        return TrainConfig(
+    def config(self, seed: int) -> RecurrentConfig:
+        """ĝ is injected as M gives it: neither scaled nor centred, and without a penalty."""
+        return RecurrentConfig(
             hidden=HIDDEN, embedding=EMBEDDING, batch_size=ROWS, bptt=self.bptt, seed=seed,
             dni=True, scale=1.0, centre=False, restore=0.0, synthesizer=self.synthesizer,
             synthesizer_reads=self.synthesizer_reads, context=self.context,
@@ -76,11 +79,9 @@ class Candidate:
 LENGTHS = (1, 2, 4)
 NARROW = [Candidate(bptt, f"mlp:{64 * bptt}") for bptt in LENGTHS]
 WIDE = [Candidate(bptt, "mlp:512") for bptt in LENGTHS]
-LARGE = [Candidate(bptt, "mlp:512,512", "gru:16:128", windows=3000) for bptt in LENGTHS]
 
 PLAN: list[tuple[Candidate, int]] = [
     *((candidate, 3) for candidate in (*NARROW, *WIDE)),
-    *((candidate, 1) for candidate in LARGE),
     # What it depends on.
     (Candidate(1, "mlp:64", core="annealed"), 1),
     (Candidate(1, "mlp:512", core="annealed"), 1),
@@ -107,9 +108,9 @@ def pretrained(core: str, seed: int, data_dir: Path | None) -> tuple[dict[str, T
     """Weights of the net without M, and its validation bits per character."""
     annealed = core == "annealed"
     rate = 2e-3 if annealed else 1e-3
-    config = TrainConfig(hidden=HIDDEN, embedding=EMBEDDING, batch_size=32, bptt=20, lr=rate, seed=seed)
-    learner = Learner(config, load(data_dir), CPU)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(learner.optimizer, CORE_UPDATES)
+    config = RecurrentConfig(hidden=HIDDEN, embedding=EMBEDDING, batch_size=32, bptt=20, lr=rate, seed=seed)
+    learner = RecurrentLearner(config, load(data_dir), CPU)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(learner.record.optimizer, CORE_UPDATES)
     for _ in range(CORE_UPDATES):
         learner.update()
         if annealed:
@@ -117,7 +118,9 @@ def pretrained(core: str, seed: int, data_dir: Path | None) -> tuple[dict[str, T
     return learner.model.state_dict(), learner.evaluate("valid", level=None)["bpc"]
 
 
-def train_synthesizer(model: SequenceModel, candidate: Candidate, config: TrainConfig, data: Data) -> None:
+def train_synthesizer(
+    model: SequenceModel, candidate: Candidate, config: RecurrentConfig, data: Data
+) -> None:
     """Train M, and nothing else, on the training text."""
     net, parameters = model.net_parameters(), model.synthesizer_parameters()
     for parameter in net:
@@ -126,7 +129,7 @@ def train_synthesizer(model: SequenceModel, candidate: Candidate, config: TrainC
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, candidate.windows)
     stream, state, estimator = data.stream("train", ROWS, 0), model.initial_state(ROWS), DNI()
     for _ in range(candidate.windows):
-        window = stream.window(candidate.bptt, config.context_spec.window)
+        window = stream.window(candidate.bptt, config.context_window)
         optimizer.zero_grad()
         state = estimator(model, [window], state, config.weight).state
         optimizer.step()
@@ -145,13 +148,15 @@ def multiply_adds(candidate: Candidate, data: Data) -> tuple[float, float]:
     config = candidate.config(seed=0)
     # In float64 an LSTM and a GRU on a CPU are made of operations that are counted; fused ones are not.
     model = build_model(config, data).double()
-    window = data.stream("train", 1, 0).window(config.bptt, config.context_spec.window)
+    window = data.stream("train", 1, 0).window(config.bptt, config.context_window)
     window = window._replace(start=window.end)  # the beginning of the text, where rows are done, is special
     state = model.initial_state(1)
 
+    interface: Any = model.core.interface
+
     def both_edges() -> None:
-        received = model.receive(state, window.end)
-        (received.hidden.sum() + received.cell.sum() + model.send(state, window.end)).backward()
+        received = interface.receive(state, window.end.context)
+        (received.hidden.sum() + received.cell.sum() + interface.send(state, window.end.context)).backward()
 
     plain, dni, synthesizer = (
         _products(work)
@@ -170,16 +175,16 @@ def _products(work: Callable[[], object]) -> float:
     return counter.get_total_flops() / 2
 
 
-def seconds_ratio(config: TrainConfig, data_dir: Path | None) -> float:
+def seconds_ratio(config: RecurrentConfig, data_dir: Path | None) -> float:
     """How much longer an update of `dni-rnn train` takes than without --dni, as a share of the latter.
 
     Of the time that the process computes: with one thread, that of a clock on a machine that is not shared.
     """
     torch.set_num_threads(1)
     data = load(data_dir)
-    plain = TrainConfig(hidden=HIDDEN, embedding=EMBEDDING, batch_size=ROWS, bptt=config.bptt)
-    steps = {name: Learner(c, data, CPU).update for name, c in (("plain", plain), ("dni", config))}
-    return compare(steps, rounds=9, block=15, clock=time.process_time)["dni"].ratio - 1.0
+    plain = RecurrentConfig(hidden=HIDDEN, embedding=EMBEDDING, batch_size=ROWS, bptt=config.bptt)
+    steps = {name: RecurrentLearner(c, data, CPU).update for name, c in (("plain", plain), ("dni", config))}
+    return time_in_turns(steps, rounds=9, block=15, clock=time.process_time)["dni"].ratio - 1.0
 
 
 def measure_seconds(path: Path, data_dir: Path | None) -> None:
@@ -204,9 +209,7 @@ def measure(candidate: Candidate, seed: int, data_dir: Path | None) -> dict[str,
     start = time.perf_counter()
     train_synthesizer(model, candidate, config, data)
     seconds = time.perf_counter() - start
-    found = diagnose(
-        model, data, context=config.context_spec.window, weight=config.weight, bptts=[candidate.bptt]
-    )
+    found = diagnose_model(model, data, config.context_window, config.weight, [candidate.bptt])
     synthesizer_products, added_products = multiply_adds(candidate, data)
     return {
         **asdict(candidate),
@@ -346,7 +349,7 @@ def panels(rows: list[dict[str, Any]]) -> list[Panel]:
 
     by_length: dict[str, list[tuple[float, float]]] = {}
     by_length["truncated BPTT"] = [(c.bptt, mean(c, "truncated_relative_error")) for c in WIDE]
-    for label, candidates in (("mlp:64T", NARROW), ("mlp:512", WIDE), ("mlp:512,512, gru:16:128", LARGE)):
+    for label, candidates in (("mlp:64T", NARROW), ("mlp:512", WIDE)):
         by_length[label] = [(c.bptt, mean(c)) for c in candidates]
     by_cost = {
         f"T={bptt}, mlp of one layer": [

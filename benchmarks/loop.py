@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dni_rnn.config import TrainConfig
+from dni_rnn.config import RecurrentConfig
 from dni_rnn.data.task import installed_tasks
 from dni_rnn.training.loop import train
 from dni_rnn.training.run_directory import Run
 
 
-def bare_loop(data: torch.Tensor, symbols: int, config: TrainConfig, steps: int) -> float:
+def bare_loop(data: torch.Tensor, symbols: int, config: RecurrentConfig, steps: int) -> float:
     """Characters per second of the loop that a user would write."""
     torch.manual_seed(0)
     embedding, lstm = nn.Embedding(symbols, config.embedding), nn.LSTM(config.embedding, config.hidden)
@@ -49,7 +49,7 @@ def bare_loop(data: torch.Tensor, symbols: int, config: TrainConfig, steps: int)
     return steps * config.bptt * config.batch_size / (time.perf_counter() - start)
 
 
-def product(config: TrainConfig, steps: int) -> float:
+def product(config: RecurrentConfig, steps: int) -> float:
     """Characters per second of `dni-rnn train`, logging and checkpoints included."""
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "run", "text", installed_tasks()["text"](), config)
@@ -66,7 +66,7 @@ def main() -> None:
     text = installed_tasks()["text"]().load(None)
     print(f"torch {torch.__version__}, {args.threads} thread(s), LSTM 256, batch 64, {args.rounds} rounds")
     for bptt in (2, 8):
-        config = TrainConfig(bptt=bptt, steps=args.steps, threads=args.threads, eval_every=10**9)
+        config = RecurrentConfig(bptt=bptt, steps=args.steps, threads=args.threads, eval_every=10**9)
         length = len(text.train) // config.batch_size
         rows = torch.from_numpy(text.train[: length * config.batch_size].astype("int64"))
         data = rows.view(config.batch_size, length).t().contiguous()

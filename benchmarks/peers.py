@@ -35,7 +35,16 @@ from torch.nn import functional as F
 from dni_rnn import Interface, MLPSynthesizer
 from dni_rnn.atomic_files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.errors import UsageError
-from dni_rnn.experiments.bench import EMBEDDING, METHODS, SYMBOLS, Cost, Size, compare, learner, plain_step
+from dni_rnn.experiments.bench import (
+    EMBEDDING,
+    METHODS,
+    SYMBOLS,
+    Cost,
+    Size,
+    learner,
+    plain_step,
+    time_in_turns,
+)
 from dni_rnn.experiments.report import markdown_table
 from dni_rnn.training.run_directory import machine_name, source_commit
 
@@ -190,7 +199,7 @@ def measure(koz4k: Path | None, mtanghu: Path | None, rounds: int) -> dict[str, 
         steps["koz4k/dni-pytorch, n_hidden=2 (its example)"] = koz4k_step(koz4k, 2)
     if mtanghu:
         steps["mtanghu/DNI-RNN, its syntax error mended"] = mtanghu_step(mtanghu)
-    return compare(steps, rounds, block=40, clock=time.process_time)
+    return time_in_turns(steps, rounds, block=40, clock=time.process_time)
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:

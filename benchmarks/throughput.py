@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from dni_rnn.cli import parse_train
-from dni_rnn.experiments.bench import compare
+from dni_rnn.experiments.bench import time_in_turns
 from dni_rnn.experiments.sweep import read_sweep
-from dni_rnn.training.loop import learner_class
+from dni_rnn.training.learners import learner_class
 
 
 def main() -> None:
@@ -33,10 +33,12 @@ def main() -> None:
     for cell in read_sweep(args.folder):
         if cell.name not in learners:
             _, task, config = parse_train(list(cell.arguments))
-            learners[cell.name] = learner_class(config)(config, task.load(args.data_dir), torch.device("cpu"))
-    costs = compare({name: learner.update for name, learner in learners.items()}, args.rounds, block=30)
+            learners[cell.name] = learner_class(task, config)(
+                config, task.load(args.data_dir), torch.device("cpu")
+            )
+    costs = time_in_turns({name: learner.update for name, learner in learners.items()}, args.rounds, block=30)
     medians = {
-        name: round(1e3 * learner.symbols / learner.step / costs[name].milliseconds)
+        name: round(1e3 * learner.counters.symbols / learner.counters.step / costs[name].milliseconds)
         for name, learner in learners.items()
     }
     for name, median in medians.items():

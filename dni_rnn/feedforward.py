@@ -9,15 +9,15 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rnn.config import units
+from dni_rnn.agreement import Agreement, agreement_of, frozen
 from dni_rnn.interface import Interface, attach
-from dni_rnn.synthesizers import ContextMLP, Critic, OneHotTokens, Rows
+from dni_rnn.synthesizers import ContextMLP, Critic, OneHotTokens, Rows, units
 
 Method = Literal["bprop", "none", "dni", "cdni", "critic"]
 
@@ -232,7 +232,7 @@ def decouple(
         loss, `Critic`).
       hidden: widths of the hidden layers of the synthesizers; a `Fraction` is one of the message's. The
         default is none for a critic, one layer as wide as the message for cdni (with none it could only add
-        a constant per label to what it says of the message, and the right gradient is not of that form)
+        a constant per label to what it predicts from the message, and the right gradient is not of that form)
         and two such for dni.
       norm: batch normalisation in them; the default is only for dni.
       window: targets per row (W of `Critic` and `OneHotTokens`).
@@ -254,7 +254,7 @@ def decouple(
             raise ValueError("unlock needs synthetic gradients: method dni, cdni or critic")
         return Decoupled(parts, update_probability=update_probability)
     if method != "dni" and synthesizer is None and classes < 2:
-        raise ValueError(f"method {method} is told the labels: give their number, classes")
+        raise ValueError(f"method {method} is conditioned on the labels: give their number, classes")
     messages = list(messages_of(parts, example))
     if synthesizer is None:
         if hidden is None:
@@ -290,7 +290,7 @@ def _synthesizer(
     method: Method, classes: int, window: int, hidden: Sequence[int | Fraction], norm: bool, message: Tensor
 ) -> nn.Module:
     features = message.shape[1]
-    widths = [units(width, features) for width in hidden]
+    widths = units(hidden, features)
     if method == "critic":
         rows = Rows(batch_dim=0)
         classifier = ContextMLP(rows(message).shape[1], widths, window * classes, norm=norm)
@@ -299,21 +299,6 @@ def _synthesizer(
     return ContextMLP(
         features, widths, features, context, norm=norm, kernel=5 if message.dim() == 4 else None
     )
-
-
-class Agreement(NamedTuple):
-    """A synthetic gradient against the true one, over all rows and features of a message.
-
-    Attributes:
-      cosine: of the angle between them.
-      explained: 1 − ‖ĝ − g‖² / ‖g‖²; 0 is what saying nothing gives.
-      trust: the multiple of ĝ that comes nearest to g, Σ ĝ·g / Σ ĝ·ĝ, kept within 0 and 1: how far ĝ can
-        be relied on, as `Interface.audit` measures it (nothing is changed by it here).
-    """
-
-    cosine: float
-    explained: float
-    trust: float
 
 
 def agreement(model: Decoupled, x: Tensor, context: Any, loss: Callable[[Tensor], Tensor]) -> list[Agreement]:
@@ -325,22 +310,15 @@ def agreement(model: Decoupled, x: Tensor, context: Any, loss: Callable[[Tensor]
     Args:
       loss: output of the last part -> the scalar that is trained on.
     """
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
     messages: list[Tensor] = []
-    with torch.enable_grad():
+    with frozen(model), torch.enable_grad():
         message = model.parts[0](x)
         for part in model.parts[1:]:
             messages.append(message)
             message = part(message)
         true = torch.autograd.grad(loss(message), messages)
-    found = []
-    interfaces: Any = model.interfaces
-    for interface, message, g in zip(interfaces, messages, true, strict=True):
-        guess = interface.synthetic_gradient(message.detach(), context)
-        cosine = F.cosine_similarity(guess.flatten(), g.flatten(), dim=0)
-        explained = 1.0 - (guess - g).square().sum() / g.square().sum()
-        trust = ((guess * g).sum() / guess.square().sum()).nan_to_num(0.0).clamp(0.0, 1.0)
-        found.append(Agreement(float(cosine), float(explained), float(trust)))
-    for name, buffer in model.named_buffers():
-        buffer.copy_(kept[name])
-    return found
+        interfaces: Any = model.interfaces
+        return [
+            agreement_of(interface.synthetic_gradient(message.detach(), context), g)
+            for interface, message, g in zip(interfaces, messages, true, strict=True)
+        ]

@@ -3,7 +3,7 @@
 A message passes from a producer to a consumer. Forward, it passes. Backward, the two sides do not
 wait for each other:
 
-    producer:   ∂L/∂message  :=  ĝ = size · M(message, context)        (`send`)
+    producer:   ∂L/∂message  :=  ĝ = target RMS · M(message, context)   (`send`)
     consumer:   M is regressed on the gradient g that arrives there      (`receive`)
 
 Source: Jaderberg et al. 2017, "Decoupled Neural Interfaces using Synthetic Gradients",
@@ -12,21 +12,19 @@ arXiv:1608.05343.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from dni_rnn.agreement import trust_of
 from dni_rnn.pytree import Spec, Tree, flatten, flatten_rows, unflatten, unflatten_rows
+from dni_rnn.running_rms import AllReduce, follow, sum_of_squares
 
 AUDIT_DECAY = 0.8
 """Of an audit's weight when the next one comes."""
-
-RESTORE_BEYOND = 3.0
-"""tanh is flat beyond it: a cell state gains nothing there."""
 
 
 class Critique(NamedTuple):
@@ -34,8 +32,8 @@ class Critique(NamedTuple):
 
     Attributes:
       gradient: like the message, as any M's answer (see `Interface`), but in units of the loss, not of
-        `Interface.size`; while gradients are recorded, with its graph, through which its match trains M (a
-        second derivative).
+        `Interface.target_rms`; while gradients are recorded, with its graph, through which its match
+        trains M (a second derivative).
       losses: (B,), what M is trained on besides the match: row by row, weighted as M sees fit against a
         match loss of 1 for predicting zero.
     """
@@ -48,28 +46,30 @@ class _Edge(torch.autograd.Function):
     """Identity forward. Backward: trains M on what arrives, and hands ĝ to a message that asks for it.
 
     A detached message asks for nothing: then the edge is `receive`, and the graph ends here. The tensors are
-    the `count` of the message, what M says of it (B, features), and M's losses where it has such.
+    the `count` of the message, what M predicts for it (B, features), and M's losses where it has such.
     """
 
     @staticmethod
     def forward(ctx: Any, interface: Interface, done: Tensor | None, count: int, *tensors: Tensor) -> Any:
-        messages, said = tensors[:count], tensors[count:]
+        messages, predicted = tensors[:count], tensors[count:]
         ctx.interface, ctx.done = interface, done
         ctx.passes_on = any(ctx.needs_input_grad[3 : 3 + count])
-        # The size as it is now: backward moves it.
-        ctx.factor = interface._factor(len(said) > 1, interface.loss_scale) if ctx.passes_on else None
-        ctx.save_for_backward(*said)
+        # The target RMS as it is now: backward moves it.
+        ctx.factor = (
+            interface._factor(len(predicted) > 1, 1.0, interface.loss_scale) if ctx.passes_on else None
+        )
+        ctx.save_for_backward(*predicted)
         return tuple(message.view_as(message) for message in messages)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        said, *losses = ctx.saved_tensors
+        predicted, *losses = ctx.saved_tensors
         interface = ctx.interface
         onward: list[Tensor | None] = [None] * len(gradients)
         if ctx.passes_on:
-            onward = interface._like(_times(ctx.factor, said), gradients)
-        trained = interface._regress(said, gradients, ctx.done, losses[0] if losses else None)
+            onward = interface._like(_times(ctx.factor, predicted), gradients)
+        trained = interface._regress(predicted, gradients, ctx.done, losses[0] if losses else None)
         return None, None, None, *onward, *trained
 
 
@@ -110,19 +110,19 @@ class Interface(nn.Module):
     others, for an optimizer of the user's choice.
 
     M is called as `M(message, context)` and returns a tensor or tree like `message`, or the same as one
-    tensor (B, features) with the tensors of each row side by side. It works in units of the running size of
+    tensor (B, features) with the tensors of each row side by side. It works in units of the running RMS of
     its target, so that it and its learning rate do not depend on the scale of the loss (one that returns a
-    `Critique` speaks in units of the loss itself, and the same holds with `size` left out of ĝ):
+    `Critique` is in units of the loss itself, and the same holds with `target RMS` left out of ĝ):
 
-        size² = running mean of g² over rows and features
-        ĝ     = trust · scale · size · M(message, context)
-        loss of M = mean over rows and features of (M(message, context) − g / size)²
-                    + mean over rows of `Critique.losses`, where M has such
+        target RMS² = running mean of g² over rows and features
+        ĝ           = trust · scale · target RMS · M(message, context)
+        loss of M   = mean over rows and features of (M(message, context) − g / target RMS)²
+                      + mean over rows of `Critique.losses`, where M has such
 
     so a first term of 1 is what predicting zero gives, and 0 is a perfect prediction. g is in the units
     of the scalar on which backward is called (for a loss that is a mean over a batch, it shrinks
     with the batch), and so is ĝ. Keep the interface itself in float32 or float64 (autocast is fine): its
-    running size moves by small steps. M is called twice for every message, by `send` and by `receive`, so
+    running RMS moves by small steps. M is called twice for every message, by `send` and by `receive`, so
     one with dropout draws twice.
 
     The same backward that brings ĝ to the parameters carries it on to the previous boundary, where it
@@ -143,16 +143,9 @@ class Interface(nn.Module):
       centre: subtract from what `send` injects its mean over the rows that are not done. What is the same in
         every row of a batch is mostly M's own bias, and a consistent push is what drives a cell state
         away: Adam turns it into full steps, and the bootstrapped target then confirms it.
-      restore: strength of a force that turns back a message that runs away. It adds
-
-            restore · size · (message − message clamped to ±RESTORE_BEYOND)
-
-        to what `send` injects: nothing inside the bound, so it cannot shut a cell down, and it
-        grows without limit outside.
       scale: factor on ĝ. 0 makes the interface a plain detach that trains M. Published: 0.1.
-      normalize: keep M in units of the running size of its target. Without it size is 1.
-      decay: of the running size, per backward pass: the mean of all targets until there are
-        1 / (1 − decay) of them, exponential from then on.
+      normalize: keep M in units of the running RMS of its target. Without it that is 1.
+      decay: of the running RMS, per backward pass (`dni_rnn.running_rms.follow`).
       batch_dim: where the rows of a message lie: -2 for the states of recurrent cores, (layers, B, H)
         or (B, H), and for vectors (B, F); 0 for feature maps (B, C, height, width).
 
@@ -160,9 +153,9 @@ class Interface(nn.Module):
       loss_scale: see above; a scalar tensor or number that is set from outside, or None.
       regression_loss: the last loss of M, its first term alone (a scalar tensor; no wait for a device).
       trust: see above; a scalar tensor between 0 and 1.
-      total: tensor -> its sum over the processes among which the rows of a message are spread; None when
-        they are all here. Means over rows are then over all of them, and `.grad` of M's parameters is each
-        process's share: the sum over processes is the gradient.
+      all_reduce: tensor -> its sum over the processes among which the rows of a message are spread; None
+        when they are all here. Means over rows are then over all of them, and `.grad` of M's parameters is
+        each process's share: the sum over processes is the gradient.
 
     Raises:
       ValueError: `decay` does not lie in [0, 1); or, when it is called, M does not return tensors of the
@@ -173,7 +166,7 @@ class Interface(nn.Module):
     """
 
     loss_scale: Tensor | float | None
-    total: Callable[[Tensor], Tensor] | None = None
+    all_reduce: AllReduce | None = None
     target_square: Tensor
     target_count: Tensor
     regression_loss: Tensor
@@ -186,7 +179,6 @@ class Interface(nn.Module):
         *,
         scale: float = 1.0,
         centre: bool = False,
-        restore: float = 0.0,
         normalize: bool = True,
         decay: float = 0.99,
         batch_dim: int = -2,
@@ -195,7 +187,7 @@ class Interface(nn.Module):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must lie in [0, 1), not {decay}")
         self.synthesizer = synthesizer
-        self.scale, self.centre, self.restore = scale, centre, restore
+        self.scale, self.centre = scale, centre
         self.normalize = normalize
         self.decay = decay
         self.batch_dim = batch_dim
@@ -206,7 +198,7 @@ class Interface(nn.Module):
         self.register_buffer("trust", torch.ones(()))
         self.register_buffer("audited", torch.zeros(2))  # Σ ĝ·s, Σ ĝ·ĝ
 
-    def size(self) -> Tensor:
+    def target_rms(self) -> Tensor:
         """Running root mean square of M's targets (a scalar); 0 before the first one."""
         return self.target_square.sqrt() if self.normalize else torch.ones_like(self.target_square)
 
@@ -229,7 +221,9 @@ class Interface(nn.Module):
             return unflatten(leaves, spec)
         return self._edge(leaves, spec, context, done)
 
-    def send(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tensor:
+    def send(
+        self, message: Tree, context: Any = None, done: Tensor | None = None, *, discount: float = 1.0
+    ) -> Tensor:
         """Hand a message on: a scalar of value 0 whose gradient with respect to the message is ĝ.
 
         Add it to the loss. A factor in front of it changes nothing (ĝ is already in the units of the
@@ -239,20 +233,23 @@ class Interface(nn.Module):
           message: for example the state at the end of this window, with its graph.
           context: what M may know besides the message, for example the next symbols.
           done: boolean (B,). Rows whose sequence ends here: they have no future, so ĝ is 0.
+          discount: a factor on ĝ at this boundary alone, such as γ^T behind a window of T steps.
 
         Where no gradients are recorded it is a zero and nothing else.
         """
         leaves, spec = flatten(message)
         if not torch.is_grad_enabled():
             return leaves[0].new_zeros(())
-        synthetic = self._like(self._synthesize(leaves, spec, context, done, self.loss_scale), leaves)
+        synthetic = self._like(
+            self._synthesize(leaves, spec, context, done, discount, self.loss_scale), leaves
+        )
         return _Send.apply(len(leaves), *synthetic, *leaves)  # type: ignore[return-value]
 
     def forward(self, message: Tree, context: Any = None) -> Tree:
         """Both halves at one place, as between two layers: identity; backward trains M and passes on ĝ.
 
-        What the layer below gets is trust · scale · size · M, neither centred nor restored, with the size
-        before this backward pass.
+        What the layer below gets is trust · scale · target RMS · M, not centred, with the target RMS before
+        this backward pass.
         """
         if not torch.is_grad_enabled():
             return message
@@ -265,35 +262,43 @@ class Interface(nn.Module):
         return unflatten(self._like(self._synthesize(leaves, spec, context, done), leaves), spec)
 
     @torch.no_grad()
-    def audit(self, message: Tree, real: Tree, context: Any = None, done: Tensor | None = None) -> None:
+    def audit(
+        self,
+        message: Tree,
+        real: Tree,
+        context: Any = None,
+        done: Tensor | None = None,
+        *,
+        discount: float = 1.0,
+    ) -> None:
         """Set `trust` by one more comparison of ĝ with a gradient s that was really backpropagated.
 
-            trust = Σ ĝ·s / Σ ĝ·ĝ, kept within 0 and 1
+            trust = Σ ĝ·s / Σ ĝ·ĝ, clipped to [0, 1]
 
-        The sums are over rows, features and audits, older ones fading; ĝ is what `send` would inject at
-        trust 1, without the restoring force. It is the multiple of ĝ that comes nearest to s: small when ĝ
+        the least-squares coefficient of the true gradient on the synthetic one. The sums are over rows,
+        features and audits, older ones fading; ĝ is what `send` would inject at trust 1. It is small when ĝ
         points elsewhere, and when it is larger than real gradients are. An s of few windows knows
         nothing of what lies beyond, which counts against ĝ: `trust` is then a lower bound.
 
         Args:
-          message, context, done: as for `send`.
+          message, context, done, discount: as for `send`.
           real: s, a tree like the message, in units of the loss, 0 in rows of `done`.
         """
         leaves, spec = flatten(message)
-        said, critique = self._centred(leaves, spec, context, done)
-        synthetic = _times(self._untrusted_factor(critique), said).to(self.audited.dtype)
+        predicted, critique = self._centred(leaves, spec, context, done)
+        synthetic = _times(self._untrusted_factor(critique, discount), predicted).to(self.audited.dtype)
         true = self._rows(flatten(real)[0])
         self.audited.mul_(AUDIT_DECAY)
-        self.audited += self._total(torch.stack([(synthetic * true).sum(), synthetic.square().sum()]))
-        self.trust.copy_((self.audited[0] / self.audited[1]).nan_to_num(0.0).clamp(0.0, 1.0))
+        self.audited += self._summed(torch.stack([(synthetic * true).sum(), synthetic.square().sum()]))
+        self.trust.copy_(trust_of(self.audited[0], self.audited[1]))
 
     def predict(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
-        """M's output in units of `size`: a tree like `message`, in its dtypes, 0 in rows of `done`."""
+        """M's output in units of the target RMS: like `message`, in its dtypes, 0 in rows of `done`."""
         leaves, spec = flatten(message)
-        said, critique = self._predict(leaves, spec, context, done)
+        predicted, critique = self._predict(leaves, spec, context, done)
         if critique:
-            said = _times(_inverse(self.size()), said)
-        return unflatten(self._like(said, leaves), spec)
+            predicted = _times(_inverse(self.target_rms()), predicted)
+        return unflatten(self._like(predicted, leaves), spec)
 
     # Below, a message and what goes with it is its rows: one tensor (B, features), its tensors side by side.
     # This runs at every boundary: few and small tensor operations, none that waits for a device.
@@ -306,13 +311,14 @@ class Interface(nn.Module):
         parts = unflatten_rows(rows, leaves, self.batch_dim)
         return [part.to(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
 
-    def _untrusted_factor(self, critique: bool) -> Tensor:
+    def _untrusted_factor(self, critique: bool, discount: float) -> Tensor:
         """ĝ as a multiple of M's output, at trust 1."""
-        return self.scale * (torch.ones_like(self.target_square) if critique else self.size())
+        unit = torch.ones_like(self.target_square) if critique else self.target_rms()
+        return (self.scale * discount) * unit
 
-    def _factor(self, critique: bool, loss_scale: Tensor | float | None) -> Tensor:
+    def _factor(self, critique: bool, discount: float, loss_scale: Tensor | float | None) -> Tensor:
         """ĝ, multiplied by the factor of a loss scaler, as a multiple of M's output."""
-        factor = self.trust * self._untrusted_factor(critique)
+        factor = self.trust * self._untrusted_factor(critique, discount)
         return factor if loss_scale is None else loss_scale * factor
 
     @torch.no_grad()
@@ -322,105 +328,92 @@ class Interface(nn.Module):
         spec: Spec,
         context: Any,
         done: Tensor | None,
+        discount: float = 1.0,
         loss_scale: Tensor | float | None = None,
     ) -> Tensor:
         """ĝ, in a dtype in which what a loss scaler is there to save does not underflow."""
-        said, critique = self._centred(leaves, spec, context, done)
-        gradient = _times(self._factor(critique, loss_scale), said)
-        if self.restore:
-            excess = F.softshrink(self._rows(leaves), RESTORE_BEYOND).to(gradient.dtype)
-            size = self.size() if loss_scale is None else loss_scale * self.size()
-            gradient = torch.addcmul(gradient, excess, size.to(gradient.dtype), value=self.restore)
-            gradient = _without(done, gradient)
-        return gradient
+        predicted, critique = self._centred(leaves, spec, context, done)
+        return _times(self._factor(critique, discount, loss_scale), predicted)
 
     @torch.no_grad()
     def _centred(
         self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None
     ) -> tuple[Tensor, bool]:
         """`_predict`, if wanted minus the mean over the rows that are not done."""
-        said, critique = self._predict(leaves, spec, context, done)
+        predicted, critique = self._predict(leaves, spec, context, done)
         if not self.centre:
-            return said, critique
-        if done is None and self.total is None:
-            return said - said.mean(0, keepdim=True), critique
-        summed = said.sum(0)
-        rows = len(said) if done is None else (~done).sum()
-        both = self._total(torch.cat([summed, summed.new_zeros(1) + rows]))
-        return _without(done, said - both[:-1] / both[-1].clamp_min(1.0)), critique
+            return predicted, critique
+        if done is None and self.all_reduce is None:
+            return predicted - predicted.mean(0, keepdim=True), critique
+        summed = predicted.sum(0)
+        rows = len(predicted) if done is None else (~done).sum()
+        both = self._summed(torch.cat([summed, summed.new_zeros(1) + rows]))
+        return without(done, predicted - both[:-1] / both[-1].clamp_min(1.0)), critique
 
     @torch.no_grad()
     def _predict(
         self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None
     ) -> tuple[Tensor, bool]:
         """M's output as it is, 0 in rows of `done`; and whether it is a `Critique`, in units of the loss."""
-        said, *losses = self._call(leaves, spec, context)
-        return _without(done, said), bool(losses)
+        predicted, *losses = self._call(leaves, spec, context)
+        return without(done, predicted), bool(losses)
 
     def _edge(self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None) -> Tree:
         tensors = (*leaves, *self._call(leaves, spec, context))
         return unflatten(_Edge.apply(self, done, len(leaves), *tensors), spec)  # type: ignore[arg-type]
 
     def _call(self, leaves: list[Tensor], spec: Spec, context: Any) -> list[Tensor]:
-        """What M says of a message, checked and as rows; and behind it its losses if it has them."""
-        said = self.synthesizer(unflatten([leaf.detach() for leaf in leaves], spec), context)
-        said, losses = (said.gradient, [said.losses]) if isinstance(said, Critique) else (said, [])
+        """What M predicts for a message, checked and as rows; and behind it its losses if it has them."""
+        answer = self.synthesizer(unflatten([leaf.detach() for leaf in leaves], spec), context)
+        answer, losses = (answer.gradient, [answer.losses]) if isinstance(answer, Critique) else (answer, [])
         rows, features = leaves[0].shape[self.batch_dim], sum(leaf.numel() for leaf in leaves)
-        if isinstance(said, Tensor) and said.shape == (rows, features // max(rows, 1)):
-            return [said, *losses]
-        answers, _ = flatten(said)
-        if [answer.shape for answer in answers] != [leaf.shape for leaf in leaves]:
-            got, wanted = [tuple(a.shape) for a in answers], [tuple(leaf.shape) for leaf in leaves]
+        if isinstance(answer, Tensor) and answer.shape == (rows, features // max(rows, 1)):
+            return [answer, *losses]
+        parts, _ = flatten(answer)
+        if [part.shape for part in parts] != [leaf.shape for leaf in leaves]:
+            got, wanted = [tuple(part.shape) for part in parts], [tuple(leaf.shape) for leaf in leaves]
             raise ValueError(f"the synthesizer must return tensors like the message, {wanted}, not {got}")
-        return [self._rows(answers), *losses]
+        return [self._rows(parts), *losses]
 
     def _regress(
-        self, said: Tensor, gradients: Sequence[Tensor], done: Tensor | None, losses: Tensor | None
+        self, predicted: Tensor, gradients: Sequence[Tensor], done: Tensor | None, losses: Tensor | None
     ) -> list[Tensor]:
-        """The gradient of M's loss with respect to its outputs. Moves the running size on the way."""
+        """The gradient of M's loss with respect to its outputs. Moves the running RMS on the way."""
         target = self._rows(gradients).to(self.target_square.dtype)
         if self.loss_scale is not None:
             target = target / self.loss_scale
-        target = _without(done, target)
-        count: Tensor | float = float(target.numel())
-        if done is not None:
-            count = ((~done).sum() * target.shape[1]).to(target.dtype)
-        square = _square_sum(target)
-        if self.total is not None:
-            square, count = self.total(torch.stack([square, square.new_zeros(()) + count]))
-        square = square / count  # not a number when no row is left
+        target = without(done, target)
         # A loss scaler lets a non-finite gradient through now and then; M must not see it.
-        trained = (square < torch.inf).to(square.dtype)
-        self.target_count.add_(trained)
-        rate = trained / self.target_count.clamp(1.0, 1.0 / (1.0 - self.decay))
-        self.target_square.lerp_(square.nan_to_num(0.0, 0.0), rate)
-        inverse = _inverse(self.size())
-        answer = said.to(square.dtype)
+        trained, count = follow(
+            self.target_square, self.target_count, target, done, self.decay, self.all_reduce
+        )
+        inverse = _inverse(self.target_rms())
+        answer = predicted.to(target.dtype)
         if losses is None:
             residual, mean = torch.addcmul(answer, target, inverse, value=-1.0), 1.0 / count
         else:  # in units of the loss: what is divided are its square and its slope
             residual, mean = answer - target, inverse.square() / count
-        residual = _without(done, residual)
-        loss = mean * self._total(_square_sum(residual))
+        residual = without(done, residual)
+        loss = mean * self._summed(sum_of_squares(residual))
         self.regression_loss.copy_(torch.where(trained > 0, loss, self.regression_loss))
         factor = 2.0 * mean * trained
         if self.loss_scale is not None:
             factor = self.loss_scale * factor
-        slopes = [(residual * factor).nan_to_num_(0.0, 0.0, 0.0).to(said.dtype)]
+        slopes = [(residual * factor).nan_to_num_(0.0, 0.0, 0.0).to(predicted.dtype)]
         if losses is not None:
             rows = torch.ones_like(losses) if done is None else (~done).to(losses.dtype)
-            slope = rows / self._total(rows.sum()).clamp_min(1.0)
+            slope = rows / self._summed(rows.sum()).clamp_min(1.0)
             slopes.append(slope if self.loss_scale is None else self.loss_scale * slope)
         return slopes
 
-    def _total(self, tensor: Tensor) -> Tensor:
-        return tensor if self.total is None else self.total(tensor)
+    def _summed(self, tensor: Tensor) -> Tensor:
+        return tensor if self.all_reduce is None else self.all_reduce(tensor)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, normalize={self.normalize}, batch_dim={self.batch_dim}"
 
 
-def _without(done: Tensor | None, rows: Tensor) -> Tensor:
+def without(done: Tensor | None, rows: Tensor) -> Tensor:
     """Zero in the rows of `done`."""
     return rows if done is None else rows.masked_fill(done.unsqueeze(1), 0.0)
 
@@ -430,12 +423,6 @@ def _times(factor: Tensor, tensor: Tensor) -> Tensor:
     return factor * tensor.to(torch.promote_types(tensor.dtype, factor.dtype))
 
 
-def _inverse(size: Tensor) -> Tensor:
-    """1 / size; 0 where size is 0: all targets may have been zero so far, in a net that is cut everywhere."""
-    return torch.where(size > 0, size.reciprocal(), 0.0)
-
-
-def _square_sum(rows: Tensor) -> Tensor:
-    """Sum of squares over all elements."""
-    flat = rows.flatten()
-    return torch.dot(flat, flat)
+def _inverse(rms: Tensor) -> Tensor:
+    """1 / rms; 0 where that is 0: all targets may have been zero so far, in a net that is cut everywhere."""
+    return torch.where(rms > 0, rms.reciprocal(), 0.0)

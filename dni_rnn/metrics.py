@@ -78,7 +78,7 @@ SOLVED = Metric(
     "solved", "longest solved", "what the task got to before the end, by the training loss",
     lower_is_better=False, unit="symbol", digits=1, validated=False,
 )  # fmt: skip
-"""Of a task that gets harder. It holds a loss at its present level as well, which says little."""
+"""Of a task with a curriculum. It holds a loss at its present level as well, which says little."""
 
 
 def metric_of(row: Mapping[str, Any]) -> Metric:

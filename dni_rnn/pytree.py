@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Tree = Any
-"""A tensor, or a (nested) tuple, named tuple, list or dict of tensors."""
+"""A tensor, or a (nested) tuple, named tuple, list or dict of tensors; None where there is nothing."""
 
 
 class LSTMState(NamedTuple):
@@ -24,12 +24,13 @@ class LSTMState(NamedTuple):
     cell: Tensor
 
 
+LEAF = "leaf"
 Spec = Any
 """The structure of a tree without its tensors; what `unflatten` needs."""
 
 
 def flatten(tree: Tree) -> tuple[list[Tensor], Spec]:
-    """The tensors of `tree` in a fixed order (dicts by sorted key), and what puts them back.
+    """The tensors of `tree` in a fixed order (dicts by sorted key), and what puts them back. None is no leaf.
 
     Raises:
       TypeError: a leaf is not a tensor.
@@ -42,12 +43,14 @@ def _flatten(tree: Tree, leaves: list[Tensor]) -> Spec:
     # Written out, because it runs a dozen times per window and torch's own is private and slow.
     if isinstance(tree, Tensor):
         leaves.append(tree)
+        return LEAF
+    if tree is None:
         return None
     if isinstance(tree, tuple | list):
         return type(tree), [_flatten(branch, leaves) for branch in tree]
     if isinstance(tree, dict):
-        keys = sorted(tree)
-        return dict, [(key, _flatten(tree[key], leaves)) for key in keys]
+        specs = {key: _flatten(tree[key], leaves) for key in sorted(tree)}
+        return dict, specs, list(tree)
     raise TypeError(
         f"a message is a tensor or a tuple or dict of tensors; found a {type(tree).__name__} in it"
     )
@@ -59,13 +62,23 @@ def unflatten(leaves: Iterable[Tensor], spec: Spec) -> Tree:
 
 
 def _unflatten(leaves: Iterator[Tensor], spec: Spec) -> Tree:
-    if spec is None:
+    if spec is LEAF:
         return next(leaves)
-    kind, branches = spec
+    if spec is None:
+        return None
+    kind, branches, *order = spec
     if kind is dict:
-        return {key: _unflatten(leaves, branch) for key, branch in branches}
+        values = {key: _unflatten(leaves, branch) for key, branch in branches.items()}
+        return {key: values[key] for key in order[0]}
     values = [_unflatten(leaves, branch) for branch in branches]
     return kind(*values) if hasattr(kind, "_fields") else kind(values)
+
+
+def part(tree: Tree, key: str | int | None) -> Tree:
+    """A part of a tree: the field of a named tuple, the key of a dict, the index of a tuple; None is all."""
+    if key is None:
+        return tree
+    return tree[key] if isinstance(key, int) or isinstance(tree, dict) else getattr(tree, key)
 
 
 def map_tree(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:

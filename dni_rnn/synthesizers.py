@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn.interface import Critique
-from dni_rnn.pytree import Tree, flatten, flatten_rows, unflatten
+from dni_rnn.pytree import Tree, flatten, flatten_rows, part, unflatten
+
+
+def units(widths: Sequence[int | Fraction], of: int) -> list[int]:
+    """Widths as numbers of units; a fraction is one of `of`, at least one unit."""
+    return [width if isinstance(width, int) else max(1, round(width * of)) for width in widths]
 
 
 class ContextEncoder(nn.Module):
@@ -62,77 +68,8 @@ class OneHotTokens(ContextEncoder):
         return self.table(rows.t())
 
 
-class EmbeddedTokens(ContextEncoder):
-    """A window of W symbols, each embedded by one shared table, then one linear map of them all.
-
-    Smaller than `OneHotTokens` when there are many symbols: symbols·embedding + W·embedding·width
-    weights instead of W·symbols·width.
-
-    Args:
-      symbols: number of distinct symbols.
-      window: W.
-      embedding: width of the table.
-
-    Shapes: those of `OneHotTokens`.
-    """
-
-    project: nn.Linear
-
-    def __init__(self, symbols: int, window: int = 1, embedding: int = 32) -> None:
-        super().__init__()
-        self.symbols, self.window = symbols, window
-        self.embed = nn.Embedding(symbols + 1, embedding, padding_idx=symbols)
-
-    def build(self, width: int, *, zero: bool) -> None:
-        self.project = nn.Linear(self.window * self.embed.embedding_dim, width, bias=False)
-        if zero:
-            nn.init.zeros_(self.project.weight)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens.reshape(self.window, -1)
-        embedded = self.embed(torch.where(tokens < 0, self.symbols, tokens))
-        return self.project(embedded.transpose(0, 1).flatten(1))
-
-
-class BackwardGRU(ContextEncoder):
-    """A window of W symbols, embedded and read backwards by a GRU: what comes first it reads last.
-
-        h_W = 0;   h_i = GRU(E[token_i], h_{i+1}),   i = W − 1, ..., 0;   e = P h_0
-
-    The order is that of the gradient itself, which also comes from the far end of the future. E[−1] is
-    zero and the GRU has no biases, so it stays at zero until it meets a symbol that is known: past the end
-    of a sequence adds nothing. W steps of a GRU per boundary: by far the dearest of the encoders.
-
-    Args:
-      symbols: number of distinct symbols.
-      window: W.
-      units: width of h.
-      embedding: width of E.
-
-    Shapes: those of `OneHotTokens`.
-    """
-
-    project: nn.Linear
-
-    def __init__(self, symbols: int, window: int, units: int = 128, embedding: int = 32) -> None:
-        super().__init__()
-        self.symbols, self.window = symbols, window
-        self.embed = nn.Embedding(symbols + 1, embedding, padding_idx=symbols)
-        self.gru = nn.GRU(embedding, units, bias=False)
-
-    def build(self, width: int, *, zero: bool) -> None:
-        self.project = nn.Linear(self.gru.hidden_size, width, bias=False)
-        if zero:
-            nn.init.zeros_(self.project.weight)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        backwards = tokens.reshape(self.window, -1).flip(0)
-        _, last = self.gru(self.embed(torch.where(backwards < 0, self.symbols, backwards)))
-        return self.project(last[0])
-
-
 class ContextMLP(nn.Module):
-    """A multilayer perceptron that is also told a context, and starts by saying zero.
+    """A multilayer perceptron conditioned on a context, zero at the start.
 
         a_1 = W_1 x + b_1 + encoder(context);   a_{i+1} = W_{i+1} ReLU(norm(a_i)) + b_{i+1}
 
@@ -143,8 +80,7 @@ class ContextMLP(nn.Module):
     Args:
       inputs, outputs: features of a row of x and of the result; with `kernel`, channels.
       hidden: widths of the hidden layers; none makes it linear.
-      context: encoder of the context: `OneHotTokens`, `EmbeddedTokens`, `BackwardGRU` or another
-        `ContextEncoder`.
+      context: encoder of the context: `OneHotTokens` or another `ContextEncoder`.
       norm: batch normalisation of the hidden layers, as published; off, norm is the identity.
       kernel: make every W a convolution of kernel × kernel (odd) that keeps the resolution. The context
         is then added at every place alike, which is what label planes through a convolution are (but for
@@ -202,21 +138,19 @@ class Rows(nn.Module):
     """A message as one row of features per row, (B, features), its tensors side by side.
 
     Args:
-      reads: "all" the tensors of the message, or the "first" alone (of an LSTM's state the hidden one,
-        which is its output, as published), which halves the cost of what follows.
+      leaf: read this part of the message alone, such as "hidden" of an `LSTMState` (its output, as
+        published), which halves the cost of what follows; see `dni_rnn.pytree.part`. None reads all.
       bounded: apply a tanh, which keeps the features bounded when a cell state is not. Without it the
         message enters as it is: good for hidden states, which are within ±1 anyway.
       batch_dim: where the rows lie (see `Interface`).
     """
 
-    def __init__(
-        self, *, reads: Literal["all", "first"] = "all", bounded: bool = False, batch_dim: int = -2
-    ) -> None:
+    def __init__(self, *, leaf: str | int | None = None, bounded: bool = False, batch_dim: int = -2) -> None:
         super().__init__()
-        self.reads, self.bounded, self.batch_dim = reads, bounded, batch_dim
+        self.leaf, self.bounded, self.batch_dim = leaf, bounded, batch_dim
 
     def forward(self, message: Tree) -> Tensor:
-        x = flatten_rows(message if self.reads == "all" else flatten(message)[0][0], self.batch_dim)
+        x = flatten_rows(part(message, self.leaf), self.batch_dim)
         # The sigmoid is the tanh, several times faster on a CPU.
         return torch.sigmoid(2.0 * x).mul(2.0).sub(1.0) if self.bounded else x
 
@@ -233,7 +167,7 @@ class MLPSynthesizer(nn.Module):
     Args:
       message: an example; only its structure and the shapes of its rows are used.
       hidden, context: see `ContextMLP`.
-      reads, bounded, batch_dim: see `Rows`.
+      leaf, bounded, batch_dim: see `Rows`.
 
     Shapes: a message of B rows -> (B, features), the gradients of its tensors side by side.
 
@@ -246,12 +180,12 @@ class MLPSynthesizer(nn.Module):
         hidden: Sequence[int] = (),
         *,
         context: ContextEncoder | None = None,
-        reads: Literal["all", "first"] = "all",
+        leaf: str | int | None = None,
         bounded: bool = True,
         batch_dim: int = -2,
     ) -> None:
         super().__init__()
-        self.rows = Rows(reads=reads, bounded=bounded, batch_dim=batch_dim)
+        self.rows = Rows(leaf=leaf, bounded=bounded, batch_dim=batch_dim)
         outputs = flatten_rows(message, batch_dim).shape[1]
         self.mlp = ContextMLP(self.rows(message).shape[1], hidden, outputs, context)
 
@@ -259,36 +193,18 @@ class MLPSynthesizer(nn.Module):
         return self.mlp(self.rows(message), context)
 
 
-class NoSynthesizer(nn.Module):
-    """M ≡ 0, without parameters: of an interface this leaves the restoring force, and its unit, the size.
-
-    Args:
-      batch_dim: where the rows lie (see `Interface`).
-
-    Shapes: a message of B rows -> zeros (B, features), whatever the context.
-    """
-
-    def __init__(self, *, batch_dim: int = -2) -> None:
-        super().__init__()
-        self.batch_dim = batch_dim
-
-    def forward(self, message: Tree, context: Any = None) -> Tensor:
-        # An interface sees the gradient that arrives only if it is asked for one.
-        return torch.zeros_like(flatten_rows(message, self.batch_dim)).requires_grad_()
-
-
 class Critic(nn.Module):
-    """M as the derivative of a loss that it predicts: a classifier of the message, told what comes.
+    """M as the derivative of a loss that it predicts: a classifier of the message, conditioned on what comes.
 
         ℓ_row    = Σ_i −log softmax(classifier(message)_i)[target_i],   i in [0, W)
         gradient = weight · ∂(Σ_rows ℓ_row)/∂message
 
     The context is the coming targets: the labels (W = 1) between two layers, the next W targets at the
-    boundary of a recurrent net. The classifier is trained on `value` · ℓ (mean over rows), as the loss
+    boundary of a recurrent net. The classifier is trained on `loss_weight` · ℓ (mean over rows), as the loss
     that the message leads to would be if nothing but the classifier followed, and by the `Interface`
     on the match of the gradient with what arrives, through the second derivative. So M is right in
     direction and in size before a single target has arrived from above, which a regression is not, and
-    the match corrects it. With a classifier that starts by saying zero, so does M.
+    the match corrects it. With a classifier that is zero at the start, so is M.
 
     Args:
       classifier: message -> logits, (B, W·symbols), position by position. For a vector a `ContextMLP`;
@@ -296,12 +212,12 @@ class Critic(nn.Module):
       symbols: number of distinct targets.
       weight: of a target in the scalar on which backward is called; None, the default, is 1 / B, that of a
         loss that is a mean over rows.
-      value: weight of ℓ, in nats, beside the match. The match draws the classifier from its own task to the
+      loss_weight: of ℓ, in nats, beside the match. The match draws the classifier from its own task to the
         net's, and a larger share of it has been worse (MNIST, 6 layers, validation error after 10 passes:
         1.88 % with 100, 2.12 % with 10).
 
     Shapes: context (B,) or (W, B), integers, -1 where nothing is known (which adds nothing). Returns a
-    `Critique`: the gradient like the message, and value · ℓ, (B,).
+    `Critique`: the gradient like the message, and loss_weight · ℓ, (B,).
 
     Raises:
       ValueError: it is called without a context.
@@ -311,10 +227,11 @@ class Critic(nn.Module):
     """
 
     def __init__(
-        self, classifier: nn.Module, symbols: int, *, weight: float | None = None, value: float = 100.0
+        self, classifier: nn.Module, symbols: int, *, weight: float | None = None, loss_weight: float = 100.0
     ) -> None:
         super().__init__()
-        self.classifier, self.symbols, self.weight, self.value = classifier, symbols, weight, value
+        self.classifier, self.symbols = classifier, symbols
+        self.weight, self.loss_weight = weight, loss_weight
 
     def forward(self, message: Tree, context: Any = None) -> Critique:
         if context is None:
@@ -329,14 +246,14 @@ class Critic(nn.Module):
             gradients = torch.autograd.grad(
                 logits, leaves, slope, create_graph=differentiable, materialize_grads=True
             )
-        return Critique(unflatten(gradients, spec), self.value * losses)
+        return Critique(unflatten(gradients, spec), self.loss_weight * losses)
 
     def _losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """ℓ (B,), and its derivative with respect to the logits, softmax − one-hot, as a function of them."""
         each = logits.unflatten(1, (-1, self.symbols))  # (B, W, symbols)
         targets = targets.reshape(each.shape[1], -1).t().unsqueeze(2)
         known, places = targets >= 0, targets.clamp_min(0)
-        said = F.log_softmax(each, 2)
-        losses = -torch.where(known, said.gather(2, places), 0.0).sum((1, 2))
-        wanted = torch.zeros_like(said).scatter_(2, places, 1.0)
-        return losses, torch.where(known, said.exp() - wanted, 0.0).flatten(1)
+        predicted = F.log_softmax(each, 2)
+        losses = -torch.where(known, predicted.gather(2, places), 0.0).sum((1, 2))
+        wanted = torch.zeros_like(predicted).scatter_(2, places, 1.0)
+        return losses, torch.where(known, predicted.exp() - wanted, 0.0).flatten(1)

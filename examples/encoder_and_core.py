@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rnn import Interface, LSTMState, MLPSynthesizer
-from dni_rnn.distributed.oracle import Beside
+from dni_rnn import Interface, LSTMState, MLPSynthesizer, StatePenalty
 from dni_rnn.distributed.processes import Processes, joined
 from dni_rnn.distributed.transport import END, GRADIENT, MESSAGE, Incoming, Layout, Outgoing, Packet
+from dni_rnn_tasks.surface_learner import Beside
 
 SYMBOLS, PATTERNS, PIXELS, CODE, UNITS = 4, 8, 64, 8, 64
 WINDOW, BATCH, DELAY, QUEUE = 4, 32, 2, 2
@@ -76,7 +76,8 @@ def remember(layouts: list[Layout], groups: list[Any]) -> float:
     incoming, answering = Incoming(0, layouts[0], QUEUE, groups[0]), Outgoing(0, layouts[1], QUEUE, groups[1])
     lstm, readout = nn.LSTM(CODE, UNITS), nn.Linear(UNITS, SYMBOLS)
     state = LSTMState(torch.zeros(1, BATCH, UNITS), torch.zeros(1, BATCH, UNITS))
-    interface = Interface(MLPSynthesizer(state, [UNITS]), scale=0.5, centre=True, restore=0.1)
+    interface = Interface(MLPSynthesizer(state, [UNITS]), scale=0.5, centre=True)
+    penalty = StatePenalty(0.1)
     optimizer = torch.optim.Adam([*lstm.parameters(), *readout.parameters(), *interface.parameters()], 2e-3)
     before = torch.zeros(DELAY, BATCH, dtype=torch.long)
     right: list[float] = []
@@ -90,6 +91,7 @@ def remember(layouts: list[Layout], groups: list[Any]) -> float:
         state = LSTMState(hidden, cell)
         logits = readout(output).flatten(0, 1)
         loss = F.cross_entropy(logits, target.flatten()) + interface.send(state)
+        loss = loss + penalty(state, rms=interface.target_rms())
         optimizer.zero_grad()
         loss.backward()
         assert code.grad is not None

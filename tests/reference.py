@@ -296,7 +296,7 @@ def random_problem(
     *,
     layers: int = 1,
     steps: int = 12,
-    window: int = 3,
+    window: int | Sequence[int] = 3,
     rows: int = 3,
     hidden: int = 4,
     embedding: int = 3,
@@ -304,7 +304,8 @@ def random_problem(
     unscored: bool = False,
     resets: bool = False,
 ) -> Problem:
-    """A random text of `steps` steps in windows of `window`, begun in a state that is not zero.
+    """A random text of `steps` steps in windows of `window`, or of such lengths one after the other, begun
+    in a state that is not zero.
 
     `unscored`: some targets do not count. `resets`: some rows start anew at some boundaries.
     """
@@ -313,10 +314,10 @@ def random_problem(
     targets = torch.randint(symbols, (steps, rows), generator=generator)
     if unscored:
         targets[torch.rand(steps, rows, generator=generator) < 0.3] = -100
-    windows = []
-    for first in range(0, steps, window):
+    windows, lengths = [], [window] * (steps // window) if isinstance(window, int) else window
+    for here, there in zip(inputs.split(list(lengths)), targets.split(list(lengths)), strict=True):
         done = torch.rand(rows, generator=generator) < 0.4 if resets else None
-        windows.append(Window(inputs[first : first + window], targets[first : first + window], done))
+        windows.append(Window(here, there, done))
     count = 2 if kind == "lstm" else 1
     state = tuple(0.5 * random(generator, layers, rows, hidden) for _ in range(count))
     return Problem(kind, parameters, windows, state)

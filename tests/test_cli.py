@@ -24,7 +24,7 @@ import torch
 
 from dni_rnn import cli
 from dni_rnn.cli import main, parse_train
-from dni_rnn.config import PUBLISHED_DNI, SynthesizerSpec, TrainConfig, from_json, to_json
+from dni_rnn.config import PUBLISHED_DNI, RecurrentConfig, SynthesizerSpec, from_json, to_json
 from dni_rnn.data import task
 from dni_rnn.data.task import config_of, installed_tasks
 from dni_rnn.errors import UsageError
@@ -279,7 +279,10 @@ MISTAKES = [
     (["--dni", "--aux-weight", "0.5"], "--aux-weight does nothing without --aux; add --aux"),
     (["--aux-weight", "0.5"], "--aux-weight does nothing without --aux; add --aux"),
     *(([f"--{a}", "1", f"--{b}", "1"], "give one of --chars, --minutes and --steps") for a, b in BUDGETS),
-    *((["--shorten", s], f"--shorten is a share of windows, from 0 to 1, not {s}") for s in SHARES),
+    *(
+        (["--random-truncation", s], f"--random-truncation is a share of windows, from 0 to 1, not {s}")
+        for s in SHARES
+    ),
     (["--anneal", "--minutes", "1"], "--anneal does not go by the clock: give --chars or --steps"),
     *(
         (["--dni", "--synthesizer", t], f"--synthesizer {t}: give linear, mlp, mlp:WIDTH")
@@ -328,14 +331,14 @@ def test_options_of_a_task_that_make_no_sense(arguments, said, capsys):
 
 
 def test_settings_survive_json():
-    config = TrainConfig(
+    config = RecurrentConfig(
         dni=True, context="next-tokens:3:4", out=Path("a/b"), data_dir=Path("c"), minutes=0.5
     )
-    assert from_json(TrainConfig, json.loads(json.dumps(to_json(config)))) == config
-    assert from_json(TrainConfig, {"hidden": 3}) == TrainConfig(hidden=3)  # written before a setting existed
+    assert from_json(RecurrentConfig, json.loads(json.dumps(to_json(config)))) == config
+    assert from_json(RecurrentConfig, {"hidden": 3}) == RecurrentConfig(hidden=3)
     with pytest.raises(UsageError, match="another version: unknown setting wings"):
-        from_json(TrainConfig, {"wings": 2})
-    assert set(to_json(config)) > config.free
+        from_json(RecurrentConfig, {"wings": 2})
+    assert set(to_json(config)) > config.changeable
 
 
 def test_the_names_of_methods():
@@ -350,7 +353,7 @@ def test_the_names_of_methods():
         gru,
         {**dni, "synthesizer": "none"},
     ]
-    assert [TrainConfig(**each).method for each in settings] == [
+    assert [RecurrentConfig(**each).method for each in settings] == [
         "bptt",
         "dni-online",
         "dni+next-tokens:8",

@@ -18,7 +18,7 @@ import torch
 from reference import close
 
 from dni_rnn.cli import main
-from dni_rnn.data.streams import EpisodeStream, GeneratedStream
+from dni_rnn.data.generated import EpisodeStream, GeneratedStream
 from dni_rnn.distributed.data_parallel import RowsOf
 from dni_rnn.training.checkpoint import load_checkpoint
 from dni_rnn_tasks.recall import Recall
@@ -117,10 +117,10 @@ def test_the_rows_of_a_stream(task: Any) -> None:
 TOGETHER = """
 import sys, torch
 from pathlib import Path
-from dni_rnn.config import TrainConfig
+from dni_rnn.config import RecurrentConfig
 from dni_rnn.distributed.data_parallel import RowsLearner
 from dni_rnn.distributed.processes import joined
-from dni_rnn.training.loop import Learner
+from dni_rnn.training.recurrent import RecurrentLearner
 from dni_rnn_tasks.recall import Recall
 from dni_rnn_tasks.repeat import Copy
 from dni_rnn_tasks.text import Text
@@ -147,8 +147,8 @@ def same(a, b, name):
 
 with joined(60) as processes:
     for name, (task, settings) in CASES.items():
-        config, data, cpu = TrainConfig(**{**SMALL, **settings}), task.load(None), torch.device("cpu")
-        alone, together = Learner(config, data, cpu), RowsLearner(config, data, cpu, processes)
+        config, data, cpu = RecurrentConfig(**{**SMALL, **settings}), task.load(None), torch.device("cpu")
+        alone, together = RecurrentLearner(config, data, cpu), RowsLearner(config, data, cpu, processes)
         for _ in range(12):
             alone.update()
         if processes.rank:

@@ -22,8 +22,7 @@ from processes import in_processes
 from dni_rnn import checkpoint
 from dni_rnn.cli import main
 from dni_rnn.distributed.chain import FORGET, ChainPart
-from dni_rnn.distributed.oracle import SurfaceLearner
-from dni_rnn.distributed.part import train_part
+from dni_rnn.distributed.train_parts import train_part
 from dni_rnn.distributed.processes import joined
 from dni_rnn.distributed.transport import GRADIENT, MESSAGE, SAVE, Layout, Mailbox, Packet
 from dni_rnn.errors import LostError, ReportedElsewhere, UsageError
@@ -31,6 +30,7 @@ from dni_rnn.training.loop import train
 from dni_rnn.training.run_directory import Run
 from dni_rnn_tasks.addition import Addition, AdditionConfig
 from dni_rnn_tasks.surface import Surface, SurfaceConfig
+from dni_rnn_tasks.surface_learner import SurfaceLearner
 
 TASK = Addition(bits=4)
 TYPES = [torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool, torch.float16]
@@ -95,7 +95,7 @@ def config(**changes) -> AdditionConfig:
 
 def train_in_processes(rank, folder, settings):
     with joined(60.0) as processes:
-        return train_part(Run(folder, "addition", TASK, settings.among(processes.size)), processes)
+        return train_part(Run(folder, "addition", TASK, settings.for_world_size(processes.size)), processes)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ class Witness(ChainPart):
 
 def witness(rank, folder, settings):
     with joined(60.0) as processes:
-        settings = settings.among(processes.size).resolved
+        settings = settings.for_world_size(processes.size).resolved
         run = Run(folder / f"part{rank}", "addition", TASK, settings)
         run.path.mkdir()
         learner = Witness(run, settings, TASK.load(None), torch.device("cpu"), processes)
@@ -362,7 +362,9 @@ def test_a_part_that_hangs_is_named_and_ctrl_c_ends_all_with_checkpoints(tmp_pat
 
 def train_surface(rank, folder, settings):
     with joined(60.0) as processes:
-        return train_part(Run(folder, "surface", Surface(lumps=2), settings.among(processes.size)), processes)
+        return train_part(
+            Run(folder, "surface", Surface(lumps=2), settings.for_world_size(processes.size)), processes
+        )
 
 
 def test_input_part_oracle_and_output_part_learn_a_surface(tmp_path):

@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from dni_rnn.cli import main
-from dni_rnn.config import PUBLISHED_DNI, TrainConfig
+from dni_rnn.config import PUBLISHED_DNI, RecurrentConfig
 from dni_rnn.data.task import Corpus, Data
 from dni_rnn.errors import UsageError
-from dni_rnn.estimators import DNI, FullBPTT, TruncatedBPTT, Window, state_gradients
+from dni_rnn.estimators.bptt import TruncatedBPTT
+from dni_rnn.estimators.dni import DNI
+from dni_rnn.estimators.full import FullBPTT, state_gradients
 from dni_rnn.gradient_quality import core_gradient, diagnose
 from dni_rnn.pytree import LSTMState, flatten_rows
-from dni_rnn.recurrent import Boundary, SequenceModel
-from dni_rnn.training.loop import build_model
+from dni_rnn.recurrent import SequenceModel
+from dni_rnn.training.builders import build_model
+from dni_rnn.window import Boundary, Window
 
 
 def text(generator: torch.Generator, length: int = 1000) -> Corpus:
@@ -26,7 +29,7 @@ def text(generator: torch.Generator, length: int = 1000) -> Corpus:
 
 def make(data: Data) -> SequenceModel:
     torch.manual_seed(0)
-    config = TrainConfig(hidden=6, embedding=3, dni=True, **{**PUBLISHED_DNI, "scale": 1.0})
+    config = RecurrentConfig(hidden=6, embedding=3, dni=True, **{**PUBLISHED_DNI, "scale": 1.0})
     model = build_model(config, data).double()
     for parameter in model.core.rnn.parameters():
         torch.nn.init.normal_(parameter, std=0.7)  # gradients that reach far

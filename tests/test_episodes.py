@@ -1,4 +1,4 @@
-"""Episodes, ladders, and the tasks that grow, against slow rows of Python lists."""
+"""Episodes, curricula, and the tasks that grow, against slow rows of Python lists."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dni_rnn.config import TrainConfig
-from dni_rnn.data.streams import Block, EpisodeStream, Ladder
-from dni_rnn.estimators import UNSCORED, Window
-from dni_rnn.training.loop import Learner, evaluate
+from dni_rnn.config import RecurrentConfig
+from dni_rnn.data.curriculum import Curriculum
+from dni_rnn.data.generated import EpisodeStream, Segment
+from dni_rnn.training.recurrent import RecurrentLearner, evaluate
+from dni_rnn.window import UNSCORED, Window
 from dni_rnn_tasks.recall import Recall
 from dni_rnn_tasks.repeat import Copy, EpisodeData, RepeatCopy
 
 IDLE = 99
 
 
-def counted(batch_size: int, seed: int = 0, ladder: Ladder | None = None) -> EpisodeStream:
+def counted(batch_size: int, seed: int = 0) -> EpisodeStream:
     """Episodes of 3 + level steps whose inputs count from the episode's number · 100; odd ones are scored."""
     made = [0]
 
-    def generate(random: np.random.Generator, count: int, level: int) -> Block:
+    def generate(random: np.random.Generator, count: int, level: int) -> Segment:
         numbers = np.arange(made[0], made[0] + count)
         made[0] += count
         inputs = numbers * 100 + np.arange(3 + level)[:, None] + 1000
-        return Block(inputs, np.where(inputs % 2, inputs, UNSCORED), np.arange(3 + level) // 2)
+        return Segment(inputs, np.where(inputs % 2, inputs, UNSCORED), np.arange(3 + level) // 2)
 
-    return EpisodeStream(generate, batch_size, 1000, idle=IDLE, seed=[seed], ladder=ladder)
+    return EpisodeStream(generate, batch_size, 1000, idle=IDLE, seed=[seed])
 
 
 @given(rows=st.integers(1, 4), steps=st.integers(1, 9), context=st.integers(0, 6), seed=st.integers(0, 99))
@@ -77,9 +78,9 @@ def test_the_context_is_what_has_been_read_and_will_be_asked(task, steps, contex
     """Against a search in the whole episode, by the rules of the task."""
     data = task.load(None)
     stream = data.stream("train", 3, 0)
-    stream.ladder.level = level
-    (n, r), told = data.shape(level), data.repeats
-    begins = n + 1 + told
+    stream.curriculum.level = level
+    (n, r), repeats = data.shape(level), data.repeats
+    begins = n + 1 + repeats
     windows = [stream.window(steps, context) for _ in range(4 * data.length(level) // steps + 8)]
     for row in range(3):
         starts_at = [number for number, w in enumerate(windows) if starts(w, row)]
@@ -91,7 +92,7 @@ def test_the_context_is_what_has_been_read_and_will_be_asked(task, steps, contex
                 asked = {}  # step -> (input that decides it, target)
                 for turn in range(r):
                     asked |= {begins + turn * n + k: (k, word[k]) for k in range(n)}
-                asked[begins + n * r] = (n + told, data.told)
+                asked[begins + n * r] = (n + repeats, data.distinct)
                 wanted = [-1] * context
                 for step in sorted(asked, reverse=True):
                     read, target = asked[step]
@@ -105,8 +106,8 @@ def test_the_context_is_what_has_been_read_and_will_be_asked(task, steps, contex
 def test_episodes_go_on_where_another_stood():
     data = RepeatCopy().load(None)
     stream, other = data.stream("train", 5, 0), data.stream("train", 5, 7)
-    assert stream.ladder is not None
-    stream.ladder.level = 5
+    assert stream.curriculum is not None
+    stream.curriculum.level = 5
     for _ in range(9):
         stream.window(4, 6)
     saved = json.loads(json.dumps(stream.state_dict()))
@@ -122,51 +123,51 @@ def test_episodes_go_on_where_another_stood():
             assert a is None or b is None or torch.equal(a, b)
 
 
-def feed(ladder: Ladder, bits: float, steps: int) -> int:
+def feed(curriculum: Curriculum, bits: float, steps: int) -> int:
     """One step at a time, one scored symbol each; how many until the level rises."""
-    level = ladder.level
+    level = curriculum.level
     for count in range(1, steps + 1):
-        ladder.note(torch.tensor(bits * math.log(2.0)), 1, 1)
-        if ladder.level != level:
+        curriculum.note(torch.tensor(bits * math.log(2.0)), 1, 1)
+        if curriculum.level != level:
             return count
     return 0
 
 
-def test_a_ladder_rises_by_one_after_a_period_left_out_and_one_under_the_limit():
-    ladder = Ladder(3, 0.5, lambda level: 10 * level)
-    assert feed(ladder, 0.51, 1000) == 0
-    assert feed(Ladder(3, 0.5, lambda level: 10 * level), 0.49, 1000) == 60
-    climbed = Ladder(3, 0.5, lambda level: 10 * level)
+def test_a_level_rises_by_one_after_a_period_left_out_and_one_under_the_limit():
+    curriculum = Curriculum(3, 0.5, lambda level: 10 * level)
+    assert feed(curriculum, 0.51, 1000) == 0
+    assert feed(Curriculum(3, 0.5, lambda level: 10 * level), 0.49, 1000) == 60
+    climbed = Curriculum(3, 0.5, lambda level: 10 * level)
     assert feed(climbed, 0.49, 1000) == 60
     assert climbed.level == 4
     assert feed(climbed, 0.49, 1000) == 80
 
 
-def test_a_ladder_averages_and_survives_json():
-    ladder = Ladder(1, 0.5, lambda level: 10)
+def test_a_curriculum_averages_and_survives_json():
+    curriculum = Curriculum(1, 0.5, lambda level: 10)
     for _ in range(10):
-        ladder.note(torch.tensor(100.0), 1, 1)  # left out
+        curriculum.note(torch.tensor(100.0), 1, 1)  # left out
     for bits in [0.8] * 5 + [0.1] * 4:
-        ladder.note(torch.tensor(bits * math.log(2.0)), 1, 1)
-    other = Ladder(7, 0.5, lambda level: 10)
-    other.load_state_dict(json.loads(json.dumps(ladder.state_dict())))
-    for each in (ladder, other):
+        curriculum.note(torch.tensor(bits * math.log(2.0)), 1, 1)
+    other = Curriculum(7, 0.5, lambda level: 10)
+    other.load_state_dict(json.loads(json.dumps(curriculum.state_dict())))
+    for each in (curriculum, other):
         each.note(torch.tensor(0.1 * math.log(2.0)), 1, 1)
         assert each.level == 2
 
 
 def test_nothing_scored_is_nothing_learnt():
-    ladder = Ladder(1, 0.5, lambda level: 5)
+    curriculum = Curriculum(1, 0.5, lambda level: 5)
     for _ in range(100):
-        ladder.note(torch.tensor(0.0), 0, 1)
-    assert ladder.level == 1
+        curriculum.note(torch.tensor(0.0), 0, 1)
+    assert curriculum.level == 1
 
 
 def episode(data: EpisodeData, level: int) -> tuple[list[int], list[int]]:
     """One whole episode of a level, without the idling around it."""
     stream = data.stream("train", 1, 0)
-    assert stream.ladder is not None
-    stream.ladder.level = level
+    assert stream.curriculum is not None
+    stream.curriculum.level = level
     stream.window(1000, 0)  # waiting
     window = stream.window(1000, 0)
     assert len(window.inputs) == data.length(level)
@@ -194,10 +195,10 @@ def test_repeat_copy(level, n, r):
 
 def test_recall_grows():
     stream = Recall(grow=True, symbols=9).load(None).stream("train", 2, 0)
-    assert stream.ladder is not None
+    assert stream.curriculum is not None
     seen: list[list[int]] = []
     for delay in (2, 3, 7):
-        stream.ladder.level = delay
+        stream.curriculum.level = delay
         for _ in range(50):
             window = stream.window(23, 5)
             seen += window.inputs.tolist()
@@ -205,28 +206,28 @@ def test_recall_grows():
             assert window.targets.tolist()[-len(recalled) :] == recalled
 
 
-CONFIG = TrainConfig(hidden=8, embedding=4, bptt=2, batch_size=4, lr=0.01)
+CONFIG = RecurrentConfig(hidden=8, embedding=4, bptt=2, batch_size=4, lr=0.01)
 
 
-def test_the_loop_tells_the_ladder_what_was_learnt(monkeypatch):
-    learner = Learner(CONFIG, Copy().load(None), torch.device("cpu"))
-    ladder = learner.stream.ladder
-    assert ladder is not None
+def test_the_loop_tells_the_curriculum_what_was_learnt(monkeypatch):
+    learner = RecurrentLearner(CONFIG, Copy().load(None), torch.device("cpu"))
+    curriculum = learner.stream.curriculum
+    assert curriculum is not None
     noted: list[tuple[float, int, int]] = []
     monkeypatch.setattr(
-        ladder, "note", lambda loss, scored, steps: noted.append((float(loss), scored, steps))
+        curriculum, "note", lambda loss, scored, steps: noted.append((float(loss), scored, steps))
     )
     for _ in range(5):
         learner.update()
-    assert sum(loss for loss, _, _ in noted) == pytest.approx(float(learner.loss))
-    assert sum(scored for _, scored, _ in noted) == learner.scored > 0
-    assert sum(steps for _, _, steps in noted) * 4 == learner.symbols
+    assert sum(loss for loss, _, _ in noted) == pytest.approx(float(learner.record.averages["loss"]))
+    assert sum(scored for _, scored, _ in noted) == learner.counters.scored > 0
+    assert sum(steps for _, _, steps in noted) * 4 == learner.counters.symbols
     assert learner.metrics()["level"] == 1
 
 
 def test_a_level_is_evaluated_on_its_own():
     """The sum of target counts tells which level was read: N symbols and a stop of every episode."""
-    data, model = Copy().load(None), Learner(CONFIG, Copy().load(None), torch.device("cpu")).model
+    data, model = Copy().load(None), RecurrentLearner(CONFIG, Copy().load(None), torch.device("cpu")).model
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

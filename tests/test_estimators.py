@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,17 +15,25 @@ from hypothesis import strategies as st
 from reference import Problem, close, distance, grad, gradients, laid_out, random, randomize, running_size
 from torch import Tensor, nn
 
-from dni_rnn.estimators import DNI, UNSCORED, FullBPTT, TruncatedBPTT, Window, window_loss
+from dni_rnn.cores.gru import GRU
+from dni_rnn.cores.lstm import LSTM
+from dni_rnn.cores.rnn import RNN
+from dni_rnn.estimators import Estimator
+from dni_rnn.estimators.bptt import TruncatedBPTT
+from dni_rnn.estimators.dni import DNI
+from dni_rnn.estimators.full import FullBPTT
 from dni_rnn.interface import Interface
 from dni_rnn.pytree import LSTMState, Tree, flatten, map_tree, unflatten
-from dni_rnn.recurrent import RNNS, Boundary, RecurrentCore, SequenceModel
+from dni_rnn.recurrent import RecurrentCore, SequenceModel
 from dni_rnn.synthesizers import ContextMLP, MLPSynthesizer, OneHotTokens
+from dni_rnn.window import UNSCORED, Boundary, Window, window_loss
 
 WEIGHT = 0.37
 CONTEXT = 3
-CORES = [(kind, layers) for kind in RNNS for layers in (1, 2)]
+KINDS: dict[str, Callable[..., Any]] = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
+TORCHS: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+CORES = [(kind, layers) for kind in KINDS for layers in (1, 2)]
 every_core = pytest.mark.parametrize(("kind", "layers"), CORES)
-either_reading = pytest.mark.parametrize("reading", ["boundary", "next-output"])
 
 
 class Answers(nn.Module):
@@ -54,9 +63,9 @@ def library(problem: Problem, context: int = 0, end: Tensor | None = None) -> li
     boundaries, position = [], 0
     for window in problem.windows:
         following = padded[position : position + context] if context else None
-        boundaries.append(Boundary(following, inputs[position], window.done))
+        boundaries.append(Boundary(following, window.done))
         position += len(window.inputs)
-    boundaries.append(Boundary(unknown if context else None, inputs[0], end))
+    boundaries.append(Boundary(unknown if context else None, end))
     return [
         Window(w.inputs, w.targets, start, after, int((w.targets != UNSCORED).sum()))
         for w, start, after in zip(problem.windows, boundaries, boundaries[1:], strict=False)
@@ -73,22 +82,18 @@ def numbered(windows: list[Window]) -> list[Window]:
 
 
 def build(problem: Any, synthesizer: nn.Module | None = None, **options: Any) -> SequenceModel:
-    """The library's model with the problem's weights."""
-    normalize = options.pop("normalize", True)
+    """The library's model with the problem's weights; `options` are those of the interface."""
     (symbols, embedding), hidden = (
         problem.parameters["embedding.weight"].shape,
         problem.parameters["readout.weight"].shape[1],
     )
-    core = RecurrentCore(
-        problem.kind, embedding, hidden, problem.state[0].shape[0], synthesizer=synthesizer, **options
-    )
+    rnn = KINDS[problem.kind](embedding, hidden, problem.state[0].shape[0])
+    core = RecurrentCore(rnn, None if synthesizer is None else Interface(synthesizer, **options))
     model = SequenceModel(symbols, symbols, embedding, core).double()
     weights = {_theirs(name): tensor for name, tensor in problem.parameters.items()}
     missing = model.load_state_dict(weights, strict=False)
     assert not missing.unexpected_keys
     assert all(".interface." in name for name in missing.missing_keys)
-    if core.interface is not None:
-        core.interface.normalize = normalize
     return model
 
 
@@ -119,7 +124,7 @@ def random_synthesizer(
     encoder = OneHotTokens(symbols, context) if context else None
     synthesizer = MLPSynthesizer(as_message(problem), hidden, context=encoder).double()
     randomize(synthesizer, generator)
-    if isinstance(encoder, OneHotTokens) and encoder.table is not None:
+    if encoder is not None:
         with torch.no_grad():
             encoder.table.weight[-1].zero_()  # the padding
     return synthesizer
@@ -133,19 +138,15 @@ class Case(NamedTuple):
 
     name: str
     dni: bool = False
-    reading: str = "boundary"
     context: int = 0
     aux: bool = False
 
 
 CASES = [Case("full"), Case("truncated")] + [
-    Case("dni", True, reading, context, aux)
-    for reading in ("boundary", "next-output")
-    for context in (0, CONTEXT)
-    for aux in (False, True)
+    Case("dni", True, context, aux) for context in (0, CONTEXT) for aux in (False, True)
 ]
 every_case = pytest.mark.parametrize(
-    "case", CASES, ids=lambda c: f"{c.name}-{c.reading}-{c.context}{'-aux' * c.aux}" if c.dni else c.name
+    "case", CASES, ids=lambda c: f"{c.name}-{c.context}{'-aux' * c.aux}" if c.dni else c.name
 )
 
 
@@ -157,16 +158,16 @@ def random_aux(problem: Problem, generator: torch.Generator, context: int) -> Co
     return aux
 
 
-def make(case: Case, problem: Problem, generator: torch.Generator) -> tuple[nn.Module, SequenceModel]:
+def make(case: Case, problem: Problem, generator: torch.Generator) -> tuple[Estimator, SequenceModel]:
     if not case.dni:
         return (FullBPTT() if case.name == "full" else TruncatedBPTT()), build(problem)
     aux = random_aux(problem, generator, case.context) if case.aux else None
     synthesizer = random_synthesizer(problem, generator, case.context)
-    return DNI(aux), build(problem, synthesizer, reading=case.reading)
+    return DNI(aux), build(problem, synthesizer)
 
 
 @every_case
-@pytest.mark.parametrize("kind", list(RNNS))
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_windows_with_carried_state_are_one_long_window(case, kind, generator):
     """In the loss and the final state; weights are loaded, so this is torch's forward against ours too."""
     problem = reference.random_problem(kind, generator, layers=2, window=3, unscored=True)
@@ -276,28 +277,26 @@ def test_the_loss_is_a_sum_in_nats_over_scored_targets():
 
 
 @every_core
-@either_reading
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("window", [1, 4])
-def test_oracle_dni_is_full_bptt(kind, layers, reading, resets, window, generator):
+def test_oracle_dni_is_full_bptt(kind, layers, resets, window, generator):
     problem = reference.random_problem(
         kind, generator, layers=layers, window=window, resets=resets, unscored=True
     )
     full = reference.full_bptt(problem)
     assert distance(reference.truncated_bptt(problem), full) > 0.05
-    model = build(problem, Answers(problem), reading=reading, normalize=False)
+    model = build(problem, Answers(problem), normalize=False)
     DNI()(model, numbered(library(problem)), as_message(problem), 1.0)
     close(net_gradients(model), full)
 
 
 @every_core
-@either_reading
 @pytest.mark.parametrize("context", [0, CONTEXT])
-def test_fresh_dni_is_truncated_bptt_bit_for_bit(kind, layers, reading, context, generator):
+def test_fresh_dni_is_truncated_bptt_bit_for_bit(kind, layers, context, generator):
     problem = reference.random_problem(kind, generator, layers=layers, resets=True, unscored=True)
     encoder = OneHotTokens(5, context) if context else None
     synthesizer = MLPSynthesizer(as_message(problem), [6], context=encoder)
-    model, plain = build(problem, synthesizer, reading=reading), build(problem)
+    model, plain = build(problem, synthesizer), build(problem)
     estimates = [
         estimator(m, library(problem, context), as_message(problem), WEIGHT)
         for estimator, m in ((DNI(), model), (TruncatedBPTT(), plain))
@@ -322,9 +321,9 @@ def dni_by_hand(
     windows: list[Window],
     synthesizer: nn.Module,
     *,
-    reading: str,
     normalize: bool,
     scale: float,
+    discount: float,
     aux: nn.Module | None,
     aux_weight: float,
 ) -> ByHand:
@@ -334,10 +333,6 @@ def dni_by_hand(
     rows, parameters = problem.state[0].shape[1], list(synthesizer.parameters())
 
     def says(state: reference.State, at: Boundary) -> reference.State:
-        if reading == "next-output":
-            assert at.next_input is not None
-            with torch.no_grad():
-                state = reference.step(problem.kind, problem.parameters, at.next_input, state)[1]
         message = as_message(problem, state)
         return tuple(laid_out(synthesizer(message, at.context), flatten(message)[0]))
 
@@ -362,7 +357,7 @@ def dni_by_hand(
             problem,
             number,
             start,
-            tuple(scale * size * leaf for leaf in said),
+            tuple(scale * discount ** len(window.inputs) * size * leaf for leaf in said),
             WEIGHT,
             None if aux is None else extra,
         )
@@ -396,31 +391,31 @@ def dni_by_hand(
     )
 
 
-@either_reading
-@pytest.mark.parametrize("kind", list(RNNS))
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("context", [0, CONTEXT])
 @pytest.mark.parametrize("aux", [False, True])
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_dni_by_hand(kind, reading, context, aux, resets, normalize, generator):
+@pytest.mark.parametrize(("window", "discount"), [(2, 1.0), ((3, 1, 2, 2), 0.9)], ids=str)
+def test_dni_by_hand(kind, context, aux, resets, normalize, window, discount, generator):
     problem = reference.random_problem(
-        kind, generator, layers=2, steps=8, window=2, resets=resets, unscored=True
+        kind, generator, layers=2, steps=8, window=window, resets=resets, unscored=True
     )
     end = torch.tensor([False, True, False]) if resets else None
     windows = library(problem, context, end)
     synthesizer = random_synthesizer(problem, generator, context)
     helper = random_aux(problem, generator, context) if aux else None
-    model = build(problem, synthesizer, reading=reading, scale=0.7, normalize=normalize)
-    DNI(helper, 0.3)(model, windows, as_message(problem), WEIGHT)
+    model = build(problem, synthesizer, scale=0.7, normalize=normalize)
+    DNI(helper, 0.3, discount=discount)(model, windows, as_message(problem), WEIGHT)
 
     own = copy.deepcopy(synthesizer)
     wanted = dni_by_hand(
         problem,
         windows,
         own,
-        reading=reading,
         normalize=normalize,
         scale=0.7,
+        discount=discount,
         aux=copy.deepcopy(helper),
         aux_weight=0.3,
     )
@@ -429,9 +424,31 @@ def test_dni_by_hand(kind, reading, context, aux, resets, normalize, generator):
     if helper is not None:
         close([grad(p) for p in helper.parameters()], wanted.aux)
     assert model.core.interface is not None
-    assert float(model.core.interface.size()) == pytest.approx(wanted.size, rel=1e-9)
+    assert float(model.core.interface.target_rms()) == pytest.approx(wanted.size, rel=1e-9)
     # The synthetic gradient is a good part of the result.
     assert distance(wanted.net, scaled(reference.truncated_bptt(problem))) > 0.05
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_the_future_is_discounted_by_the_steps_of_this_window(kind, generator):
+    """Windows of 5, 1 and 2 steps: with γ = 1/2 what they send is 1/32, 1/2 and 1/4 of what M says."""
+    problem = reference.random_problem(kind, generator, steps=8, window=(5, 1, 2))
+    synthesizer = random_synthesizer(problem, generator)
+    leaves = flatten(as_message(problem))[0]
+    for number, factor in enumerate((1 / 32, 1 / 2, 1 / 4)):
+        model = build(problem, synthesizer, scale=0.7, normalize=False)
+        state = reference.states(problem)[number]
+        window = library(problem)[number]
+        after = reference.states(problem)[number + 1]
+        with torch.no_grad():
+            said = laid_out(synthesizer(as_message(problem, after)), leaves)
+        injected = tuple(0.7 * factor * leaf for leaf in said)
+        wanted = reference.injected(problem, number, state, injected, WEIGHT)[0]
+        DNI(discount=0.5)(model, [window], as_message(problem, state), WEIGHT)
+        close(net_gradients(model), wanted)
+        undiscounted = tuple(0.7 * leaf for leaf in said)
+        plain = reference.injected(problem, number, state, undiscounted, WEIGHT)[0]
+        assert distance(plain, wanted) > 0.05
 
 
 # The auxiliary task.
@@ -483,60 +500,42 @@ def test_the_auxiliary_task_in_numbers(kind, generator):
     close(grad(aux.value), torch.full((3, features), number, dtype=torch.float64))
 
 
-# Readings.
+# What goes through the core's interface.
 
 
-@pytest.mark.parametrize("kind", list(RNNS))
-def test_the_next_output_reading_sees_the_next_input_and_the_boundary_reading_does_not(kind, generator):
-    problem = reference.random_problem(kind, generator)
-    state = as_message(problem)
-    one, other = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 3])
-    for reading in ("boundary", "next-output"):
-        model = build(problem, random_synthesizer(problem, generator), reading=reading)
-        said = [flatten(model.predict_gradient(state, Boundary(next_input=i)))[0] for i in (one, other)]
-        differs = [~torch.isclose(a, b).all(dim=0).all(dim=-1) for a, b in zip(*said, strict=True)]
-        for rows in differs:
-            assert rows.tolist() == [False, False, reading == "next-output"]
-
-
-def test_the_next_output_reading_is_m_of_the_state_one_step_on(generator):
-    problem = reference.random_problem("lstm", generator, layers=2)
-    synthesizer = random_synthesizer(problem, generator)
-    model = build(problem, synthesizer, reading="next-output")
-    symbols = torch.tensor([4, 0, 2])
-    seen = reference.step("lstm", problem.parameters, symbols, problem.state)[1]
-    with torch.no_grad():
-        wanted = LSTMState(*laid_out(synthesizer(LSTMState(*seen), None), seen))
-    said = model.predict_gradient(as_message(problem), Boundary(next_input=symbols))
-    assert isinstance(said, LSTMState)
-    close(said, wanted)
-
-
-@either_reading
-def test_both_readings_see_the_context(reading, generator):
+def test_a_context_reaches_the_synthesizer_row_by_row(generator):
     problem = reference.random_problem("gru", generator)
-    model = build(problem, random_synthesizer(problem, generator, CONTEXT), reading=reading)
+    model = build(problem, random_synthesizer(problem, generator, CONTEXT), normalize=False)
     symbols = torch.tensor([[0, 1, 2], [3, 4, 0], [1, 2, -1]])
     changed = symbols.clone()
     changed[2, 1] = 4
+    inputs = random(generator, 2, 3, 3)
     one, other = (
-        model.predict_gradient(as_message(problem), Boundary(context, torch.tensor([0, 1, 2])))
+        model.core.emit(inputs, as_message(problem), Boundary(context)).synthetic_gradient
         for context in (symbols, changed)
     )
     assert (~torch.isclose(one, other).all(dim=0).all(dim=-1)).tolist() == [False, True, False]
 
 
-def test_the_next_output_reading_needs_the_next_input(generator):
+def test_a_core_without_an_interface_says_so(generator):
     problem = reference.random_problem("gru", generator)
-    model = build(problem, random_synthesizer(problem, generator), reading="next-output")
-    with pytest.raises(ValueError, match="needs the next inputs"):
-        model.send(as_message(problem), Boundary())
+    model = build(problem)
+    with pytest.raises(ValueError, match="core has no interface"):
+        DNI()(model, library(problem), as_message(problem), WEIGHT)
+    with pytest.raises(ValueError, match="core has no interface"):
+        model.core.emit(random(generator, 2, 3, 3), as_message(problem), Boundary())
 
 
-def test_a_core_without_a_synthesizer_says_so(generator):
+def test_an_estimator_remembers_nothing_unless_it_says_so(generator):
     problem = reference.random_problem("gru", generator)
-    with pytest.raises(ValueError, match="no synthesizer"):
-        DNI()(build(problem), library(problem), as_message(problem), WEIGHT)
+    model = build(problem, random_synthesizer(problem, generator))
+    for estimator in (Estimator(), FullBPTT(), TruncatedBPTT(), DNI()):
+        assert estimator.init_memory(model, 3) == ()
+    for estimator in (FullBPTT(), TruncatedBPTT(), DNI()):
+        estimate = estimator(model, library(problem), as_message(problem), WEIGHT, ())
+        assert estimate.memory == ()
+    with pytest.raises(NotImplementedError):
+        Estimator()(model, library(problem), as_message(problem), WEIGHT)
 
 
 # The core.
@@ -544,23 +543,24 @@ def test_a_core_without_a_synthesizer_says_so(generator):
 
 @every_core
 def test_torch_weights_go_in_and_out(kind, layers, generator):
-    theirs = RNNS[kind](3, 4, layers)
+    theirs = TORCHS[kind](3, 4, layers)
     randomize(theirs.double(), generator)
-    core = RecurrentCore(kind, 3, 4, layers).double()
-    core.rnn.load_state_dict(theirs.state_dict())
+    rnn = KINDS[kind](3, 4, layers)
+    core = RecurrentCore(rnn).double()
+    rnn.load_state_dict(theirs.state_dict())
     inputs, state = random(generator, 6, 2, 3), core.initial_state(2)
     with torch.no_grad():
         for mine, wanted in zip(core(inputs, state), theirs(inputs), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(flatten(mine)[0], flatten(wanted)[0], strict=True))
-        out = RNNS[kind](3, 4, layers).double()
-        out.load_state_dict(core.rnn.state_dict())
+        out = TORCHS[kind](3, 4, layers).double()
+        out.load_state_dict(rnn.state_dict())
         assert torch.equal(out(inputs)[0], theirs(inputs)[0])
     assert theirs(inputs)[0].any()
 
 
 @every_core
 def test_the_initial_state_is_zero_of_the_right_type(kind, layers):
-    state = RecurrentCore(kind, 3, 4, layers).double().initial_state(5)
+    state = RecurrentCore(KINDS[kind](3, 4, layers)).double().initial_state(5)
     assert isinstance(state, LSTMState) == (kind == "lstm")
     for leaf in flatten(state)[0]:
         assert leaf.shape == (layers, 5, 4)
@@ -569,22 +569,23 @@ def test_the_initial_state_is_zero_of_the_right_type(kind, layers):
 
 
 @every_core
-@either_reading
-def test_emit_is_forward_and_the_synthetic_gradient(kind, layers, reading, generator):
+def test_emit_is_forward_and_the_synthetic_gradient(kind, layers, generator):
     problem = reference.random_problem(kind, generator, layers=layers)
-    core = build(problem, random_synthesizer(problem, generator), reading=reading, scale=0.5).core
-    inputs, next_inputs = random(generator, 6, 3, 3), random(generator, 3, 3)
-    received = flatten(core.receive(as_message(problem), Boundary(), next_inputs))[0]
-    torch.stack([2.0 * leaf.sum() for leaf in received]).sum().backward()  # a target of size 2
-    boundary = Boundary(done=torch.tensor([False, True, False]))
-    emitted = core.emit(inputs, as_message(problem), boundary, next_inputs)
+    core = build(problem, random_synthesizer(problem, generator), scale=0.5).core
+    interface = core.interface
+    assert interface is not None
+    inputs = random(generator, 6, 3, 3)
+    received = flatten(interface.receive(as_message(problem)))[0]
+    torch.stack([2.0 * leaf.sum() for leaf in received]).sum().backward()  # a target of RMS 2
+    done = torch.tensor([False, True, False])
+    emitted = core.emit(inputs, as_message(problem), Boundary(done=done))
     output, state = core(inputs, as_message(problem))
     assert torch.equal(emitted.output, output)
     assert type(emitted.state) is type(emitted.synthetic_gradient) is type(state)
     close(flatten(emitted.state)[0], flatten(state)[0], rtol=0, atol=0)
-    predicted = flatten(core.predict_gradient(state, boundary, next_inputs))[0]
+    predicted = flatten(interface.predict(state, done=done))[0]
     given_back = map_tree(lambda leaf: leaf.detach().requires_grad_(), state)
-    core.send(given_back, boundary, next_inputs).backward()
+    interface.send(given_back, done=done).backward()
     for leaf, p, sent in zip(
         flatten(emitted.synthetic_gradient)[0], predicted, flatten(given_back)[0], strict=True
     ):
@@ -594,18 +595,6 @@ def test_emit_is_forward_and_the_synthetic_gradient(kind, layers, reading, gener
         assert not leaf.requires_grad
         assert not leaf[:, 1].any()
         assert leaf[:, 0].any()
-
-
-def test_the_core_hands_scale_centre_and_restore_on(generator):
-    problem = reference.random_problem("lstm", generator)
-    synthesizer = random_synthesizer(problem, generator)
-    options = {"scale": 0.5, "centre": True, "restore": 0.2}
-    core = build(problem, synthesizer, normalize=False, **options).core
-    alone = Interface(synthesizer, normalize=False, **options).double()
-    state = map_tree(lambda leaf: 10.0 * leaf, as_message(problem))
-    done = torch.tensor([False, False, True])
-    said = core.emit(random(generator, 1, 3, 3), state, Boundary(done=done))
-    close(said.synthetic_gradient, alone.synthetic_gradient(said.state, done=done))
 
 
 def test_the_parameters_of_net_and_synthesizer_are_all_and_apart(generator):
@@ -634,13 +623,13 @@ def test_reset_puts_zeros_into_the_rows_that_are_done(generator):
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    window, count = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    lengths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     return reference.random_problem(
-        draw(st.sampled_from(list(RNNS))),
+        draw(st.sampled_from(list(KINDS))),
         torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1))),
         layers=draw(st.integers(1, 3)),
-        steps=window * count,
-        window=window,
+        steps=sum(lengths),
+        window=lengths,
         rows=draw(st.integers(1, 4)),
         hidden=draw(st.integers(1, 5)),
         unscored=draw(st.booleans()),
@@ -648,23 +637,22 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
-@given(problem=problems(), reading=st.sampled_from(["boundary", "next-output"]))
-def test_oracle_equals_full_bptt_always(problem, reading):
-    model = build(problem, Answers(problem), reading=reading, normalize=False)
+@given(problem=problems())
+def test_oracle_equals_full_bptt_always(problem):
+    model = build(problem, Answers(problem), normalize=False)
     DNI()(model, numbered(library(problem)), as_message(problem), 1.0)
     close(net_gradients(model), reference.full_bptt(problem))
 
 
 @given(
     problem=problems(),
-    reading=st.sampled_from(["boundary", "next-output"]),
     context=st.integers(0, 5),
     weight=st.sampled_from([1.0, 1e-3, 17.0]),
 )
-def test_zero_equals_truncated_bptt_always(problem, reading, context, weight):
+def test_zero_equals_truncated_bptt_always(problem, context, weight):
     encoder = OneHotTokens(5, context) if context else None
     synthesizer = MLPSynthesizer(as_message(problem), [3], context=encoder)
-    model, plain = build(problem, synthesizer, reading=reading), build(problem)
+    model, plain = build(problem, synthesizer), build(problem)
     windows = library(problem, context)
     DNI()(model, windows, as_message(problem), weight)
     TruncatedBPTT()(plain, windows, as_message(problem), weight)

@@ -17,9 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from dni_rnn.config import PUBLISHED_DNI, TrainConfig
+from dni_rnn.config import PUBLISHED_DNI, RecurrentConfig
+from dni_rnn.cores.lstm import LSTM
 from dni_rnn.data.task import Corpus, Data
-from dni_rnn.training.loop import BITS, Learner
+from dni_rnn.training.builders import build_estimator, build_synthesizer
+from dni_rnn.training.learner import BITS
+from dni_rnn.training.recurrent import RecurrentLearner
 
 GOLDEN = Path(__file__).parent / "golden"
 RENEW = os.environ.get("DNI_RNN_RENEW") == "1"
@@ -27,14 +30,14 @@ TOLERANCE = 1e-4
 UPDATES = 20
 
 SETTINGS = {
-    "bptt": TrainConfig(hidden=16, embedding=8, batch_size=4, bptt=3, lr=0.02),
+    "bptt": RecurrentConfig(hidden=16, embedding=8, batch_size=4, bptt=3, lr=0.02),
     # As published: scale 0.1, one hidden layer. M learns fast, so that it matters within 20 updates.
-    "dni": TrainConfig(
+    "dni": RecurrentConfig(
         hidden=16, embedding=8, batch_size=4, bptt=3, lr=0.02, synthesizer_lr=0.1,
         dni=True, **PUBLISHED_DNI,
     ),
     # Everything else that is on offer, told the next symbols.
-    "dni_context": TrainConfig(
+    "dni_context": RecurrentConfig(
         hidden=16, embedding=8, batch_size=4, bptt=3, lr=0.02, synthesizer_lr=0.1,
         dni=True, synthesizer="mlp", scale=1.0, context="next-tokens:4", centre=True, restore=0.5, aux=True,
     ),
@@ -51,24 +54,43 @@ def synthetic_text() -> Data:
     return corpus
 
 
-def curve(config):
-    """Per update: the loss in bits per symbol, and for DNI the running size of M's target.
+def at_the_start(config, data):
+    """A learner with the weights that the curves begin with.
 
-    The net starts from the weights of "bptt", whatever the method.
+    Those of the net are drawn as for "bptt", whatever the method; those of the synthesizer before them and
+    those of the auxiliary task after them, each behind the draws of a core with one input: so it was when the
+    curves were recorded.
     """
-    data, cpu = synthetic_text(), torch.device("cpu")
-    net = Learner(SETTINGS["bptt"], data, cpu).model.state_dict()
-    learner = Learner(config, data, cpu)
+    cpu = torch.device("cpu")
+    net = RecurrentLearner(SETTINGS["bptt"], data, cpu).model.state_dict()
+    learner = RecurrentLearner(config, data, cpu)
     left_out = learner.model.load_state_dict(net, strict=False)
     assert not left_out.unexpected_keys
     assert all("interface" in name for name in left_out.missing_keys)
+    interface, symbols = learner.model.core.interface, data.input_symbols
+    if interface is not None:
+        torch.manual_seed(config.seed)
+        LSTM(1, config.hidden)
+        drawn = build_synthesizer(config, learner.model.core.rnn, data)
+        interface.synthesizer.load_state_dict(drawn.state_dict())
+        LSTM(config.embedding, config.hidden)
+        torch.nn.Embedding(symbols, config.embedding)
+        torch.nn.Linear(config.hidden, symbols)
+        LSTM(1, config.hidden)
+        learner.estimator.load_state_dict(build_estimator(config, learner.model, data).state_dict())
+    return learner
+
+
+def curve(config):
+    """Per update: the loss in bits per symbol, and for DNI the running RMS of M's target."""
+    learner = at_the_start(config, synthetic_text())
     losses, sizes = [], []
     for _ in range(UPDATES):
         learner.reset_metrics()
         learner.update()
-        losses.append(float(learner.loss) * BITS / learner.scored)
+        losses.append(float(learner.record.averages["loss"]) * BITS / learner.counters.scored)
         if learner.model.core.interface is not None:
-            sizes.append(float(learner.model.core.interface.size()))
+            sizes.append(float(learner.model.core.interface.target_rms()))
     return {"bits_per_symbol": losses, "target_size": sizes}
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dni_rnn.config import FeedforwardConfig, TrainConfig
+from dni_rnn.config import FeedforwardConfig, RecurrentConfig
 from dni_rnn.data.labelled import Examples
 from dni_rnn.training.cuda_graph import WARM_UP, Recorded, cuda_graph
-from dni_rnn.training.feedforward import LayeredLearner
-from dni_rnn.training.loop import Learner
+from dni_rnn.training.feedforward import FeedforwardLearner
+from dni_rnn.training.recurrent import RecurrentLearner
 from dni_rnn_tasks.addition import Addition
 from dni_rnn_tasks.recall import Recall
 from dni_rnn_tasks.repeat import Copy
@@ -62,14 +62,14 @@ def kept(learner):
 
 def recurrent(task=None, device=CPU, **settings):
     task = task or Text()
-    return Learner(TrainConfig(**SMALL, **settings), task.load(None), device)
+    return RecurrentLearner(RecurrentConfig(**SMALL, **settings), task.load(None), device)
 
 
 def layered(device=CPU, **settings):
     config = FeedforwardConfig(model="sigmoid", layers=3, batch_size=16, epochs=1, **settings)
     data = Addition().load(None)
     assert isinstance(data, Examples)
-    return LayeredLearner(config, data, device)
+    return FeedforwardLearner(config, data, device)
 
 
 LEARNERS = {

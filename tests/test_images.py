@@ -20,7 +20,7 @@ from dni_rnn.config import FeedforwardConfig
 from dni_rnn.data.labelled import Batches, Examples, hold_out, shifted
 from dni_rnn.errors import UsageError
 from dni_rnn.training.checkpoint import load_checkpoint, save_checkpoint
-from dni_rnn.training.feedforward import LayeredLearner, loss_of, wrong
+from dni_rnn.training.feedforward import FeedforwardLearner, loss_of, wrong
 from dni_rnn.training.loop import Interrupted, train
 from dni_rnn.training.run_directory import Run
 from dni_rnn_tasks import images
@@ -234,9 +234,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, tmp_path, monkeypatc
     if method in ("cdni", "critic"):
         settings |= {"update_probability": 0.6, "unlock": True, "agreement_every": 2}
     whole = train(run_of(tmp_path / "whole", **settings), quiet=True)
-    update = LayeredLearner.update
+    update = FeedforwardLearner.update
 
-    def stop_in_the_middle(self: LayeredLearner) -> None:
+    def stop_in_the_middle(self: FeedforwardLearner) -> None:
         update(self)
         if self.step == 7:
             import os
@@ -244,10 +244,10 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, tmp_path, monkeypatc
 
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(LayeredLearner, "update", stop_in_the_middle)
+    monkeypatch.setattr(FeedforwardLearner, "update", stop_in_the_middle)
     with pytest.raises(Interrupted):
         train(run_of(tmp_path / "parts", **settings), quiet=True)
-    monkeypatch.setattr(LayeredLearner, "update", update)
+    monkeypatch.setattr(FeedforwardLearner, "update", update)
     parts = train(run_of(tmp_path / "parts", **settings, resume=True), quiet=True)
     timed = ("seconds", "symbols_per_second", "peak_memory_mb")
     assert {k: v for k, v in parts.items() if k not in timed} == {
@@ -264,7 +264,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, tmp_path, monkeypatc
 def test_a_convolutional_net_goes_on_bit_for_bit(tmp_path):
     """Its weights have a layout of their own in memory, which Adam's state must share."""
     config = FeedforwardConfig(model="cnn", layers=3, width=4, epochs=2.0, batch_size=16)
-    first, second = (LayeredLearner(config, pictures(64), CPU) for _ in range(2))
+    first, second = (FeedforwardLearner(config, pictures(64), CPU) for _ in range(2))
     assert first.net[0].is_contiguous(memory_format=torch.channels_last)
     for _ in range(3):
         first.update()
@@ -288,7 +288,7 @@ def test_the_metrics_say_how_the_synthesizers_do(tmp_path):
 
 def test_rates_of_the_recipes():
     data = Addition(bits=4).load(None)
-    fast = LayeredLearner(AdditionConfig(epochs=100.0, width=4), data, CPU)
+    fast = FeedforwardLearner(AdditionConfig(epochs=100.0, width=4), data, CPU)
     factors = []
     for step in range(fast.steps):
         fast.step = step
@@ -299,7 +299,7 @@ def test_rates_of_the_recipes():
     assert factors[peak:] == sorted(factors[peak:], reverse=True)
     assert max(factors) <= 1.0
     assert factors[-1] < 0.01
-    paper = LayeredLearner(AdditionConfig(epochs=100.0, width=4, recipe="paper"), data, CPU)
+    paper = FeedforwardLearner(AdditionConfig(epochs=100.0, width=4, recipe="paper"), data, CPU)
     steps = [0, 0.59, 0.61, 0.79, 0.81]
     found = []
     for share in steps:

@@ -324,6 +324,23 @@ def test_scale_multiplies_what_is_sent_and_not_what_is_learned(generator):
     close(targets[1.0], targets[0.25])
 
 
+@pytest.mark.parametrize("kind", ["regression", "critic"])
+def test_a_discount_multiplies_what_is_sent_here_and_nothing_else(kind, generator):
+    state, labels = random(generator, 6, 4), torch.randint(2, (6,), generator=generator)
+    synthesizer = Critic(ContextMLP(4, [3], 2), 2) if kind == "critic" else MLPSynthesizer(state, [3])
+    interface = Interface(synthesizer, scale=0.5, centre=True).double()
+    randomize(interface, generator)
+    feed(interface, random(generator, 6, 4), state, labels)
+    plain = interface.synthetic_gradient(state, labels)
+    assert plain.any()
+    before = copy.deepcopy(interface.state_dict())
+    for discount in (1.0, 0.3, 0.0):
+        leaf = state.clone().requires_grad_()
+        interface.send(leaf, labels, discount=discount).backward()
+        close(grad(leaf), discount * plain)
+    close(interface.state_dict(), before, rtol=0, atol=0)
+
+
 def test_scale_zero_is_truncation_that_trains_the_synthesizer(generator):
     problem = reference.random_problem("lstm", generator)
     synthesizer = MLPSynthesizer(message(problem), [8]).double()
@@ -354,33 +371,33 @@ def test_sending_a_message_that_wants_no_gradient_is_harmless(generator):
     close(grad(weight), torch.ones(4, dtype=torch.float64))
 
 
-# The running size.
+# The running RMS of the targets.
 
 
-def test_size_is_the_rms_of_all_targets_at_first_and_of_the_last_ones_later(generator):
+def test_the_unit_is_the_rms_of_all_targets_at_first_and_of_the_last_ones_later(generator):
     interface = Interface(Affine(), decay=0.75).double()
-    assert float(interface.size()) == 0.0
+    assert float(interface.target_rms()) == 0.0
     squares = []
     for factor in (1.0, 10.0, 0.1, 3.0, 1.0, 0.0, 7.0):
         target = factor * random(generator, 2, 5, 3)
         feed(interface, target)
         squares.append(mean_square([target]))
-        assert float(interface.size()) == pytest.approx(running_size(squares, 0.75))
+        assert float(interface.target_rms()) == pytest.approx(running_size(squares, 0.75))
     # In numbers: squares 5, 1, 0, 8 are averaged; the fifth, 3.5, enters with weight 1/4.
     interface = Interface(Affine(), decay=0.75).double()
     for target in ([3.0, 1.0], [1.0, 1.0], [0.0, 0.0], [4.0, 0.0]):
         feed(interface, torch.tensor([target], dtype=torch.float64))
-    assert float(interface.size()) == pytest.approx(math.sqrt(14 / 4))
+    assert float(interface.target_rms()) == pytest.approx(math.sqrt(14 / 4))
     feed(interface, torch.tensor([[0.0, math.sqrt(7.0)]], dtype=torch.float64))
-    assert float(interface.size()) == pytest.approx(math.sqrt(3.5))
+    assert float(interface.target_rms()) == pytest.approx(math.sqrt(3.5))
     feed(interface, torch.zeros(1, 2, dtype=torch.float64))
-    assert float(interface.size()) == pytest.approx(math.sqrt(0.75 * 3.5))
+    assert float(interface.target_rms()) == pytest.approx(math.sqrt(0.75 * 3.5))
 
 
-def test_size_is_over_all_tensors_of_the_message_together(generator):
+def test_the_unit_is_over_all_tensors_of_the_message_together(generator):
     interface = Interface(Affine()).double()
     feed(interface, (torch.full((2, 3), 2.0, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)))
-    assert float(interface.size()) == pytest.approx(math.sqrt(6 * 4.0 / 8))
+    assert float(interface.target_rms()) == pytest.approx(math.sqrt(6 * 4.0 / 8))
 
 
 def test_predicting_zero_has_loss_one_and_predicting_well_zero(generator):
@@ -393,17 +410,17 @@ def test_predicting_zero_has_loss_one_and_predicting_well_zero(generator):
     assert float(interface.regression_loss) == pytest.approx(0.0, abs=1e-30)
 
 
-def test_size_survives_a_state_dict(generator):
+def test_the_unit_survives_a_state_dict(generator):
     interface, copied = Interface(Affine(), decay=0.9).double(), Interface(Affine(), decay=0.9).double()
     for _ in range(3):
         feed(interface, random(generator, 4, 3))
     copied.load_state_dict(interface.state_dict())
-    assert float(copied.size()) > 0
+    assert float(copied.target_rms()) > 0
     target = random(generator, 4, 3)
     for each in (interface, copied):
         each.zero_grad()
         feed(each, target)
-    assert torch.equal(copied.size(), interface.size())
+    assert torch.equal(copied.target_rms(), interface.target_rms())
     assert torch.equal(learned(copied, "b"), learned(interface, "b"))
 
 
@@ -411,11 +428,11 @@ def test_targets_that_are_all_zero_give_no_nan():
     interface = Interface(Affine(b=0.5)).double()
     zeros = torch.zeros(4, 3, dtype=torch.float64)
     feed(interface, zeros)
-    assert float(interface.size()) == 0.0
+    assert float(interface.target_rms()) == 0.0
     close(learned(interface, "b"), torch.tensor(1.0, dtype=torch.float64))  # 2·(0.5 − 0)
     assert torch.equal(interface.synthetic_gradient(zeros), zeros)
     feed(interface, zeros + 2.0)
-    assert float(interface.size()) == pytest.approx(math.sqrt(2.0))  # the zero counts
+    assert float(interface.target_rms()) == pytest.approx(math.sqrt(2.0))  # the zero counts
     assert math.isfinite(float(learned(interface, "b")))
 
 
@@ -449,7 +466,7 @@ def test_a_gradient_that_is_not_finite_is_passed_over(bad, first, normalize, gen
     assert math.isfinite(float(interface.regression_loss))  # it goes into the metrics
     feed(interface, random(generator, 4, 3))
     assert float(learned(interface, "b")) != 0.0
-    assert math.isfinite(float(interface.size()))
+    assert math.isfinite(float(interface.target_rms()))
 
 
 # Rows whose sequence ended.
@@ -481,7 +498,7 @@ def test_rows_that_ended_are_as_if_absent(garbage, normalize, generator):
         feed(with_ended, spoilt, state, done=DONE)
         feed(without, map_tree(lambda g: g[:, ~DONE], target), map_tree(lambda s: s[:, ~DONE], state))
     close(gradients(with_ended), gradients(without))
-    close(with_ended.size(), without.size())
+    close(with_ended.target_rms(), without.target_rms())
     close(with_ended.regression_loss, without.regression_loss)
 
 
@@ -517,7 +534,7 @@ def test_nobody_done_is_no_mask(generator):
     feed(masked, target, state, done=torch.zeros(5, dtype=torch.bool))
     feed(plain, target, state)
     close(gradients(masked), gradients(plain))
-    close(masked.size(), plain.size())
+    close(masked.target_rms(), plain.target_rms())
 
 
 def test_rows_of_feature_maps_are_their_first_dimension(generator):
@@ -574,23 +591,9 @@ def test_a_row_alone_is_its_own_mean(generator):
     assert not interface.synthetic_gradient(random(generator, 1, 5, 3), done=everyone).any()
 
 
-def test_the_restoring_force_acts_beyond_three_and_turns_back():
-    state = torch.tensor([[0.0, 2.9, -2.9, 3.0], [4.0, -4.0, 1e4, -3.5]], dtype=torch.float64)
-    excess = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 1e4 - 3.0, -0.5]], dtype=torch.float64)
-    interface = Interface(Affine(b=1.0), restore=0.1, scale=0.5).double()
-    feed(interface, torch.full((2, 4), 2.0, dtype=torch.float64))  # size 2
-    sent = state.clone().requires_grad_()
-    interface.send(sent).backward()
-    close(grad(sent), 0.5 * 2.0 * 1.0 + 0.1 * 2.0 * excess)
-    # Neither in rows that end, nor in M's own words.
-    done = torch.tensor([False, True])
-    assert not interface.synthetic_gradient(state, done=done)[1].any()
-    close(interface.predict(state), torch.ones_like(state))
-
-
 def test_what_is_sent_has_no_history(generator):
     state = (5.0 * random(generator, 2, 5, 3)).requires_grad_()
-    interface = Interface(Affine(1.0, 1.0), centre=True, restore=0.1, normalize=False).double()
+    interface = Interface(Affine(1.0, 1.0), centre=True, normalize=False).double()
     assert not interface.synthetic_gradient(state).requires_grad
     assert not interface.predict(state).requires_grad
 
@@ -612,10 +615,13 @@ def _messages(generator: torch.Generator) -> dict[str, Tree]:
         "named tuple": Pair(a, b),
         "dict": {"a": a, "b": b},
         "nested": {"inner": Pair(a, b), "others": (c, [a + 1.0])},
+        "with nothing in places": {"z": None, "b": (a, None), "a": b},
     }
 
 
-@pytest.mark.parametrize("shape", ["tensor", "tuple", "list", "named tuple", "dict", "nested"])
+@pytest.mark.parametrize(
+    "shape", ["tensor", "tuple", "list", "named tuple", "dict", "nested", "with nothing in places"]
+)
 def test_messages_of_every_shape(shape, generator):
     values = _messages(generator)[shape]
     sent = map_tree(lambda leaf: leaf.clone().requires_grad_(), values)
@@ -637,7 +643,7 @@ def test_messages_of_every_shape(shape, generator):
 
 
 @pytest.mark.parametrize("method", ["receive", "send", "forward", "predict", "synthetic_gradient"])
-@pytest.mark.parametrize("leaf", [3, None, "h"])
+@pytest.mark.parametrize("leaf", [3, 0.5, "h"])
 def test_a_leaf_that_is_not_a_tensor_is_refused(method, leaf):
     interface = Interface(Affine())
     with pytest.raises(TypeError, match=f"a message is a tensor.*found a {type(leaf).__name__}"):
@@ -834,7 +840,9 @@ def test_the_unit_of_the_loss_does_not_change_an_adam_trajectory(kind, other, ge
             optimizer.zero_grad()
 
         run(net, interface, problem, objective, step)
-        ends.append((dict(net.named_parameters()), dict(interface.named_parameters()), interface.size()))
+        ends.append(
+            (dict(net.named_parameters()), dict(interface.named_parameters()), interface.target_rms())
+        )
     for one, two in zip(*[end[:2] for end in ends], strict=True):
         close(one, two, rtol=1e-6, atol=1e-8)
     # It went somewhere, and the synthesizer took part.
@@ -911,8 +919,10 @@ def test_autocast(generator):
                 assert hidden.dtype == (torch.bfloat16 if enabled else torch.float32)
                 loss = (hidden.float() - target).square().sum() + interface.send(hidden)
             loss.backward()
-        results.append((grad(producer.weight), [grad(p) for p in interface.parameters()], interface.size()))
-        assert grad(producer.weight).dtype == interface.size().dtype == torch.float32
+        results.append(
+            (grad(producer.weight), [grad(p) for p in interface.parameters()], interface.target_rms())
+        )
+        assert grad(producer.weight).dtype == interface.target_rms().dtype == torch.float32
     for plain, mixed in zip(
         [results[0][0], *results[0][1], results[0][2]],
         [results[1][0], *results[1][1], results[1][2]],
@@ -960,7 +970,7 @@ def test_a_loss_scaler_changes_nothing_when_the_interface_is_told(kind, generato
     else:
         synthesizer = MLPSynthesizer(rows, [6], context=OneHotTokens(2))
         randomize(synthesizer, generator)
-    interface = Interface(synthesizer, scale=0.5, restore=0.1).double()
+    interface = Interface(synthesizer, scale=0.5).double()
 
     def scaler() -> torch.amp.GradScaler:
         return torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
@@ -973,16 +983,16 @@ def test_a_loss_scaler_changes_nothing_when_the_interface_is_told(kind, generato
 
 
 def test_a_scaled_synthetic_gradient_does_not_underflow_in_half_precision():
-    """ĝ = 1e-9 and the restoring force 1e-10: both vanish in float16, and times 2^20 they do not."""
-    interface = Interface(Says(torch.ones(2, 3, dtype=torch.float16)), restore=0.1)
+    """ĝ = 1e-9 vanishes in float16, and times 2^20 it does not."""
+    interface = Interface(Says(torch.ones(2, 3, dtype=torch.float16)))
     interface.target_square.fill_(1e-18)
     message = torch.full((2, 3), 4.0, dtype=torch.float16)
     assert not injected(interface, message).any()
     interface.loss_scale = 2.0**20
-    close(injected(interface, message).double(), torch.full((2, 3), 1.1e-9 * 2.0**20).double(), rtol=1e-3)
+    close(injected(interface, message).double(), torch.full((2, 3), 1e-9 * 2.0**20).double(), rtol=1e-3)
     # And as the user reads it, it is in the units of the loss, whatever the scaler.
     interface.target_square.fill_(1.0)
-    assert torch.equal(interface.synthetic_gradient(message), torch.full_like(message, 1.1))
+    assert torch.equal(interface.synthetic_gradient(message), torch.full_like(message, 1.0))
 
 
 def test_a_copy_is_a_separate_interface(generator):
@@ -992,11 +1002,11 @@ def test_a_copy_is_a_separate_interface(generator):
     copied = copy.deepcopy(interface)
     state = random(generator, 4, 3)
     assert torch.equal(copied.synthetic_gradient(state), interface.synthetic_gradient(state))
-    size, before = interface.size(), gradients(interface)
+    size, before = interface.target_rms(), gradients(interface)
     feed(copied, 100.0 * random(generator, 4, 3))
     close(gradients(interface), before, rtol=0, atol=0)
-    assert torch.equal(interface.size(), size)
-    assert float(copied.size()) > float(size)
+    assert torch.equal(interface.target_rms(), size)
+    assert float(copied.target_rms()) > float(size)
 
 
 def test_one_backward_is_enough_and_a_second_is_refused(generator):
@@ -1021,7 +1031,7 @@ def test_two_interfaces_do_not_meet(generator):
     for problem, synthesizer in zip(problems, synthesizers, strict=True):
         net, interface = Net(problem), Interface(copy.deepcopy(synthesizer)).double()
         run(net, interface, problem)
-        alone.append((gradients(net), gradients(interface), interface.size()))
+        alone.append((gradients(net), gradients(interface), interface.target_rms()))
 
     nets = [Net(problem) for problem in problems]
     interfaces = [Interface(synthesizer).double() for synthesizer in synthesizers]
@@ -1033,7 +1043,7 @@ def test_two_interfaces_do_not_meet(generator):
         sent = interfaces[0].send(first) + interfaces[1].send(second)
         (loss_one + loss_two + sent).backward()
     for net, interface, wanted in zip(nets, interfaces, alone, strict=True):
-        close((gradients(net), gradients(interface), interface.size()), wanted)
+        close((gradients(net), gradients(interface), interface.target_rms()), wanted)
 
 
 class Says(nn.Module):
@@ -1059,12 +1069,26 @@ def injected(interface: Interface, message: torch.Tensor, done: torch.Tensor | N
 def test_trust_is_the_multiple_that_comes_nearest_to_the_real_gradient(real, trust, generator):
     said = torch.randn(4, 3, generator=generator, dtype=torch.float64)
     message = torch.full((4, 3), 5.0, dtype=torch.float64)
-    interface = Interface(Says(said), scale=0.7, normalize=False, restore=0.1).double()
-    whole = injected(interface, message)
-    ours = whole - 0.1 * (message - 3.0)  # the restoring force is not weighed
+    interface = Interface(Says(said), scale=0.7, normalize=False).double()
+    ours = injected(interface, message)
+    close(ours, 0.7 * said)
     interface.audit(message, real * ours)
-    torch.testing.assert_close(interface.trust, torch.tensor(trust, dtype=torch.float64))
-    torch.testing.assert_close(injected(interface, message), trust * ours + 0.1 * (message - 3.0))
+    close(interface.trust, torch.tensor(trust, dtype=torch.float64))
+    close(injected(interface, message), trust * ours)
+
+
+def test_an_audit_compares_what_is_sent_at_that_boundary(generator):
+    """With a discount, whatever it was at the boundaries before."""
+    said, message = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64)
+    interface = Interface(Says(said), scale=0.8, normalize=False).double()
+    interface.audit(message, 0.1 * said, discount=0.5)  # 0.1 of 0.4 is 1/4
+    assert float(interface.trust) == pytest.approx(0.25)
+    interface.audit(message, 0.1 * said, discount=0.25)  # and 0.1 of 0.2 one half
+    products, squares = 0.8 * 0.04 + 0.02, 0.8 * 0.16 + 0.04
+    assert float(interface.trust) == pytest.approx(products / squares)
+    leaf = message.clone().requires_grad_()
+    interface.send(leaf, discount=0.5).backward()
+    close(grad(leaf), products / squares * 0.4 * said)
 
 
 def test_trust_is_least_squares_over_fading_audits_of_the_rows_that_go_on(generator):

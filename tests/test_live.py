@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from dni_rnn.cli import main, parse_train
 from dni_rnn.errors import UsageError
-from dni_rnn.training.live import LiveStream, StandardInput
 from dni_rnn_tasks.live import Live
+from dni_rnn_tasks.live_learner import LiveStream, StandardInput
 
 SMALL = [
     "live", "--hidden", "8", "--embedding", "4", "--batch-size", "4", "--stretch", "16", "--bptt", "5",

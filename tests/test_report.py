@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dni_rnn.cli import main
-from dni_rnn.config import TrainConfig, to_json
+from dni_rnn.config import RecurrentConfig, to_json
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.html_page import render_page
 from dni_rnn.experiments.plots import (
@@ -517,7 +517,7 @@ def test_plots_that_cannot_be_written(tmp_path):
 def write_run(path, validations, *, test=None, tail="", **options):
     """A run directory as `dni-rnn train` leaves it, or as it looks when it is stopped before its end."""
     path.mkdir(parents=True)
-    config = {"data": "text/made-up", "config": to_json(TrainConfig(**options))}
+    config = {"data": "text/made-up", "config": to_json(RecurrentConfig(**options))}
     (path / "config.json").write_text(json.dumps(config))
     rows = [{"symbols": n, "seconds": s, "valid_bpc": v} for n, s, v in validations]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)

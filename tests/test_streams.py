@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dni_rnn.data.streams import Block, GeneratedStream, TokenStream
+from dni_rnn.data.curriculum import Curriculum
+from dni_rnn.data.generated import GeneratedStream, Segment
+from dni_rnn.data.streams import TokenStream
 from dni_rnn.errors import UsageError
-from dni_rnn.estimators import UNSCORED, Window
-from dni_rnn.recurrent import Boundary
+from dni_rnn.window import UNSCORED, Boundary, Window
 
 
 def text(length: int, seed: int = 0) -> np.ndarray:
@@ -46,8 +48,6 @@ def check_boundary(boundary: Boundary, pieces: list[list[int]], position: int, c
     """`position` counts inputs; at 0 and at the end, the pieces begin anew and nothing more is known."""
     length = len(pieces[0]) - 1
     turn = position in (0, length)
-    assert boundary.next_input is not None
-    assert boundary.next_input.tolist() == [piece[0 if turn else position] for piece in pieces]
     if turn:
         assert boundary.done is not None
         assert boundary.done.dtype == torch.bool
@@ -175,14 +175,14 @@ def test_moving_keeps_the_place():
 # Generated streams.
 
 
-def generated(block: int, rows: int, seed: int = 0) -> GeneratedStream:
-    def generate(number: int, level: int) -> Block:
-        random = np.random.default_rng([seed, number])
+def generated(block: int, rows: int, seed: int = 0, curriculum: Curriculum | None = None) -> GeneratedStream:
+    def generate(number: int, level: int) -> Segment:
+        random = np.random.default_rng([seed, number, level])
         inputs, targets = random.integers(100, size=(2, block, rows))
         targets[random.random((block, rows)) < 0.3] = UNSCORED
-        return Block(inputs, targets, random.integers(0, 2 * block, block))
+        return Segment(inputs, targets, random.integers(0, 2 * block, block))
 
-    return GeneratedStream(generate, rows, size=10 * block * rows)
+    return GeneratedStream(generate, rows, size=10 * block * rows, curriculum=curriculum)
 
 
 @given(
@@ -195,7 +195,7 @@ def generated(block: int, rows: int, seed: int = 0) -> GeneratedStream:
 def test_generated_windows_are_slices_of_the_blocks(block, rows, steps, context, seed):
     stream, source = generated(block, rows, seed), generated(block, rows, seed)
     count = 4 + 12 * steps // block
-    inputs, targets, lag = (
+    inputs, targets, delay = (
         np.concatenate(parts)
         for parts in zip(*[source._generate(number, 0) for number in range(count)], strict=True)
     )
@@ -207,21 +207,19 @@ def test_generated_windows_are_slices_of_the_blocks(block, rows, steps, context,
         assert window.scored == int((window.targets != UNSCORED).sum())
         for boundary, at in ((window.start, position), (window.end, position + steps)):
             assert boundary.done is None
-            assert boundary.next_input is not None
-            assert boundary.next_input.tolist() == inputs[at].tolist()
             assert (boundary.context is None) == (context == 0)
             if boundary.context is not None:
-                assert boundary.context.tolist() == told(targets, lag, at, context)
+                assert boundary.context.tolist() == told(targets, delay, at, context)
         if before is not None:
             assert_same(before, window.start)
         before = window.end
 
 
-def told(targets: np.ndarray, lag: np.ndarray, at: int, context: int) -> list[list[int]]:
+def told(targets: np.ndarray, delay: np.ndarray, at: int, context: int) -> list[list[int]]:
     """Place by place, with a search: the next target that the input so many steps back decides."""
     rows = []
     for input_step in range(at - 1, at - 1 - context, -1):
-        decided = [step for step in range(at, len(lag)) if step - lag[step] == input_step]
+        decided = [step for step in range(at, len(delay)) if step - delay[step] == input_step]
         coming = targets[decided[0]] if decided else np.full(targets.shape[1], UNSCORED)
         rows.append(np.where(coming == UNSCORED, -1, coming).tolist())
     return rows
@@ -241,7 +239,7 @@ def test_a_generated_stream_goes_on_where_another_stood():
 
 def test_a_generated_stream_can_be_asked_for_more_than_before():
     stream, source = generated(10, 2), generated(10, 2)
-    inputs, targets, lag = (
+    inputs, targets, delay = (
         np.concatenate(parts) for parts in zip(*[source._generate(n, 0) for n in range(12)], strict=True)
     )
     position = 0
@@ -251,4 +249,59 @@ def test_a_generated_stream_can_be_asked_for_more_than_before():
         position += steps
         assert (window.end.context is None) == (context == 0)
         if window.end.context is not None:
-            assert window.end.context.tolist() == told(targets, lag, position, context)
+            assert window.end.context.tolist() == told(targets, delay, position, context)
+
+
+# Each boundary is worked out once.
+
+
+def counted(stream: GeneratedStream) -> list[int]:
+    """The places of the boundaries that a stream works out from now on, in order."""
+    places: list[int] = []
+    inner = stream._boundary
+
+    def boundary(at: int, context: int) -> Boundary:
+        places.append(stream._held[0] * stream._block + at)
+        return inner(at, context)
+
+    stream._boundary = boundary  # type: ignore[method-assign]
+    return places
+
+
+def test_the_end_of_a_window_is_the_start_of_the_next():
+    stream = generated(7, 3)
+    places = counted(stream)
+    windows = [stream.window(steps, 6) for steps in (4, 1, 9, 4, 4)]
+    assert places == [0, 4, 5, 14, 18, 22]
+    for before, after in pairwise(windows):
+        assert before.end is after.start
+        assert after.start.context is not None
+
+
+def test_what_moves_a_stream_has_its_boundary_worked_out_anew():
+    """Another context, another level, another place: then the end of the last window is not the start."""
+    curriculum = Curriculum(1, 0.5, lambda level: 10)
+    stream, plain = generated(7, 3, curriculum=curriculum), generated(7, 3, curriculum=curriculum)
+    places = counted(stream)
+
+    def check(steps: int, context: int, wanted: list[int]) -> None:
+        del places[:]
+        window = stream.window(steps, context)
+        assert places == wanted
+        fresh = generated(7, 3, curriculum=curriculum)
+        fresh.position = stream.position - steps
+        assert_same_window(window, fresh.window(steps, context))
+
+    check(4, 6, [0, 4])
+    check(4, 6, [8])
+    check(4, 2, [8, 12])
+    curriculum.level = 2
+    check(4, 2, [12, 16])
+    check(4, 2, [20])
+    place = stream.state_dict()
+    check(4, 2, [24])
+    stream.load_state_dict(place)
+    check(4, 2, [20, 24])
+    stream.to(torch.device("cpu"))
+    check(4, 2, [24, 28])
+    assert plain.position == 0

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from reference import close, grad, gru_cell, laid_out, random, randomize
+from reference import close, grad, laid_out, random, randomize
 from torch import Tensor, nn
 
 from dni_rnn.interface import Interface
-from dni_rnn.pytree import LSTMState, Tree, flatten, map_tree, unflatten
-from dni_rnn.synthesizers import (
-    BackwardGRU,
-    ContextEncoder,
-    ContextMLP,
-    Critic,
-    EmbeddedTokens,
-    MLPSynthesizer,
-    OneHotTokens,
-    Rows,
-)
+from dni_rnn.pytree import LSTMState, Tree, flatten, flatten_rows, map_tree, part, unflatten
+from dni_rnn.synthesizers import ContextEncoder, ContextMLP, Critic, MLPSynthesizer, OneHotTokens, Rows, units
 
 SYMBOLS, WINDOW, ROWS, WIDTH = 5, 3, 4, 6
 
@@ -31,19 +23,16 @@ def tokens(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randint(SYMBOLS, shape or (WINDOW, ROWS), generator=generator)
 
 
-def encoder(kind: str, window: int = WINDOW) -> ContextEncoder:
-    if kind == "gru":
-        return BackwardGRU(SYMBOLS, window, units=3, embedding=2)
-    return OneHotTokens(SYMBOLS, window) if kind == "one-hot" else EmbeddedTokens(SYMBOLS, window, 2)
+def encoder(window: int = WINDOW) -> OneHotTokens:
+    return OneHotTokens(SYMBOLS, window)
 
 
-ENCODERS = ["one-hot", "embedded", "gru"]
-every_encoder = pytest.mark.parametrize("kind", ENCODERS)
+with_or_without_context = pytest.mark.parametrize("conditioned", [False, True])
 
 
-def built(kind: str, generator: torch.Generator, window: int = WINDOW) -> ContextEncoder:
+def built(generator: torch.Generator, window: int = WINDOW) -> OneHotTokens:
     """With weights all of which count, but for the padding's, which is the encoder's business."""
-    made = encoder(kind, window)
+    made = encoder(window)
     made.build(WIDTH, zero=False)
     made.double()
     with torch.no_grad():
@@ -72,7 +61,7 @@ every_message = pytest.mark.parametrize("shape", ["LSTM", "GRU", "vector", "maps
 
 @pytest.mark.parametrize("window", [1, WINDOW])
 def test_one_hot_tokens_are_a_product_with_one_hot_rows(window, generator):
-    made = built("one-hot", generator, window)
+    made = built(generator, window)
     given = tokens(generator, window, ROWS)
     one_hot = torch.zeros(ROWS, window, SYMBOLS, dtype=torch.float64)
     for position, row in itertools.product(range(window), range(ROWS)):
@@ -81,66 +70,25 @@ def test_one_hot_tokens_are_a_product_with_one_hot_rows(window, generator):
     assert len(made(given).unique(dim=0)) > 1
 
 
-@pytest.mark.parametrize("window", [1, WINDOW])
-def test_embedded_tokens_are_a_product_with_their_embeddings(window, generator):
-    made = built("embedded", generator, window)
-    given = tokens(generator, window, ROWS)
-    embed, project = made.get_parameter("embed.weight"), made.get_parameter("project.weight")
-    for row in range(ROWS):
-        side_by_side = torch.cat([embed[given[position, row]] for position in range(window)])
-        close(made(given)[row], project @ side_by_side)
-    assert len(made(given).unique(dim=0)) > 1
-
-
-@pytest.mark.parametrize("window", [1, WINDOW])
-def test_backward_gru_is_a_loop_from_the_far_end(window, generator):
-    made = built("gru", generator, window)
-    given = tokens(generator, window, ROWS)
-    if window > 1:
-        given[1, 2] = given[2, 3] = -1
-    embed, project = made.get_parameter("embed.weight"), made.get_parameter("project.weight")
-    w_ih, w_hh = made.get_parameter("gru.weight_ih_l0"), made.get_parameter("gru.weight_hh_l0")
-    no_bias = torch.zeros(9, dtype=torch.float64)
-    for row in range(ROWS):
-        state = (torch.zeros(1, 3, dtype=torch.float64),)
-        for token in reversed(given[:, row].tolist()):
-            x = torch.zeros_like(embed[:1]) if token == -1 else embed[token : token + 1]
-            state = gru_cell(x, state, w_ih, w_hh, no_bias, no_bias)
-        close(made(given)[row], (state[0] @ project.T)[0])
-    assert len(made(given).unique(dim=0)) > 1
-
-
-def test_past_the_end_a_backward_gru_is_one_of_the_symbols_that_are_left(generator):
-    made = built("gru", generator)
-    given = tokens(generator)
-    given[-1] = -1
-    shorter = built("gru", generator, WINDOW - 1)
-    shorter.load_state_dict(made.state_dict())
-    close(made(given), shorter(given[:-1]))
-    assert not torch.allclose(made(given), made(given.roll(1, 0)))  # unknown first is another matter
-
-
-@pytest.mark.parametrize("kind", ["one-hot", "embedded"])
-def test_an_unknown_token_adds_nothing(kind, generator):
+def test_an_unknown_token_adds_nothing(generator):
     """What is left is the sum over the positions that are known."""
-    made = built(kind, generator)
+    made = built(generator)
     given = tokens(generator)
     nothing = torch.full_like(given, -1)
     assert not made(nothing).any()
     alone = []
     for position in range(WINDOW):
-        part = nothing.clone()
-        part[position] = given[position]
-        alone.append(made(part))
+        one = nothing.clone()
+        one[position] = given[position]
+        alone.append(made(one))
     close(made(given), alone[0] + alone[1] + alone[2])
     given[1, 2] = -1
     close(made(given)[2], (alone[0] + alone[2])[2])
     close(made(given)[0], (alone[0] + alone[1] + alone[2])[0])
 
 
-@every_encoder
-def test_where_nothing_is_known_nothing_is_added_even_after_learning(kind, generator):
-    made = built(kind, generator)
+def test_where_nothing_is_known_nothing_is_added_even_after_learning(generator):
+    made = built(generator)
     optimizer = torch.optim.SGD(made.parameters(), lr=1.0)
     given = tokens(generator)
     given[1] = -1
@@ -151,27 +99,36 @@ def test_where_nothing_is_known_nothing_is_added_even_after_learning(kind, gener
     assert not made(torch.full_like(given, -1)).any()
 
 
-@every_encoder
-def test_labels_are_a_window_of_one(kind, generator):
-    made = built(kind, generator, window=1)
+def test_labels_are_a_window_of_one(generator):
+    made = built(generator, window=1)
     labels = tokens(generator, ROWS)
     assert torch.equal(made(labels), made(labels.unsqueeze(0)))
     assert made(labels).shape == (ROWS, WIDTH)
 
 
-@every_encoder
-def test_integers_of_any_width_will_do(kind, generator):
-    made, given = built(kind, generator), tokens(generator)
+def test_integers_of_any_width_will_do(generator):
+    made, given = built(generator), tokens(generator)
     assert torch.equal(made(given.to(torch.int32)), made(given))
+
+
+def test_an_encoder_says_how_it_is_built():
+    with pytest.raises(NotImplementedError):
+        ContextEncoder().build(WIDTH, zero=True)
+
+
+def test_widths_may_be_parts_of_the_core():
+    assert units([7, Fraction(1, 4), Fraction(1)], 30) == [7, 8, 30]
+    assert units([Fraction(1, 100)], 30) == [1]
+    assert units([], 30) == []
 
 
 # The perceptron.
 
 
 @pytest.mark.parametrize("hidden", [(), (7,), (7, 5)], ids=str)
-@pytest.mark.parametrize("kind", [None, *ENCODERS])
-def test_context_mlp_is_its_equation(hidden, kind, generator):
-    mlp = ContextMLP(3, hidden, 2, encoder(kind) if kind else None).double()
+@with_or_without_context
+def test_context_mlp_is_its_equation(hidden, conditioned, generator):
+    mlp = ContextMLP(3, hidden, 2, encoder() if conditioned else None).double()
     randomize(mlp, generator)
     x, context = random(generator, ROWS, 3), tokens(generator)
     weights = [
@@ -187,12 +144,11 @@ def test_context_mlp_is_its_equation(hidden, kind, generator):
     close(mlp(x, context), a)
 
 
-@every_encoder
-def test_a_missing_context_is_refused(kind):
-    mlp = ContextMLP(3, [4], 2, encoder(kind))
+def test_a_missing_context_is_refused():
+    mlp = ContextMLP(3, [4], 2, encoder())
     with pytest.raises(ValueError, match="must be called with a context"):
         mlp(torch.zeros(ROWS, 3))
-    synthesizer = MLPSynthesizer(torch.zeros(ROWS, 3), [4], context=encoder(kind))
+    synthesizer = MLPSynthesizer(torch.zeros(ROWS, 3), [4], context=encoder())
     with pytest.raises(ValueError, match="must be called with a context"):
         synthesizer(torch.zeros(ROWS, 3))
 
@@ -233,10 +189,10 @@ def says(synthesizer: MLPSynthesizer, message: Tree, context: Any = None, batch_
 
 @every_message
 @pytest.mark.parametrize("hidden", [(), (7,), (7, 5)], ids=str)
-@pytest.mark.parametrize("kind", [None, *ENCODERS])
-def test_it_starts_by_saying_zero_and_can_learn(shape, hidden, kind, generator):
+@with_or_without_context
+def test_it_starts_by_saying_zero_and_can_learn(shape, hidden, conditioned, generator):
     message, batch_dim = messages(generator)[shape]
-    context = encoder(kind) if kind else None
+    context = encoder() if conditioned else None
     synthesizer = MLPSynthesizer(message, hidden, context=context, batch_dim=batch_dim).double()
     interface = Interface(synthesizer, normalize=False, batch_dim=batch_dim).double()
     told = tokens(generator)
@@ -250,7 +206,7 @@ def test_it_starts_by_saying_zero_and_can_learn(shape, hidden, kind, generator):
             parameter -= 0.1 * grad(parameter)
     for leaf in flatten(interface.synthetic_gradient(message, told))[0]:
         assert leaf.any()
-    if kind:
+    if conditioned:
         other = (told + 1) % SYMBOLS
         said = [flatten(says(synthesizer, message, each, batch_dim))[0] for each in (told, other)]
         assert not any(torch.equal(a, b) for a, b in zip(*said, strict=True))
@@ -319,19 +275,59 @@ def test_a_cell_that_ran_away_does_not_reach_the_perceptron(runaway, dtype, gene
     close(said, at_the_bound, rtol=1e-5)
 
 
-def test_reading_the_first_tensor_it_does_not_see_the_others(generator):
-    message = LSTMState(random(generator, 2, ROWS, 3), random(generator, 2, ROWS, 3))
-    synthesizer = MLPSynthesizer(message, [4], reads="first").double()
+class Own(NamedTuple):
+    memory: Tensor
+    output: Tensor
+
+
+READ = {"LSTM": "hidden", "named tuple": "output", "dict": "z", "nested": "deep", "tuple": 1, "last": -1}
+
+
+def states(generator: torch.Generator) -> dict[str, Tree]:
+    """States of several tensors; `READ` names the one that is read, which is not always the first."""
+    a, b, c = random(generator, 2, ROWS, 3), random(generator, 2, ROWS, 3), random(generator, ROWS, 5)
+    return {
+        "LSTM": LSTMState(a, b),
+        "named tuple": Own(c, a),
+        "dict": {"z": a, "b": b, "c": c},
+        "nested": {"shallow": c, "deep": (b, c.clone())},
+        "tuple": (c, b),
+        "last": [c, a, b],
+    }
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("kind", list(READ))
+def test_reading_one_part_it_does_not_see_the_others(kind, bounded, generator):
+    message, leaf = states(generator)[kind], READ[kind]
+    read = part(message, leaf)
+    synthesizer = MLPSynthesizer(message, [4], leaf=leaf, bounded=bounded).double()
     randomize(synthesizer, generator)
-    assert synthesizer.mlp.get_parameter("layers.0.weight").shape == (4, 2 * 3)
+    assert synthesizer.mlp.get_parameter("layers.0.weight").shape == (4, flatten_rows(read).shape[1])
     said = says(synthesizer, message)
-    assert isinstance(said, LSTMState)
-    assert said.hidden.shape == said.cell.shape == (2, ROWS, 3)
-    assert said.cell.any()
-    other_cell = LSTMState(message.hidden, random(generator, 2, ROWS, 3))
-    close(says(synthesizer, other_cell), said, rtol=0, atol=0)
-    other_hidden = LSTMState(random(generator, 2, ROWS, 3), message.cell)
-    assert not torch.allclose(says(synthesizer, other_hidden).cell, said.cell)
+    assert type(said) is type(message)
+    assert [t.shape for t in flatten(said)[0]] == [t.shape for t in flatten(message)[0]]
+    assert all(t.any() for t in flatten(said)[0])
+    # What is said is that of an M on this part alone.
+    rows = flatten_rows(read)
+    close(synthesizer(message), synthesizer.mlp(torch.tanh(rows) if bounded else rows))
+    seen = {id(t) for t in flatten(read)[0]}
+    others = map_tree(lambda t: t if id(t) in seen else t + 1.0, message)
+    close(says(synthesizer, others), said, rtol=0, atol=0)
+    this = map_tree(lambda t: t + 1.0 if id(t) in seen else t, message)
+    assert not torch.allclose(synthesizer(this), synthesizer(message))
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_rows_are_the_tensors_side_by_side_or_one_of_them(bounded, generator):
+    message = LSTMState(random(generator, 2, ROWS, 3), 3.0 * random(generator, 2, ROWS, 3))
+    whole, alone = Rows(bounded=bounded)(message), Rows(leaf="cell", bounded=bounded)(message)
+    for row in range(ROWS):
+        cell = torch.cat([message.cell[layer, row] for layer in range(2)])
+        hidden = torch.cat([message.hidden[layer, row] for layer in range(2)])
+        both = torch.cat([hidden, cell])
+        close(alone[row], cell.tanh() if bounded else cell)
+        close(whole[row], both.tanh() if bounded else both)
 
 
 # Feature maps.
@@ -405,7 +401,7 @@ critic_messages = pytest.mark.parametrize("shape", ["LSTM", "GRU", "vector", "ma
 def test_a_critic_is_the_gradient_of_the_loss_it_predicts(shape, window, weight, generator):
     """Row by row and position by position, written out; of a mean over rows, or of a weighted sum."""
     message, _ = messages(generator)[shape]
-    made = critic_of(message, window, generator, weight=weight, value=7.0)
+    made = critic_of(message, window, generator, weight=weight, loss_weight=7.0)
     given = tokens(generator, window, ROWS)
     given[0, 1] = -1
     leaves, spec = flatten(message)
@@ -478,7 +474,7 @@ def test_what_a_critic_is_trained_on(shape, some_done, normalize, generator):
     wanted = torch.cat([kept(t) for t in flatten(target)[0]])
     size = wanted.square().mean().sqrt() if normalize else 1.0
     errors = (torch.cat([kept(s) for s in said]) - wanted) / size
-    stated = errors.square().mean() + made.value * each[keep].mean()
+    stated = errors.square().mean() + made.loss_weight * each[keep].mean()
     parameters = list(made.parameters())
     close([grad(p) for p in parameters], list(torch.autograd.grad(stated, parameters)))
     close(interface.regression_loss, errors.square().mean().detach())

@@ -18,16 +18,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from dni_rnn.cli import main
-from dni_rnn.config import TrainConfig
+from dni_rnn.config import RecurrentConfig
 from dni_rnn.errors import DivergedError, UsageError
-from dni_rnn.estimators import FullBPTT
+from dni_rnn.estimators.bptt import TruncatedBPTT
+from dni_rnn.estimators.full import FullBPTT
 from dni_rnn.training import checkpoint
 from dni_rnn.training import loop as training
 from dni_rnn.training import run_directory as runs
 from dni_rnn.training.checkpoint import load_checkpoint
-from dni_rnn.training.loop import SAMPLED, Interrupted, Learner, train
+from dni_rnn.training.loop import Interrupted, train
+from dni_rnn.training.recurrent import SAMPLED, RecurrentLearner
 from dni_rnn.training.run_directory import Run
 from dni_rnn.training.sampling import sample
 from dni_rnn_tasks.recall import Recall
@@ -65,7 +68,7 @@ def text(tmp_path):
 
 def open_run(out, task, **settings):
     name = type(task).__name__.lower()
-    return Run(out, name, task, TrainConfig(**{**SMALL, **settings}, out=out))
+    return Run(out, name, task, RecurrentConfig(**{**SMALL, **settings}, out=out).resolved)
 
 
 def fit(out, task, **settings):
@@ -74,7 +77,7 @@ def fit(out, task, **settings):
 
 def learner_of(task, **settings):
     """A learner as `train` makes it."""
-    return Learner(TrainConfig(**{**SMALL, **settings}), task.load(None), torch.device("cpu"))
+    return RecurrentLearner(RecurrentConfig(**{**SMALL, **settings}), task.load(None), torch.device("cpu"))
 
 
 def flags(**settings):
@@ -136,17 +139,62 @@ def message(capsys):
 
 def after_update(monkeypatch, step, act):
     """Do something right after one update, as the outside world would."""
-    update = Learner.update
+    update = RecurrentLearner.update
 
     def hooked(self):
         update(self)
-        if self.step == step:
+        if self.counters.step == step:
             act(self)
 
-    monkeypatch.setattr(Learner, "update", hooked)
+    monkeypatch.setattr(RecurrentLearner, "update", hooked)
 
 
 # Interrupted and resumed: the same numbers to the last bit
+
+
+class Forgetful(nn.Module):
+    """A core that this project did not write: its state is a dict, and it begins at a state that is learnt."""
+
+    output_leaf = "h"
+
+    def __init__(self, input_size, hidden_size, num_layers):
+        super().__init__()
+        self.output_size = hidden_size
+        self.first = nn.Parameter(0.5 * torch.ones(hidden_size))
+        self.cell = nn.GRUCell(input_size, hidden_size)
+
+    def initial_state(self, batch_size):
+        return {"age": torch.zeros(batch_size, 1), "h": self.first.detach().expand(batch_size, -1).clone()}
+
+    def forward(self, inputs, state):
+        outputs, h = [], state["h"]
+        for x in inputs:
+            h = self.cell(x, h)
+            outputs.append(h)
+        return torch.stack(outputs), {"age": state["age"] + len(inputs), "h": h}
+
+
+class Remembering(TruncatedBPTT):
+    """An estimator with a memory: each row is pulled to the mean of its outputs so far."""
+
+    def __init__(self, share, penalty=None):
+        super().__init__(penalty)
+        self.share = share
+
+    def init_memory(self, model, batch_size):
+        return {"mean": torch.zeros(batch_size, model.core.rnn.output_size)}
+
+    def forward(self, model, windows, state, weight, memory=()):
+        self.mean = memory["mean"]
+        estimate = super().forward(model, windows, state, weight)
+        return estimate._replace(memory={"mean": self.mean})
+
+    def leave(self, model, window, outputs, state, weight):
+        mean = outputs.mean(0)
+        apart = (mean - self.mean).square().sum()
+        self.mean = torch.lerp(self.mean, mean.detach(), self.share)
+        return [weight * apart]
+
 
 METHODS = {
     "bptt": {},
@@ -158,14 +206,17 @@ METHODS = {
         "scale": 0.5,
         "audit": 7,
     },
-    "aux": {"dni": True, "aux": True, "context": "next-tokens:2:4"},
-    "next-output": {"dni": True, "reading": "next-output", "synthesizer_reads": "state", "layers": 2},
+    "aux": {"dni": True, "aux": True, "context": "next-tokens:2"},
+    "whole state": {"dni": True, "synthesizer_reads": "state", "layers": 2},
     "accumulate": {"dni": True, "accumulate": 2, "core": "gru", "clip": 0.0},
-    "gru": {"dni": True, "context": "gru:4:6"},
+    "restore": {"restore": 0.5, "lr": 0.05},
+    "full": {"estimator": "full", "accumulate": 2, "restore": 0.5},
+    "own core": {"dni": True, "core": "test_training:Forgetful"},
+    "own estimator": {"estimator": "test_training:Remembering,share=0.2"},
     "critic": {"dni": True, "critic": True, "context": "next-tokens:3", "synthesizer": "mlp:7"},
     "several passes": {"dni": True, "context": "next-tokens:3", "eval_every": 300, "log_every": 1},
     "annealed": {"dni": True, "context": "next-tokens:3", "synthesizer_lr": 0.02, "anneal": True},
-    "shortened": {"dni": True, "context": "next-tokens:3", "shorten": 0.6, "accumulate": 2},
+    "shortened": {"dni": True, "context": "next-tokens:3", "random_truncation": 0.6, "accumulate": 2},
     "recall": {"dni": True, "context": "next-tokens:4", "bptt": 60, "eval_every": 2400},
     "copy": {"dni": True, "context": "next-tokens:4", "lr": 0.02, "bptt": 3, "eval_every": 100},
 }
@@ -461,7 +512,7 @@ def test_a_diverged_run_is_not_saved_on_its_way_out(text, tmp_path, monkeypatch)
 
 
 def test_a_validation_loss_that_is_not_a_number(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(Learner, "evaluate", lambda *_: {"bpc": math.nan})
+    monkeypatch.setattr(RecurrentLearner, "evaluate", lambda *_: {"bpc": math.nan})
     with pytest.raises(
         DivergedError, match="update 20: the validation loss is not finite; no checkpoint yet"
     ):
@@ -504,6 +555,22 @@ def test_resuming_with_other_settings_is_refused(changed, named, text, tmp_path,
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_a_run_of_an_older_version_is_refused_in_one_line(text, tmp_path, capsys):
+    """With settings that are gone, as the version before wrote them."""
+    out = tmp_path / "run"
+    fit(out, Text(path=text), steps=5)
+    about = json.loads((out / "config.json").read_text())
+    about["config"] |= {"reading": "boundary", "shorten": 0.0, "restore": 0.1}
+    del about["config"]["random_truncation"], about["config"]["estimator"]
+    (out / "config.json").write_text(json.dumps(about))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    resume = ["train", "text", str(text), *flags(steps=10), "--out", str(out), "--resume"]
+    for command in (resume, *([verb, str(out)] for verb in ("eval", "sample", "diagnose"))):
+        assert main(command) == 2
+        assert message(capsys) == "dni-rnn: this run was made by another version: unknown setting reading"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 @pytest.mark.parametrize("task", [Text(path=Path("words.txt"), test_fraction=0.1), Recall(delay=2)])
 def test_resuming_another_task_is_refused(task, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -526,8 +593,8 @@ def test_what_may_change_when_a_run_is_resumed(text, tmp_path):
 
 def test_every_other_setting_is_checked():
     """A new setting is checked on resume unless it is listed as harmless."""
-    harmless = TrainConfig.free
-    assert harmless < {field.name for field in dataclasses.fields(TrainConfig)}
+    harmless = RecurrentConfig.changeable
+    assert harmless < {field.name for field in dataclasses.fields(RecurrentConfig)}
     assert not harmless & {"seed", "lr", "hidden", "eval_every", "accumulate", "context", "batch_size"}
 
 
@@ -554,7 +621,7 @@ def test_a_read_only_folder(text, tmp_path):
 
 def test_too_little_space_is_noticed_before_training(text, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    monkeypatch.setattr(Learner, "update", lambda _: pytest.fail("it trained"))
+    monkeypatch.setattr(RecurrentLearner, "update", lambda _: pytest.fail("it trained"))
     with pytest.raises(UsageError, match=r"0 MB free, but checkpoints need") as error:
         fit(tmp_path / "run", Text(path=text), steps=5)
     one_line(error)
@@ -675,7 +742,7 @@ def test_annealed_rates_follow_a_cosine_over_the_budget(budget, updates, text):
     for step in range(updates):
         learner.update()
         factor = math.cos(math.pi * step / updates / 2) ** 2  # half angle
-        assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx(
+        assert [group["lr"] for group in learner.record.optimizer.param_groups] == pytest.approx(
             [0.01 * factor, 0.03 * factor]
         )
 
@@ -689,14 +756,14 @@ def test_shortened_windows_miss_no_symbol_and_have_every_length(text):
         whole.window = lambda steps, context: found.append(taken(steps, context)) or found[-1]
         for _ in range(updates):
             learner.update()
-        assert learner.symbols == sum(w.inputs.numel() for w in found)
+        assert learner.counters.symbols == sum(w.inputs.numel() for w in found)
         return found
 
-    cut = windows(shorten=0.6)
+    cut = windows(random_truncation=0.6)
     lengths = [len(w.inputs) for w in cut]
     assert 0.4 < sum(n < 4 for n in lengths) / len(lengths) < 0.5  # 0.6 of them, of which a quarter draws 4
     assert set(lengths) == {1, 2, 3, 4}
-    assert lengths != [len(w.inputs) for w in windows(shorten=0.6, seed=1)]
+    assert lengths != [len(w.inputs) for w in windows(random_truncation=0.6, seed=1)]
     read = torch.cat([w.inputs for w in cut])
     even = torch.cat([w.inputs for w in windows()])[: len(read)]
     assert torch.equal(read[: len(even)], even)
@@ -704,16 +771,16 @@ def test_shortened_windows_miss_no_symbol_and_have_every_length(text):
 
 def test_annealing_without_a_budget_ends_with_the_pass(text):
     learner = learner_of(Text(path=text), anneal=True)
-    while learner.symbols < learner.one_pass:
+    while learner.counters.symbols < learner.one_pass:
         learner.update()
-    assert learner.optimizer.param_groups[0]["lr"] < 0.01 * 0.002
+    assert learner.record.optimizer.param_groups[0]["lr"] < 0.01 * 0.002
 
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_budget_in_minutes_is_training_time(stopped, text, tmp_path, monkeypatch):
     """Updates of one second each, and validations of an hour, which are not counted."""
     clock = fake_clock(monkeypatch)
-    update, evaluate_ = Learner.update, Learner.evaluate
+    update, evaluate_ = RecurrentLearner.update, RecurrentLearner.evaluate
 
     def timed_update(self):
         clock.now += 1.0
@@ -723,8 +790,8 @@ def test_a_budget_in_minutes_is_training_time(stopped, text, tmp_path, monkeypat
         clock.now += 3600.0
         return evaluate_(self, split, level)
 
-    monkeypatch.setattr(Learner, "update", timed_update)
-    monkeypatch.setattr(Learner, "evaluate", timed_evaluate)
+    monkeypatch.setattr(RecurrentLearner, "update", timed_update)
+    monkeypatch.setattr(RecurrentLearner, "evaluate", timed_evaluate)
     out = tmp_path / "run"
     if stopped:
         with monkeypatch.context() as patch:
@@ -750,20 +817,20 @@ def test_a_budget_in_minutes_ends_with_a_validation(text, tmp_path, monkeypatch)
 
 def test_seconds_count_training_alone(text, tmp_path, monkeypatch):
     clock = fake_clock(monkeypatch)
-    evaluate_ = Learner.evaluate
+    evaluate_ = RecurrentLearner.evaluate
 
     def timed(self, split, level):
         clock.now += 3600.0
         return evaluate_(self, split, level)
 
-    update = Learner.update
+    update = RecurrentLearner.update
 
     def timed_update(self):
         clock.now += 1.0
         update(self)
 
-    monkeypatch.setattr(Learner, "evaluate", timed)
-    monkeypatch.setattr(Learner, "update", timed_update)
+    monkeypatch.setattr(RecurrentLearner, "evaluate", timed)
+    monkeypatch.setattr(RecurrentLearner, "update", timed_update)
     summary = fit(tmp_path / "run", Text(path=text), steps=50)
     assert summary["seconds"] == 50.0
     assert summary["symbols_per_second"] == PER_UPDATE
@@ -794,13 +861,13 @@ def test_how_often_a_run_is_saved(every, saved, text, tmp_path, monkeypatch):
 
 def test_results_of_a_run(text, tmp_path, monkeypatch, capsys):
     """Best weights, results and what `dni-rnn eval` says about them; the rate is so high that it worsens."""
-    splits, evaluate_ = [], Learner.evaluate
+    splits, evaluate_ = [], RecurrentLearner.evaluate
 
     def note(self, split, level):
         splits.append(split)
         return evaluate_(self, split, level)
 
-    monkeypatch.setattr(Learner, "evaluate", note)
+    monkeypatch.setattr(RecurrentLearner, "evaluate", note)
     out = tmp_path / "run"
     summary = fit(
         out,
@@ -872,7 +939,7 @@ def test_config_json(text, tmp_path):
     run = open_run(out, Text(path=text), steps=5, dni=True, scale=0.5)
     train(run, quiet=True)
     written = json.loads((out / "config.json").read_text())
-    assert written["config"].keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert written["config"].keys() == {field.name for field in dataclasses.fields(RecurrentConfig)}
     assert {name: written["config"][name] for name in SMALL} == SMALL
     assert written["config"]["scale"] == 0.5
     assert written["config"]["clip"] == 1.0  # a default, resolved
@@ -885,7 +952,7 @@ def test_config_json(text, tmp_path):
     assert written["versions"].keys() == {"dni-rnn", "torch", "numpy", "safetensors"}
     assert all(written["versions"].values())
     assert written["python"] == ".".join(map(str, sys.version_info[:3]))
-    if (Path(runs.__file__).parents[1] / ".git").exists():
+    if (Path(runs.__file__).parents[2] / ".git").exists():
         assert re.fullmatch(r"[0-9a-f]{12}\+?", written["commit"])
     else:
         assert written["commit"] is None
@@ -900,7 +967,7 @@ def test_metrics_rows(text, tmp_path):
     training_rows = [row for row in lines if "bpc" in row]
     assert [row["step"] for row in training_rows] == [*range(5, 41, 5), 42]
     assert [row["symbols"] for row in training_rows] == [PER_UPDATE * row["step"] for row in training_rows]
-    names = {"step", "symbols", "bpc", "state_rms", "gradient_norm", "synthesizer_loss", "target_size"}
+    names = {"step", "symbols", "bpc", "state_rms", "gradient_norm", "synthesizer_loss", "target_rms"}
     assert all(row.keys() == names | TIMES for row in training_rows)
     assert [row["step"] for row in lines if "valid_bpc" in row] == [20, 40, 42]
     assert all(
@@ -959,7 +1026,7 @@ def saved_bytes(learner, windows, estimator):
             nonlocal now
             now -= self.tensor.nbytes
 
-    stretch = [learner.stream.window(learner.config.bptt, learner.context) for _ in range(windows)]
+    stretch = [learner.stream.window(learner.config.bptt, learner.config.context_window) for _ in range(windows)]
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
         estimator(learner.model, stretch, learner.state, learner.config.weight)
     assert now == 0
@@ -996,24 +1063,24 @@ def test_no_tensor_outlives_its_update(settings, text):
         if step in (5, 50):
             counts.append(live_tensors())
     assert counts[0] == counts[1]
-    kept = [learner.loss + i for i in range(3)]
+    kept = [learner.record.averages["loss"] + i for i in range(3)]
     assert live_tensors() == counts[1] + len(kept)
 
 
-def test_without_a_synthesizer_the_restoring_force_is_what_is_left(text):
-    """The same updates as with an M that has no weight; other ones than without the force."""
+def test_the_state_penalty_is_the_same_with_and_without_synthetic_gradients(text):
+    """The same updates as with an M that has no weight; other ones than without the penalty."""
     weights = {}
     for name, settings in {
-        "none": {"dni": True, "synthesizer": "none", "restore": 0.5},
+        "penalty": {"restore": 0.5},
         "weightless": {"dni": True, "synthesizer": "linear", "scale": 0.0, "restore": 0.5},
-        "no force": {"dni": True, "synthesizer": "none", "restore": 0.0},
-        "truncated": {"dni": False},
+        "weightless, no penalty": {"dni": True, "synthesizer": "linear", "scale": 0.0, "restore": 0.0},
+        "truncated": {},
     }.items():
         learner = learner_of(Text(path=text), **settings)
-        assert name == "weightless" or not learner.synthesizer
+        assert bool(learner.record.synthesizer) == learner.config.dni
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for parameter in learner.net:
+            for parameter in learner.record.net:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
             biases = dict(learner.model.core.rnn.named_parameters())["bias_hh_l0"]
             biases.chunk(4)[1].fill_(5.0)  # cells that keep what is beyond ±3
@@ -1021,15 +1088,29 @@ def test_without_a_synthesizer_the_restoring_force_is_what_is_left(text):
             leaf.copy_(6.0 * torch.randn(leaf.shape, generator=generator))
         for _ in range(5):
             learner.update()
-        weights[name] = torch.cat([parameter.detach().flatten() for parameter in learner.net])
-    torch.testing.assert_close(weights["none"], weights["weightless"])
-    torch.testing.assert_close(weights["no force"], weights["truncated"])
-    assert (weights["none"] - weights["truncated"]).abs().max() > 1e-3
+        weights[name] = torch.cat([parameter.detach().flatten() for parameter in learner.record.net])
+    torch.testing.assert_close(weights["penalty"], weights["weightless"])
+    torch.testing.assert_close(weights["weightless, no penalty"], weights["truncated"])
+    assert (weights["penalty"] - weights["truncated"]).abs().max() > 1e-3
+
+
+def test_what_the_strength_of_the_penalty_is_by_default(text):
+    """Of `build_estimator`, whoever made the configuration: 0.1 with --dni, none without."""
+    for settings, strength in (
+        ({"dni": True}, 0.1),
+        ({"dni": True, "restore": 0.0}, None),
+        ({"dni": True, "restore": 0.7}, 0.7),
+        ({}, None),
+        ({"restore": 0.7}, 0.7),
+        ({"estimator": "full", "restore": 0.7}, 0.7),
+    ):
+        penalty = learner_of(Text(path=text), **settings).estimator.penalty
+        assert (None if penalty is None else penalty.strength) == strength, settings
 
 
 def test_an_audit_changes_nothing_but_the_trust(text):
-    learner = Learner(
-        TrainConfig(**SMALL, dni=True, synthesizer="mlp", audit=1000),
+    learner = RecurrentLearner(
+        RecurrentConfig(**SMALL, dni=True, synthesizer="mlp", audit=1000),
         Text(path=text).load(None),
         torch.device("cpu"),
     )
@@ -1037,13 +1118,13 @@ def test_an_audit_changes_nothing_but_the_trust(text):
         learner.update()
     before, values = learner.state_dict()
     before = {name: tensor.clone() for name, tensor in before.items()}
-    gradients = [p.grad.clone() for p in learner.net if p.grad is not None]
-    assert len(gradients) == len(learner.net)
+    gradients = [p.grad.clone() for p in learner.record.net if p.grad is not None]
+    assert len(gradients) == len(learner.record.net)
     learner._audit()
     after, values_after = learner.state_dict()
     assert values_after == values
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {"model.core.interface.audited", "model.core.interface.trust"}
-    kept = [p.grad for p in learner.net if p.grad is not None]
+    kept = [p.grad for p in learner.record.net if p.grad is not None]
     assert all(torch.equal(a, b) for a, b in zip(kept, gradients, strict=True))
     assert 0.0 <= learner.metrics()["trust"] <= 1.0

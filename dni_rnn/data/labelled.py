@@ -43,7 +43,7 @@ class Examples:
 
     @property
     def outputs(self) -> int:
-        """What a net must say for a row: a logit per class, or per bit."""
+        """What a net must predict for a row: a logit per class, or per bit."""
         targets = self.train[1]
         return len(self.symbols) if targets.ndim == 1 else targets.shape[1]
 

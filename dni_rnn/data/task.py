@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from dni_rnn.config import RunConfig, TrainConfig
+from dni_rnn.config import RecurrentConfig, RunConfig
 from dni_rnn.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,8 +54,11 @@ class Task(Protocol):
 
     It may have `presets`, a class attribute: names for `--preset` -> `dni_rnn.config.Preset`. The one
     named "default" holds without `--preset`.
-    What trains it is named by a class attribute `config`, a subclass of `dni_rnn.config.RunConfig`;
-    without one it is a task for a recurrent net, `TrainConfig`.
+    Its runs are described by a class attribute `config`, a subclass of `dni_rnn.config.RunConfig`; without
+    one it is a task for a recurrent net, `RecurrentConfig`. What trains it is the learner of that kind of
+    configuration, or what its static method `learner` returns (a `dni_rnn.training.learner.Learner`); in
+    processes of their own, its parts are trained by `dni_rnn.distributed.chain.ChainPart`, or by what its
+    static method `part` returns. Both import what they return when they are called.
     """
 
     def load(self, data_dir: Path | None) -> Any:
@@ -123,7 +126,7 @@ class Corpus:
 
 def config_of(task: type) -> type[RunConfig]:
     """The configuration that a task is trained with: its `config`, or that of a recurrent net."""
-    return getattr(task, "config", TrainConfig)
+    return getattr(task, "config", RecurrentConfig)
 
 
 def installed_tasks() -> dict[str, type]:

@@ -14,12 +14,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dni_rnn.config import FeedforwardConfig
-from dni_rnn.data.labelled import Examples
+from dni_rnn.data.labelled import Batches, Examples
+from dni_rnn.data.task import Split
 from dni_rnn.distributed.part import ProcessPart
 from dni_rnn.distributed.processes import Processes
 from dni_rnn.distributed.transport import GRADIENT, MESSAGE, Incoming, Layout, Outgoing, Packet
-from dni_rnn.feedforward import messages_of, split
-from dni_rnn.training.feedforward import LayeredLearner, context_of, loss_of, wrong
+from dni_rnn.feedforward import Decoupled, messages_of, split
+from dni_rnn.training.feedforward import (
+    build_model,
+    context_of,
+    error_rate,
+    loss_of,
+    memory_format,
+    planned_updates,
+    rate_factor,
+    wrong,
+)
+from dni_rnn.training.learner import TrainingRecord, adam
 from dni_rnn.training.run_directory import Run
 
 FORGET = 4
@@ -34,7 +45,7 @@ class Kept(NamedTuple):
     updates: int  # of the part, that with this message included
 
 
-class ChainPart(ProcessPart, LayeredLearner):
+class ChainPart(ProcessPart):
     """One part of a cut net in training, in a process of its own.
 
     Attributes:
@@ -50,22 +61,45 @@ class ChainPart(ProcessPart, LayeredLearner):
     def __init__(
         self, run: Run, config: FeedforwardConfig, data: Examples, device: torch.device, processes: Processes
     ) -> None:
+        config = config.resolved
         super().__init__(run, config, data, device, processes)
-        parts = self.model.parts
+        self.model = build_model(config, data).to(device)
+        self.model.to(memory_format=memory_format(config))  # pyright: ignore[reportCallIssue]
+        parts: Any = self.model.parts
         if config.method == "bprop":
             parts = split(self.model.parts[0], config.cut_positions)  # type: ignore[arg-type]
         self.parts: Any = parts
         interfaces: Any = self.model.interfaces
         self.interfaces: list[Any] = [*interfaces, *[None] * (len(parts) - len(interfaces))]
         self.part, self.interface = parts[self.rank], self.interfaces[self.rank]
-        self.modules = self.modules_of(self.rank)
-        groups = [{"params": list(self.part.parameters()), "base": config.lr}]
+        groups = [(list(self.part.parameters()), config.lr or 0.0)]
         if self.interface is not None:
-            groups.append({"params": list(self.interface.parameters()), "base": config.synthesizer_lr})
-        self.optimizer = torch.optim.Adam(groups, fused=True)
+            groups.append((list(self.interface.parameters()), config.synthesizer_lr or 0.0))
+        net, synthesizer = self.model.net_parameters(), self.model.synthesizer_parameters()
+        self.record = TrainingRecord(
+            self.modules_of(self.rank), net, synthesizer, adam(groups, device), (), device
+        )
+        self.batches = Batches(data, "train", config.batch_size, device, config.seed, config.augment)
+        self.steps = planned_updates(config, self.batches)
+        self.one_pass = self.steps * self.batches.batch_size
         self.last = self.rank == processes.size - 1
         self.kept: dict[int, Kept] = {}
         self.lost = 0
+        self.reset_metrics()
+
+    @staticmethod
+    def build(config: FeedforwardConfig, data: Examples) -> Decoupled:
+        return build_model(config, data)
+
+    @staticmethod
+    def score(
+        model: Decoupled, data: Examples, split: Split, device: torch.device, level: int | None = None
+    ) -> dict[str, float]:
+        return {"error": error_rate(model, data, split, device)}
+
+    @property
+    def ended(self) -> bool:
+        return self.counters.step >= self.steps
 
     def modules_of(self, rank: int) -> dict[str, nn.Module]:
         interface = self.interfaces[rank]
@@ -89,22 +123,20 @@ class ChainPart(ProcessPart, LayeredLearner):
             self.back = [Outgoing(rank - 1, Layout([message]), capacity, back)]
 
     def update(self) -> None:
-        x, targets = self.batches.batch(self.step)
+        x, targets = self.batches.batch(self.counters.step)
         self.learn(x, targets)
         self.watch.beat()
-        self.step += 1
-        self.updates += 1
-        self.symbols += len(x)
+        self.counters.advance(len(x))
 
     def take_message(self, packet: Packet) -> None:
         x, targets = (tensor.to(self.device) for tensor in packet.tensors)
         self.learn(x, targets)
 
     def learn(self, x: Tensor, targets: Tensor) -> None:
-        """Learn from the message `self.step`, hand it on, and answer it with its gradient."""
-        config, number = self.config, self.step
+        """Learn from the message `self.counters.step`, hand it on, and answer it with its gradient."""
+        config, number = self.config, self.counters.step
         self._collect()
-        self.set_rates(self.rate())
+        self.record.set_rates(rate_factor(config, number, self.steps))
         x = x.detach().requires_grad_(self.rank > 0)
         out = self.part(x)
         for link in self.onward:
@@ -120,12 +152,12 @@ class ChainPart(ProcessPart, LayeredLearner):
             loss = self.interface.send(out, context)
         else:
             loss, gradient = out, self._gradient(number)
-        self.optimizer.zero_grad()
+        self.record.optimizer.zero_grad()
         loss.backward(gradient)
         for link in self.back:
             assert x.grad is not None
             link.put(Packet(GRADIENT, number, [x.grad], self.seen))
-        self.optimizer.step()
+        self.record.optimizer.step()
         self.own_updates += 1
 
     def _gradient(self, number: int) -> Tensor:
@@ -158,9 +190,9 @@ class ChainPart(ProcessPart, LayeredLearner):
         if kept is None:
             return
         gradient = packet.tensors[0].to(self.device)
-        self.optimizer.zero_grad()
+        self.record.optimizer.zero_grad()
         self.interface.receive(kept.message, kept.context).backward(gradient)
-        self.optimizer.step()
+        self.record.optimizer.step()
         self.stale.append(self.own_updates - kept.updates)
 
     def _forget(self, number: int) -> None:

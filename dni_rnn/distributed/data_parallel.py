@@ -21,16 +21,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dni_rnn.config import TrainConfig
+from dni_rnn.config import RecurrentConfig
 from dni_rnn.data.streams import Stream
 from dni_rnn.data.task import Data
 from dni_rnn.distributed.processes import Processes, device_of, lead_or_follow, reaching
-from dni_rnn.estimators import Window
 from dni_rnn.interface import Interface
+from dni_rnn.penalty import StatePenalty
 from dni_rnn.pytree import flatten_rows, map_tree
-from dni_rnn.recurrent import Boundary
-from dni_rnn.training.loop import Learner, load_data, prepare, resume
+from dni_rnn.training.loop import load_data, prepare, resume
+from dni_rnn.training.recurrent import RecurrentLearner
 from dni_rnn.training.run_directory import Run
+from dni_rnn.window import Boundary, Window
 
 END, UPDATE, STATE, STATE_RMS = range(4)
 """What all do together."""
@@ -45,13 +46,13 @@ def train_rows(run: Run, processes: Processes) -> dict[str, Any] | None:
       LostError: another process has died or hangs.
     """
     rank, config = processes.rank, run.config
-    assert isinstance(config, TrainConfig)
+    assert isinstance(config, RecurrentConfig)
     device = processes.together(lambda: device_of(processes, config.device))
     data = processes.together(lambda: load_data(run))
     learner = processes.together(lambda: RowsLearner(config, data, device, processes))
     progress = processes.together(lambda: prepare(run, learner) if rank == 0 else None)
     processes.together(lambda: resume(run, learner) if rank else None)
-    processes.agree({"the update of the checkpoint": learner.step})
+    processes.agree({"the update of the checkpoint": learner.counters.step})
     return lead_or_follow(run, learner, progress)
 
 
@@ -60,7 +61,7 @@ class RowsOf:
 
     def __init__(self, stream: Stream, rows: slice) -> None:
         self._stream, self._rows = stream, rows
-        self.batch_size, self.ladder, self.size = rows.stop - rows.start, stream.ladder, stream.size
+        self.batch_size, self.curriculum, self.size = rows.stop - rows.start, stream.curriculum, stream.size
         self.state_dict, self.load_state_dict = stream.state_dict, stream.load_state_dict
 
     def window(self, steps: int, context: int) -> Window:
@@ -80,22 +81,24 @@ class RowsOf:
         return self
 
 
-class RowsLearner(Learner):
+class RowsLearner(RecurrentLearner):
     """A recurrent model in training on some rows of every window, together with other processes.
 
     All processes hold the same weights and, summed over all rows, the same statistics of the synthesizers.
     """
 
-    def __init__(self, config: TrainConfig, data: Data, device: torch.device, processes: Processes) -> None:
+    def __init__(
+        self, config: RecurrentConfig, data: Data, device: torch.device, processes: Processes
+    ) -> None:
         super().__init__(config, data, device)
         self.processes = processes
         rows = config.batch_size // processes.size
         self.rows = slice(processes.rank * rows, (processes.rank + 1) * rows)
         self.stream = RowsOf(self.stream, self.rows)
-        self.state = self.model.initial_state(rows)
+        self.begin_rows(rows)
         for module in (*self.model.modules(), *self.estimator.modules()):
-            if isinstance(module, Interface):
-                module.total = total
+            if isinstance(module, Interface | StatePenalty):
+                module.all_reduce = all_reduce
 
     def recorded(self, step: Callable[..., None]) -> Callable[..., None]:
         """As it is: an update waits for the other processes."""
@@ -120,10 +123,10 @@ class RowsLearner(Learner):
 
     def _order(self, order: int = END, code: int = 0) -> tuple[int, int]:
         """Tell the others what to do; in the others, what to do."""
-        said = torch.tensor([order, code])
+        message = torch.tensor([order, code])
         with reaching("another process"):
-            dist.broadcast(said, src=0)
-        return int(said[0]), int(said[1])
+            dist.broadcast(message, src=0)
+        return int(message[0]), int(message[1])
 
     def _begin(self, order: int) -> None:
         if self.processes.rank == 0:
@@ -133,28 +136,29 @@ class RowsLearner(Learner):
         self._begin(UPDATE)
         super().update()
 
-    def collect(self, loss: Tensor) -> Tensor:
-        gradients = [p.grad for p in (*self.net, *self.synthesizer) if p.grad is not None]
-        *_, summed = total_([*gradients, loss.reshape(1)])
+    def all_reduce(self, loss: Tensor) -> Tensor:
+        parameters = (*self.record.net, *self.record.synthesizer)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        *_, summed = all_reduce_([*gradients, loss.reshape(1)])
         return summed.reshape(())
 
     def state_rms(self) -> float:
         self._begin(STATE_RMS)
         rows = flatten_rows(self.state)
-        squares = total(rows.square().sum()) / (rows.shape[1] * self.config.batch_size)
+        squares = all_reduce(rows.square().sum()) / (rows.shape[1] * self.config.batch_size)
         return float(squares.sqrt())
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         self._begin(STATE)
-        mine = self.state
-        self.state = map_tree(self._whole, mine)
+        mine = self.state, self.memory
+        self.state, self.memory = map_tree(self._whole, mine)
         try:
             return super().state_dict()
         finally:
-            self.state = mine
+            self.state, self.memory = mine
 
     def _whole(self, leaf: Tensor) -> Tensor:
-        """A leaf of the state with the rows of all processes."""
+        """A leaf with the rows of all processes."""
         parts = [torch.empty_like(leaf) for _ in range(self.processes.size)]
         with reaching("another process"):
             dist.all_gather(parts, leaf.contiguous())
@@ -165,13 +169,13 @@ class RowsLearner(Learner):
         super().load_state_dict(tensors | mine, values)
 
 
-def total(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes."""
-    (summed,) = total_([tensor.clone()])
+    (summed,) = all_reduce_([tensor.clone()])
     return summed
 
 
-def total_(tensors: list[Tensor]) -> Iterable[Tensor]:
+def all_reduce_(tensors: list[Tensor]) -> Iterable[Tensor]:
     """Sum each of several tensors over all processes, in place and in one message."""
     flat = tensors[0] if len(tensors) == 1 else torch.cat([tensor.flatten() for tensor in tensors])
     with reaching("another process"):

@@ -7,7 +7,6 @@ save, end) come the same way as messages, so that each part carries them out aft
 from __future__ import annotations
 
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from dni_rnn.data.task import Split
 from dni_rnn.distributed.heartbeat import BEAT_SECONDS, Watch
-from dni_rnn.distributed.processes import Processes, device_of, lead_or_follow
+from dni_rnn.distributed.processes import Processes
 from dni_rnn.distributed.transport import (
     END,
     GATHER,
@@ -31,38 +30,16 @@ from dni_rnn.distributed.transport import (
     Packet,
 )  # fmt: skip
 from dni_rnn.training import checkpoint
-from dni_rnn.training.loop import BaseLearner, load_data, prepare, stop_requests, writing_failed
+from dni_rnn.training.learner import Learner, begin
+from dni_rnn.training.loop import stop_requests, writing_failed
 from dni_rnn.training.run_directory import MetricsLog, Run
 
 
-def train_part(run: Run, processes: Processes) -> dict[str, Any] | None:
-    """Train the part of this process; returns the summary in process 0, None in the others.
+class ProcessPart(Learner):
+    """One part in training, in a process of its own.
 
-    Raises:
-      UsageError, DivergedError, Interrupted: as `dni_rnn.training.loop.train`; in the other processes
-        `ReportedElsewhere` for what may happen before the training, and afterwards the exit code.
-      LostError: another process has died or hangs.
-    """
-    config: Any = run.config
-    rank = processes.rank
-    device = processes.together(lambda: device_of(processes, config.device))
-    data = processes.together(lambda: load_data(run))
-    own = run if rank == 0 else Run(run.path / f"part{rank}", run.task_name, run.task, config)
-    module, _, name = config.part_learner.partition(":")
-    learner: ProcessPart = getattr(import_module(module), name)(own, config, data, device, processes)
-    progress = processes.together(lambda: prepare(run, learner) if rank == 0 else None)
-    start = processes.gather(learner.step)[0]
-    processes.together(lambda: learner.prepare_part(start) if rank else None)
-    learner.connect()
-    learner.connect_weights()
-    return lead_or_follow(run, learner, progress)
-
-
-class ProcessPart(BaseLearner):
-    """One part in training, in a process of its own. Comes before another learner among the bases.
-
-    A subclass says which modules a process has, opens the links, and does something with messages and with
-    the gradients that come back.
+    A subclass builds its model and record, says which modules a process has, opens the links, and does
+    something with messages and with the gradients that come back.
 
     Attributes:
       source: the link on which messages and orders come; None in process 0.
@@ -79,6 +56,7 @@ class ProcessPart(BaseLearner):
 
     def __init__(self, run: Run, config: Any, data: Any, device: torch.device, processes: Processes) -> None:
         super().__init__(config, data, device)
+        begin(config)
         self.run, self.processes, self.rank = run, processes, processes.rank
         self.watch = Watch(processes, config.timeout)
         self.onward: list[Outgoing] = []
@@ -153,7 +131,7 @@ class ProcessPart(BaseLearner):
 
     def _save_if(self, order: Packet) -> None:
         if order.kind == SAVE:
-            self.step = order.number
+            self.counters.step = order.number
             self._save()
 
     def _join(self) -> None:
@@ -175,12 +153,12 @@ class ProcessPart(BaseLearner):
 
     def _gather(self) -> None:
         """Bring the weights of all parts to process 0, after the same message."""
-        self.order(GATHER, self.step)
+        self.order(GATHER, self.counters.step)
         for rank, link in self.weights.items():
             packet = self.wait(link)
             for tensor, came in zip(self._weights(rank), packet.tensors, strict=True):
                 tensor.copy_(came)
-        self.gathered = self.step
+        self.gathered = self.counters.step
 
     # Process 0, driven by the training loop
 
@@ -193,7 +171,7 @@ class ProcessPart(BaseLearner):
         return tuple(now - then for now, then in zip(self.seen, self.seen_before, strict=True))
 
     def evaluate(self, split: Split, level: int | None) -> dict[str, float]:
-        if self.gathered != self.step:
+        if self.gathered != self.counters.step:
             self._gather()
         return super().evaluate(split, level)
 
@@ -202,12 +180,12 @@ class ProcessPart(BaseLearner):
         count.
         """
         if self.rank == 0:
-            self.order(SAVE, self.step)
+            self.order(SAVE, self.counters.step)
         return super().state_dict()
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         super().load_state_dict(tensors, values)
-        self.gathered = self.saved = self.step
+        self.gathered = self.saved = self.counters.step
 
     def end(self, code: int) -> None:
         """Let the other processes end with an exit code."""
@@ -219,7 +197,7 @@ class ProcessPart(BaseLearner):
     def follow(self) -> int:
         """Do what comes until the end; returns the exit code."""
         assert self.source is not None
-        self.run.keep_rows(self.step)
+        self.run.keep_rows(self.counters.step)
         log, began = MetricsLog(self.run), time.perf_counter()
         try:
             with stop_requests() as stop:
@@ -228,12 +206,16 @@ class ProcessPart(BaseLearner):
                     if stop:
                         self.watch.ask_to_stop(stop.pop())
                     if packet.kind == MESSAGE:
-                        self.step = packet.number
+                        self.counters.step = packet.number
                         self.take_message(packet)
-                        self.updates += 1
+                        self.counters.updates += 1
                         self.watch.beat()
-                        if (self.step + 1) % self.config.log_every == 0:
-                            row = {"step": self.step + 1, "messages": self.updates, **self.part_metrics()}
+                        if (self.counters.step + 1) % self.config.log_every == 0:
+                            row = {
+                                "step": self.counters.step + 1,
+                                "messages": self.counters.updates,
+                                **self.part_metrics(),
+                            }
                             log.write(row | {"seconds": round(time.perf_counter() - began, 3)})
                             self.reset_metrics()
                         continue
@@ -250,13 +232,13 @@ class ProcessPart(BaseLearner):
         """Write this part's checkpoint beside the last one, which counts until process 0 has written its."""
         try:
             tensors, values = super().state_dict()
-            checkpoint.save_checkpoint(self._path(self.step), tensors, values)
+            checkpoint.save_checkpoint(self._path(self.counters.step), tensors, values)
             for old in self.run.path.glob("*.safetensors"):
-                if old not in (self._path(self.step), self._path(self.saved)):
+                if old not in (self._path(self.counters.step), self._path(self.saved)):
                     old.unlink()
         except OSError as error:
-            raise writing_failed(self.run, self.step, error) from None
-        self.saved = self.step
+            raise writing_failed(self.run, self.counters.step, error) from None
+        self.saved = self.counters.step
 
     def prepare_part(self, step: int) -> None:
         """Make this part's directory; after the start, go back to the checkpoint that it wrote at `step`."""

@@ -211,7 +211,7 @@ def device_of(processes: Processes, name: str) -> torch.device:
     """The device of this process; `name` is `auto`, `cuda` or `cpu`. CUDA devices are dealt out in turn."""
     import torch
 
-    from dni_rnn.training.loop import choose_device
+    from dni_rnn.training.learner import choose_device
 
     device = choose_device(name)
     if device.type == "cuda":

@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,15 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn.atomic_files import write_atomically
-from dni_rnn.config import TrainConfig
+from dni_rnn.config import RecurrentConfig
 from dni_rnn.data.task import Corpus
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.report import markdown_table
 from dni_rnn.training.cuda_graph import cuda_graph
-from dni_rnn.training.loop import Learner, choose_device, device_name, peak_memory
-
-if TYPE_CHECKING:
-    from dni_rnn.cli import Bench
+from dni_rnn.training.learner import choose_device
+from dni_rnn.training.loop import device_name, peak_memory
+from dni_rnn.training.recurrent import RecurrentLearner
 
 SYMBOLS, EMBEDDING = 50, 128
 
@@ -61,7 +61,7 @@ class Size:
     precision: Literal["float32", "tf32", "bf16"]
 
     @property
-    def products(self) -> float:
+    def multiply_adds(self) -> float:
         """Multiply-adds of the net in one update, forward and backward; those of M are not counted."""
         weights = 4 * self.hidden * (EMBEDDING + self.hidden) + self.hidden * SYMBOLS
         return 3.0 * self.bptt * self.batch_size * weights
@@ -83,7 +83,7 @@ class Cost(NamedTuple):
     ratio: float
 
 
-def compare(
+def time_in_turns(
     steps: Mapping[str, Callable[[], object]],
     rounds: int,
     block: int,
@@ -136,16 +136,16 @@ def plain_step(size: Size) -> Callable[[], None]:
     return step
 
 
-def learner(size: Size, settings: dict[str, Any], graph: bool = True) -> Learner:
+def learner(size: Size, settings: dict[str, Any], graph: bool = True) -> RecurrentLearner:
     """What `dni-rnn train` would train, on random symbols."""
-    config = TrainConfig(
+    config = RecurrentConfig(
         hidden=size.hidden, bptt=size.bptt, batch_size=size.batch_size, embedding=EMBEDDING,
         precision=size.precision, graph=graph, **settings,
     )  # fmt: skip
     length = size.batch_size * (200 * size.bptt) + 1
     text = np.random.default_rng(0).integers(0, SYMBOLS, length, dtype=np.uint8)
     symbols = tuple(chr(ord("A") + i) for i in range(SYMBOLS))
-    return Learner(config, Corpus("random", symbols, text, text, text), torch.device(size.device))
+    return RecurrentLearner(config, Corpus("random", symbols, text, text, text), torch.device(size.device))
 
 
 def _steps(size: Size) -> dict[str, Callable[[], object]]:
@@ -176,9 +176,9 @@ def measure(size: Size, rounds: int) -> dict[str, Cost]:
     # On a GPU many updates to a measurement, so that waiting for it does not count.
     at_once = 20 if size.device == "cuda" else 1
     steps = {name: functools.partial(_repeat, step, at_once) for name, step in _steps(size).items()}
-    seconds = compare({PLAIN: steps[PLAIN]}, 1, 1, _clock(size))[PLAIN].milliseconds / 1e3
+    seconds = time_in_turns({PLAIN: steps[PLAIN]}, 1, 1, _clock(size))[PLAIN].milliseconds / 1e3
     block = max(3, min(40, round(0.25 / seconds)))
-    found = compare(steps, rounds, block, _clock(size))
+    found = time_in_turns(steps, rounds, block, _clock(size))
     return {name: Cost(cost.milliseconds / at_once, cost.ratio) for name, cost in found.items()}
 
 
@@ -198,8 +198,8 @@ def memory(size: Size, name: str) -> float:
     return max(0, peak_memory(device) - before) / 1e6
 
 
-def product_rate(size: Size) -> float:
-    """Multiply-adds per second of one large square product, the best of several."""
+def matmul_rate(size: Size) -> float:
+    """Multiply-adds per second of one large square matrix multiplication, the best of several."""
     torch.set_num_threads(size.threads)
     edge = 8192 if size.device == "cuda" else 1536
     dtype = torch.bfloat16 if size.precision == "bf16" else torch.float32
@@ -227,7 +227,7 @@ def floor(size: Size) -> float:
 
     chain()
     work = cuda_graph(chain) if size.device == "cuda" else chain
-    return compare({"floor": work}, 5, 5, _clock(size))["floor"].milliseconds
+    return time_in_turns({"floor": work}, 5, 5, _clock(size))["floor"].milliseconds
 
 
 def shares(size: Size, updates: int = 30) -> dict[str, float]:
@@ -248,11 +248,11 @@ def shares(size: Size, updates: int = 30) -> dict[str, float]:
         setattr(owner, method, timed)
 
     model = trained.model
-    watch(model, "receive", "M at the start of the window")
+    watch(model.core.interface, "receive", "M at the start of the window")
     watch(model, "unroll", "embedding and LSTM, forward")
-    watch(model, "send", "M at its end")
-    watch(trained.optimizer, "zero_grad", "zeroing")
-    watch(trained.optimizer, "step", "Adam")
+    watch(model.core.interface, "send", "M at its end")
+    watch(trained.record.optimizer, "zero_grad", "zeroing")
+    watch(trained.record.optimizer, "step", "Adam")
     with _watched_backward(clock, spent):
         watch(trained, "update", "all")
         _repeat(lambda: trained.update(), updates)
@@ -284,34 +284,41 @@ def _elsewhere(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def write_report(settings: Bench) -> None:
-    """Measure, and print the report piece by piece; into a file as well where one is asked for.
+def run_bench(
+    *,
+    hidden: Sequence[int],
+    bptt: Sequence[int],
+    batch_size: int,
+    device: str,
+    threads: int,
+    precision: Literal["float32", "tf32", "bf16"],
+    processes: int,
+    rounds: int,
+    out: Path | None,
+) -> None:
+    """Measure every combination of `hidden` and `bptt`, and print the report piece by piece; into a file as
+    well where one is asked for. The arguments are the options of `dni-rnn bench`.
 
     Raises:
       UsageError: a number is not positive, there is no such device, or the file cannot be written.
     """
-    numbers = ("batch_size", "threads", "processes", "rounds")
-    given = {"hidden": settings.hidden, "bptt": settings.bptt}
-    given |= {name: (getattr(settings, name),) for name in numbers}
+    given = {"hidden": hidden, "bptt": bptt, "batch-size": [batch_size], "threads": [threads]}
+    given |= {"processes": [processes], "rounds": [rounds]}
     for name, values in given.items():
         if not values or min(values) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be positive")
-    if min(settings.hidden) < 4 or settings.batch_size < 2:
+            raise UsageError(f"--{name} must be positive")
+    if min(hidden) < 4 or batch_size < 2:
         raise UsageError("--hidden must be at least 4 and --batch-size at least 2")
-    device = choose_device(settings.device)
-    sizes = [
-        Size(hidden, bptt, settings.batch_size, device.type, settings.threads, settings.precision)
-        for hidden in settings.hidden
-        for bptt in settings.bptt
-    ]
-    if settings.out is not None and not settings.out.parent.is_dir():
-        raise UsageError(f"--out {settings.out}: cannot be written (no such folder); make it or give another")
+    kind = choose_device(device).type
+    sizes = [Size(units, steps, batch_size, kind, threads, precision) for units in hidden for steps in bptt]
+    if out is not None and not out.parent.is_dir():
+        raise UsageError(f"--out {out}: cannot be written (no such folder); make it or give another")
     text = ""
-    for piece in report(sizes, settings.processes, settings.rounds):
+    for piece in report(sizes, processes, rounds):
         print(piece, end="", flush=True)
         text += piece
-    if settings.out is not None:
-        write_atomically(settings.out, text.encode())
+    if out is not None:
+        write_atomically(out, text.encode())
 
 
 def report(
@@ -323,7 +330,7 @@ def report(
     # Left to itself the C allocator maps and unmaps the larger tensors at every update, in some processes and
     # not in others, which costs as much as what is measured here. Processes read this when they start.
     os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**32))
-    rate = elsewhere(product_rate, first)
+    rate = elsewhere(matmul_rate, first)
     about = [
         f"torch {torch.__version__}",
         device_name(device) if device.type == "cuda" else f"{first.threads} CPU thread(s)",
@@ -375,5 +382,5 @@ def _line(size: Size, name: str, costs: list[Cost], rate: float, elsewhere: Call
         f"{min(ratios):.2f} to {max(ratios):.2f}",
         f"{1e3 * size.symbols / milliseconds:,.0f}",
         f"{elsewhere(memory, size, name):.0f}" if name == PLAIN or name in METHODS else "–",
-        f"{1e3 * size.products / milliseconds / rate:.2f}",
+        f"{1e3 * size.multiply_adds / milliseconds / rate:.2f}",
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dni_rnn.atomic_files import read_jsonl
-from dni_rnn.config import TrainConfig, from_json
+from dni_rnn.config import RecurrentConfig, from_json
 from dni_rnn.data.task import config_of, installed_tasks
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.plots import Curve, Panel, check_format, save_curves, save_lines
@@ -66,7 +66,7 @@ def read_record(path: Path, name: str) -> Record:
     if ended is not None and last["symbols"] > ended["symbols"]:
         ended = None  # resumed with a larger budget: the summary is that of the smaller one
     kind = installed_tasks().get(about.get("task"))
-    config = from_json(TrainConfig if kind is None else config_of(kind), about["config"])
+    config = from_json(RecurrentConfig if kind is None else config_of(kind), about["config"])
     return Record(
         name,
         about["data"],

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dni_rnn.config import TrainConfig
+from dni_rnn.config import RecurrentConfig
 from dni_rnn.data.task import installed_tasks
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.compare import Record, plot_records, read_record, render_comparison
@@ -22,7 +22,7 @@ from dni_rnn.training.loop import train
 from dni_rnn.training.run_directory import Run
 from dni_rnn.training.sampling import sample
 
-RECALL = TrainConfig(
+RECALL = RecurrentConfig(
     hidden=64, embedding=4, bptt=1, lr=5e-3, beta2=0.95, chars=300_000, eval_every=30_000, log_every=20,
     device="cpu", threads=1,
 )  # fmt: skip
@@ -37,7 +37,7 @@ RECALL_METHODS = {
 
 TASK = "text"
 
-SHARED = TrainConfig(hidden=128, batch_size=32, lr=3e-3, device="cpu", threads=1, log_every=20)
+SHARED = RecurrentConfig(hidden=128, batch_size=32, lr=3e-3, device="cpu", threads=1, log_every=20)
 
 # Every update is made of 20 steps of text, so that only the length of backpropagation differs.
 METHODS = {
@@ -81,7 +81,7 @@ def run_demo(out: Path, chars: int) -> None:
 
 
 def _train(
-    name: str, options: dict[str, Any], methods: dict[str, TrainConfig], out: Path, plot: str
+    name: str, options: dict[str, Any], methods: dict[str, RecurrentConfig], out: Path, plot: str
 ) -> list[Record]:
     """Train one task by each method, print the table and save the plot."""
     tasks = installed_tasks()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dni_rnn.pytree import Spec, Tree, flatten, unflatten
+
 Work = Callable[[], object]
 
 WARM_UP = 3
@@ -27,9 +29,9 @@ def cuda_graph(work: Work) -> Work:
 
 
 class Recorded:
-    """`function(*tensors)`, done by a recording of it once it has been called with such tensors before.
+    """`function(tree)`, done by a recording of it once it has been called with such a tree of tensors before.
 
-    There is one recording per signature: which arguments are given, their shapes and dtypes. Python runs
+    There is one recording per signature: the structure of the tree, shapes and dtypes. Python runs
     when it is made and never again. So `function` returns nothing and reads the host's variables as they are
     then; what it keeps from call to call are tensors that it changes in place; and it waits for no
     value from the device (`float`, `if`, `nonzero`).
@@ -37,7 +39,7 @@ class Recorded:
     A function that cannot be recorded is called as it is, with a line on standard error.
 
     Args:
-      function: of tensors, or None where there is nothing.
+      function: of a tree of tensors.
       record: makes a recording of its argument, a function of nothing.
     """
 
@@ -47,30 +49,30 @@ class Recorded:
         self._most = MOST
         self._recordings: dict[Any, tuple[list[Tensor], Work]] = {}
 
-    def __call__(self, *tensors: Tensor | None) -> None:
-        signature = tuple(None if t is None else (t.shape, t.dtype) for t in tensors)
-        if signature not in self._recordings and not self._make(signature, tensors):
-            self._function(*tensors)
+    def __call__(self, tree: Tree) -> None:
+        leaves, spec = flatten(tree)
+        signature = (repr(spec), *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if signature not in self._recordings and not self._make(signature, leaves, spec):
+            self._function(tree)
             return
-        given = [t for t in tensors if t is not None]
         places, replay = self._recordings[signature]
-        for place, tensor in zip(places, given, strict=True):
-            place.copy_(tensor)
+        for place, leaf in zip(places, leaves, strict=True):
+            place.copy_(leaf)
         replay()
 
-    def _make(self, signature: Any, tensors: tuple[Tensor | None, ...]) -> bool:
+    def _make(self, signature: Any, leaves: list[Tensor], spec: Spec) -> bool:
         """Whether there is a recording now."""
         calls = self._calls.get(signature, 0)
         if calls < WARM_UP or len(self._recordings) == self._most:
             self._calls[signature] = calls + 1
             return False
-        fixed = [None if t is None else t.clone() for t in tensors]
+        fixed = [leaf.clone() for leaf in leaves]
         try:
-            replay = self._record(lambda: self._function(*fixed))
+            replay = self._record(lambda: self._function(unflatten(fixed, spec)))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             print(f"dni-rnn: updates are not recorded as a CUDA graph: {reason}", file=sys.stderr)
             self._most = len(self._recordings)
             return False
-        self._recordings[signature] = ([t for t in fixed if t is not None], replay)
+        self._recordings[signature] = fixed, replay
         return True

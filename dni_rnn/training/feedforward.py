@@ -14,7 +14,7 @@ from dni_rnn.data.labelled import Batches, Examples
 from dni_rnn.data.task import Split
 from dni_rnn.errors import UsageError
 from dni_rnn.feedforward import Decoupled, agreement, cnn, decouple, fcn, sigmoid_net, vgg
-from dni_rnn.training.loop import BaseLearner, cosine
+from dni_rnn.training.learner import Learner, TrainingRecord, adam, begin, cosine_schedule
 
 WARM_UP = 0.15
 """Share of a fast training in which the learning rate rises."""
@@ -41,7 +41,6 @@ def build_net(config: FeedforwardConfig, data: Examples) -> nn.Sequential:
 def build_model(config: FeedforwardConfig, data: Examples) -> Decoupled:
     """The cut net with its synthesizers."""
     config = config.resolved
-    spec = config.synthesizer_spec
     window, classes = (1, data.outputs) if data.train[1].ndim == 1 else (data.outputs, 2)
     return decouple(
         build_net(config, data),
@@ -49,11 +48,16 @@ def build_model(config: FeedforwardConfig, data: Examples) -> Decoupled:
         torch.zeros(2, *data.shape),
         classes,
         config.method,
-        hidden=None if spec is None else spec.hidden,
+        hidden=config.synthesizer_hidden,
         window=window,
         update_probability=config.update_probability,
         unlock=UNLOCK_HIDDEN if config.unlock else None,
     )
+
+
+def memory_format(config: FeedforwardConfig) -> torch.memory_format:
+    """Convolutions are faster where the channels of a place lie side by side."""
+    return torch.channels_last if config.model in ("cnn", "vgg") else torch.contiguous_format
 
 
 def loss_of(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -75,42 +79,68 @@ def wrong(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def context_of(targets: Tensor) -> Tensor:
-    """The targets as synthesizers are told them: (B,), or position by position (bits, B)."""
+    """The targets as the context of synthesizers: (B,), or position by position (bits, B)."""
     return targets if targets.dim() == 1 else targets.t()
 
 
-class LayeredLearner(BaseLearner):
+def planned_updates(config: FeedforwardConfig, batches: Batches) -> int:
+    """How many updates the learning rates are planned for: those of `epochs`, or `steps`."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    return max(1, round(config.epochs * batches.per_pass))
+
+
+def rate_factor(config: FeedforwardConfig, step: int, steps: int) -> float:
+    """Factor on the learning rates of update `step` of `steps`.
+
+    Fast recipe: a linear rise over the first 15 % of the updates, then a cosine schedule to zero. That of the
+    paper: a tenth after 60 %, again after 80 %.
+    """
+    done = step / steps
+    if config.recipe == "paper":
+        return 0.1 ** ((done >= 0.6) + (done >= 0.8))
+    if done < WARM_UP:
+        return (step + 1) / (WARM_UP * steps + 1)
+    return cosine_schedule((done - WARM_UP) / (1.0 - WARM_UP))
+
+
+@torch.no_grad()
+def error_rate(model: nn.Module, data: Examples, split: Split, device: torch.device) -> float:
+    """Percentage of a split that is classified wrongly."""
+    training = model.training
+    model.eval()
+    batches = Batches(data, split, 1, device)
+    errors = [(wrong(model(x), y), len(y)) for x, y in batches.in_order()]
+    model.train(training)
+    return 100.0 * float(sum(e for e, _ in errors)) / sum(n for _, n in errors)
+
+
+class FeedforwardLearner(Learner):
     """A cut feed-forward net in training on labelled examples.
 
-    Learning rates of the fast recipe rise linearly over the first 15 % of the updates and then fall to
-    zero along a cosine; those of the paper fall to a tenth after 60 % and again after 80 %. Test error is
-    that of the weights with the lowest validation error.
+    Learning rates are those of `rate_factor`. The test error is that of the weights with the lowest
+    validation error.
     """
 
-    averages = ("loss", "wrongs")
-    loss: Tensor
-    wrongs: Tensor
     model: Decoupled
 
     def __init__(self, config: FeedforwardConfig, data: Examples, device: torch.device) -> None:
         config = config.resolved
         super().__init__(config, data, device)
-        # Convolutions are faster where the channels of a place lie side by side.
-        pictures = config.model in ("cnn", "vgg")
-        self.layout = torch.channels_last if pictures else torch.contiguous_format
+        begin(config)
+        self.layout = memory_format(config)
         self.model = build_model(config, data).to(device)
         self.model.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]
-        self.modules = {"model": self.model}
-        self.net, self.synthesizer = self.model.net_parameters(), self.model.synthesizer_parameters()
-        groups = [{"params": self.net, "lr": config.lr}]
-        if self.synthesizer:
-            groups.append({"params": self.synthesizer, "lr": config.synthesizer_lr})
-        self.optimizer = self.adam(groups)
+        net, synthesizer = self.model.net_parameters(), self.model.synthesizer_parameters()
+        optimizer = adam([(net, config.lr or 0.0), (synthesizer, config.synthesizer_lr or 0.0)], device)
+        self.record = TrainingRecord(
+            {"model": self.model}, net, synthesizer, optimizer, ("loss", "wrongs"), device
+        )
         # Which layers take part in an update is drawn in Python, so it cannot be replayed.
         self._run = self.recorded(self._work) if config.update_probability == 1.0 else self._work
         self.batches = Batches(data, "train", config.batch_size, device, config.seed, config.augment)
-        assert config.epochs is not None
-        self.steps = max(1, round(config.epochs * self.batches.per_pass))
+        self.steps = planned_updates(config, self.batches)
         self.one_pass = self.steps * self.batches.batch_size
         self.agreements: dict[str, float] = {}
 
@@ -119,67 +149,54 @@ class LayeredLearner(BaseLearner):
         return build_model(config, data)
 
     @staticmethod
-    @torch.no_grad()
     def score(
         model: Decoupled, data: Examples, split: Split, device: torch.device, level: int | None = None
     ) -> dict[str, float]:
-        """Percentage of a split that is classified wrongly."""
-        training = model.training
-        model.eval()
-        batches = Batches(data, split, 1, device)
-        errors = [(wrong(model(x), y), len(y)) for x, y in batches.in_order()]
-        model.train(training)
-        return {"error": 100.0 * float(sum(e for e, _ in errors)) / sum(n for _, n in errors)}
+        return {"error": error_rate(model, data, split, device)}
+
+    @property
+    def ended(self) -> bool:
+        return self.counters.step >= self.steps
 
     def update(self) -> None:
-        config = self.config
-        x, targets = self.batches.batch(self.step)
-        self.set_rates(self.rate())
-        if config.agreement_every and self.step % config.agreement_every == 0:
+        config, counters = self.config, self.counters
+        x, targets = self.batches.batch(counters.step)
+        self.record.set_rates(rate_factor(config, counters.step, self.steps))
+        if config.agreement_every and counters.step % config.agreement_every == 0:
             self._measure(x, targets)
-        self._run(x, targets)
-        self.step += 1
-        self.updates += 1
-        self.symbols += len(x)
+        self._run([x, targets])
+        counters.advance(len(x))
 
-    def _work(self, x: Tensor, targets: Tensor) -> None:
+    def _work(self, batch: list[Tensor]) -> None:
         """What an update does on the device, in place."""
+        x, targets = batch
+        averages = self.record.averages
         x = x.contiguous(memory_format=self.layout)
         with self.autocast():
             logits = self.model(x, context_of(targets))
             loss = loss_of(logits, targets, self.config.smoothing)
-        self.optimizer.zero_grad()
+        self.record.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
+        self.record.optimizer.step()
         with torch.no_grad():
-            self.loss.add_(loss)
-            self.wrongs.add_(wrong(logits, targets))
-
-    def rate(self) -> float:
-        """Factor on the learning rates of the coming update."""
-        done = self.step / self.steps
-        if self.config.recipe == "paper":
-            return 0.1 ** ((done >= 0.6) + (done >= 0.8))
-        if done < WARM_UP:
-            return (self.step + 1) / (WARM_UP * self.steps + 1)
-        return cosine((done - WARM_UP) / (1.0 - WARM_UP))
+            averages["loss"].add_(loss)
+            averages["wrongs"].add_(wrong(logits, targets))
 
     def _measure(self, x: Tensor, targets: Tensor) -> None:
         found = agreement(
             self.model, x, context_of(targets), lambda out: loss_of(out, targets, self.config.smoothing)
         )
         for cut, each in enumerate(found, start=1):
-            self.agreements[f"cosine_{cut}"] = each.cosine
-            self.agreements[f"explained_{cut}"] = each.explained
-            self.agreements[f"trust_{cut}"] = each.trust
+            self.agreements |= {f"{name}_{cut}": value for name, value in each._asdict().items()}
 
     def metrics(self) -> dict[str, float]:
-        examples = self.updates * self.batches.batch_size
-        row = {"error": 100.0 * float(self.wrongs) / examples, "loss": float(self.loss) / self.updates}
+        averages, updates = self.record.averages, self.counters.updates
+        examples = updates * self.batches.batch_size
+        row = {
+            "error": 100.0 * float(averages["wrongs"]) / examples,
+            "loss": float(averages["loss"]) / updates,
+        }
         interfaces: Any = self.model.interfaces
         for cut, interface in enumerate(interfaces, start=1):
             row[f"synthesizer_loss_{cut}"] = float(interface.regression_loss)
         return row | self.agreements
-
-    def check(self, row: dict[str, float]) -> None:
-        super().check(row | {"error": row["loss"]})  # an error is finite when a loss is not

@@ -9,7 +9,7 @@ import torch
 
 from dni_rnn.errors import UsageError
 from dni_rnn.training import checkpoint
-from dni_rnn.training.loop import learner_class
+from dni_rnn.training.learners import learner_class
 from dni_rnn.training.run_directory import Run
 
 
@@ -20,7 +20,7 @@ class LoadedRun(NamedTuple):
     data: Any
     device: torch.device
     symbols: int  # training symbols seen when the weights were kept
-    level: int | None  # of a task that gets harder: what was being learnt then
+    level: int | None  # of a task with a curriculum: what was being learnt then
 
 
 def load_run(path: Path, device: torch.device, data_dir: Path | None = None) -> LoadedRun:
@@ -33,7 +33,7 @@ def load_run(path: Path, device: torch.device, data_dir: Path | None = None) -> 
     data = run.task.load(data_dir or run.config.data_dir)
     run.check_symbols(data)
     tensors, values = checkpoint.load_checkpoint(run.best)
-    model = learner_class(run.config).build(run.config, data)
+    model = learner_class(run.task, run.config).build(run.config, data)
     try:
         model.load_state_dict(tensors)
         symbols = values["symbols"]

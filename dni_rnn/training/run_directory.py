@@ -125,7 +125,7 @@ class Run:
             raise UsageError(f"{self.path} holds a run of another task: {other.task_name} with {other.task}")
         mine, theirs = to_json(self.config), to_json(other.config)
         for name in mine:
-            if name not in self.config.may_change and mine[name] != theirs[name]:
+            if name not in self.config.changeable_on_resume and mine[name] != theirs[name]:
                 raise UsageError(
                     f"{self.path} was run with --{name.replace('_', '-')} {theirs[name]}, not {mine[name]}; "
                     "resume it with the same settings or give another --out"

@@ -4,22 +4,130 @@ Jaderberg et al. 2017, §3.2, do not say over what A counts, when B answers, or 
 here: a block of T² digits is a sequence, both states begin it at zero; A answers after every T digits, with
 the odd ones of the block so far, so it has to carry its count across its own windows; B answers once, after
 its T messages, so the gradient of an early message has to come back through all later ticks. Each answer is
-one of T² + 1 classes. With T = 4, always saying the likeliest is wrong in 73 % of A's answers and 68 % of
+one of T² + 1 classes. With T = 4, always answering the likeliest is wrong in 73 % of A's answers and 68 % of
 B's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from dni_rnn.config import Preset, RatesConfig
+from dni_rnn.config import Preset, RunConfig
+from dni_rnn.config.base import check_critic, check_dni
+from dni_rnn.config.recurrent import DNI_RESTORE
+from dni_rnn.config.spelling import parse_synthesizer
 from dni_rnn.data.labelled import Examples
+from dni_rnn.errors import UsageError
+from dni_rnn.metrics import COUNTS, Metric
 from dni_rnn_tasks.images import MNIST
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from dni_rnn.training.learner import Learner
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountingConfig(RunConfig):
+    """Everything that decides what two networks at different rates do, beside the options of their task."""
+
+    metric: ClassVar[Metric] = COUNTS
+    depth_name: ClassVar[str] = "T"
+    amount: ClassVar[str] = "digits"
+    changeable: ClassVar[frozenset[str]] = RunConfig.changeable | {"digits", "steps"}
+
+    bptt: int = 4
+    """T: digits from one message to the next, and messages that B counts over; a block is T² digits."""
+    decoupled: bool = False
+    """Cut: A learns after T digits, B after its own ticks. Without it, one joint update per block."""
+    dni: bool = False
+    """Cut, with a synthetic gradient on the message and at each net's own window boundaries."""
+    ticks: int | None = None
+    """Of B, from one of its window boundaries to the next; the default is T, the whole block."""
+
+    hidden: int = 128
+    """Units of every layer, and of the message."""
+    synthesizer: str = "linear"
+    """linear, mlp (one hidden layer as wide as the nets), mlp:WIDTH[,WIDTH] (units, or 1/4 of theirs)."""
+    context: Literal["targets", "none"] = "targets"
+    """What synthesizers are conditioned on: the counts still to be answered in the block, or nothing."""
+    critic: bool = True
+    """On the message: the derivative of a predicted loss in place of a regressed gradient."""
+    scale: float = 1.0
+    """Weight of the synthetic gradient of the message."""
+    centre: bool = True
+    """Subtract the batch mean from the synthetic gradient."""
+    restore: float | None = None
+    """Penalty on states and messages beyond ±3, in units of usual gradients, where the nets are cut. The
+    default is 0.1 with --dni and 0 without."""
+
+    batch_size: int = 64
+    """Rows read side by side."""
+    lr: float = 1e-3
+    """Adam's learning rate for the nets."""
+    synthesizer_lr: float = 1e-3
+    """Adam's learning rate for the synthesizers."""
+    clip: float = 1.0
+    """Largest norm of the gradient of a step; 0 switches clipping off."""
+    digits: int | None = None
+    """How many digits to train on. The default is 1,200,000."""
+    steps: int | None = None
+    """Train for this many updates instead, a block each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("ticks", "hidden", "batch_size", "lr", "synthesizer_lr", "digits", "steps")
+        self._check_budget()
+        for name in ("clip", "scale", "restore"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise UsageError(f"--{name} must not be negative")
+        if self.bptt < 2:
+            raise UsageError(f"--bptt must be at least 2, not {self.bptt}: else there is but one rate")
+        if self.ticks is not None and self.bptt % self.ticks:
+            raise UsageError(f"--ticks {self.ticks} must divide --bptt {self.bptt}")
+        check_dni(self, "ticks", "synthesizer", "context", "critic", "scale", "centre", "synthesizer_lr")
+        check_critic(self)
+        parse_synthesizer(self.synthesizer)
+        if self.restore and not self.cut:
+            raise UsageError("--restore works where nets are cut: add --dni or --decoupled")
+
+    @property
+    def cut(self) -> bool:
+        return self.decoupled or self.dni
+
+    @property
+    def resolved(self) -> Self:
+        if self.restore is not None:
+            return self
+        return dataclasses.replace(self, restore=DNI_RESTORE if self.dni else 0.0)
+
+    @property
+    def synthesizer_hidden(self) -> tuple[int | Fraction, ...]:
+        """Widths of the synthesizers' hidden layers (`parse_synthesizer`)."""
+        return parse_synthesizer(self.synthesizer)
+
+    @property
+    def method(self) -> str:
+        """`lock-step`, `decoupled`, `decoupled+restore`, `dni+targets`, `dni-online` (unconditioned)."""
+        if not self.dni:
+            return f"decoupled{'+restore' if self.restore else ''}" if self.decoupled else "lock-step"
+        return "dni+targets" if self.context == "targets" else "dni-online"
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        return super().budget if self.digits is None else ("symbols", self.digits)
+
+    @property
+    def depth(self) -> int:
+        return self.bptt
+
+    @property
+    def folder(self) -> str:
+        return f"{self.method}-T{self.bptt}"
 
 
 @dataclass(frozen=True)
@@ -35,12 +143,12 @@ class CountedDigits(Examples):
 class Counting:
     """Two networks at different rates count in a stream of MNIST digits.
 
-    Network A sees every digit; after every T of them it says how many were odd, and sends network B a
-    message. B sees only the messages; after T of them it says how many 3s were among the T² digits. Both
+    Network A sees every digit; after every T of them it answers how many were odd, and sends network B a
+    message. B sees only the messages; after T of them it answers how many 3s were among the T² digits. Both
     begin anew after T² digits.
     """
 
-    config: ClassVar[type[RatesConfig]] = RatesConfig
+    config: ClassVar[type[CountingConfig]] = CountingConfig
     presets: ClassVar = {
         "default": Preset(run={"eval_every": 100_000}),
         "paper": Preset(
@@ -51,6 +159,12 @@ class Counting:
             },
         ),
     }  # fmt: skip
+
+    @staticmethod
+    def learner() -> type[Learner]:
+        from dni_rnn_tasks.counting_learner import CountingLearner
+
+        return CountingLearner
 
     def load(self, data_dir: Path | None) -> CountedDigits:
         """MNIST; see `dni_rnn_tasks.images`."""

@@ -2,18 +2,64 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from dni_rnn.config import LiveConfig, Preset
+from dni_rnn.config import Preset, RecurrentConfig, RunConfig
 from dni_rnn.errors import UsageError
 
 if TYPE_CHECKING:
     from dni_rnn.data.task import Split
-    from dni_rnn.training.live import LiveStream
+    from dni_rnn.training.learner import Learner
+    from dni_rnn_tasks.live_learner import LiveStream
 
 BYTES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveConfig(RecurrentConfig):
+    """A recurrent run on a stream that is read once, as it comes."""
+
+    lag: int | None = None
+    """Symbols that training stays behind the newest: the synthesizer is conditioned on these, as --context
+    next-tokens:LAG. 0 is strictly online. The default is what --context reaches."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.anneal and self.budget is None:
+            raise UsageError("--anneal must know the end of a stream: add --chars or --steps")
+        if self.lag is None:
+            return
+        if not self.dni:
+            raise UsageError("--lag does nothing without --dni; add --dni")
+        if self.lag < 0:
+            raise UsageError(f"--lag must not be negative, not {self.lag}")
+        if self.context != RecurrentConfig.context and self.context_window != self.lag:
+            raise UsageError(
+                f"--lag {self.lag} and --context {self.context} disagree on how much is known; give one"
+            )
+
+    def for_world_size(self, processes: int) -> Self:
+        """In one process: a stream can be read only once."""
+        RunConfig.for_world_size(self, processes)
+        return self
+
+    @property
+    def resolved(self) -> Self:
+        decided = super().resolved
+        if self.lag is None:
+            return dataclasses.replace(decided, lag=self.context_window) if self.dni else decided
+        if self.context_window == self.lag:
+            return decided
+        return dataclasses.replace(decided, context=f"next-tokens:{self.lag}" if self.lag else "none")
+
+    @property
+    def method(self) -> str:
+        """As offline, and that what is known costs a lag: `dni+next-tokens:8+lag`."""
+        known = self.dni and self.context_window
+        return f"{super().method}+lag" if known else super().method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +69,7 @@ class Live:
         tail -f server.log | dni-rnn train live --dni --out runs/log
 
     Every byte is predicted before it is learnt; the bits per character are of those predictions. With
-    --lag W training stays W bytes behind the newest, and the synthesizer is told these; with --lag 0
+    --lag W training stays W bytes behind the newest, and the synthesizer is conditioned on them. With --lag 0
     it is strictly online. Ctrl-C, or the end of the input, saves; --resume goes on with what comes then.
     For a slow stream use --batch-size 1 --no-centre: every byte is learnt when it comes.
     """
@@ -40,6 +86,12 @@ class Live:
         if self.stretch < 1:
             raise UsageError(f"--stretch must be positive, not {self.stretch}")
 
+    @staticmethod
+    def learner() -> type[Learner]:
+        from dni_rnn_tasks.live_learner import LiveLearner
+
+        return LiveLearner
+
     def load(self, data_dir: Path | None) -> LiveData:
         """Nothing is read yet."""
         return LiveData(self.stretch)
@@ -55,7 +107,7 @@ class LiveData:
     target_symbols: int = BYTES
 
     def stream(self, split: Split, batch_size: int, seed: int) -> LiveStream:
-        from dni_rnn.training.live import LiveStream, StandardInput
+        from dni_rnn_tasks.live_learner import LiveStream, StandardInput
 
         if split != "train":
             raise UsageError(

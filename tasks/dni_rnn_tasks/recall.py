@@ -10,7 +10,7 @@ from dni_rnn.config import PUBLISHED_DNI, Preset
 from dni_rnn.errors import UsageError
 
 if TYPE_CHECKING:
-    from dni_rnn.data.streams import GeneratedStream
+    from dni_rnn.data.generated import GeneratedStream
     from dni_rnn.data.task import Split
 
 BLOCK = 1024
@@ -23,7 +23,7 @@ FIRST_DELAY, SOLVED = 2, 0.144
 
 @dataclass(frozen=True, kw_only=True)
 class Recall:
-    """Delayed recall of random symbols: say the symbol of K steps ago, in an endless stream.
+    """Delayed recall of random symbols: predict the symbol of K steps ago, in an endless stream.
 
     Chance is log2(symbols) bits per symbol. Truncated BPTT with a window shorter than the delay never
     connects a target with its symbol, so what is learnt beyond it crossed a boundary.
@@ -93,20 +93,21 @@ class RecallData:
         """Random symbols; the three splits and all seeds are different streams."""
         import numpy as np
 
-        from dni_rnn.data.streams import Block, GeneratedStream, Ladder
+        from dni_rnn.data.curriculum import Curriculum
+        from dni_rnn.data.generated import GeneratedStream, Segment
         from dni_rnn.data.task import SPLITS
-        from dni_rnn.estimators import UNSCORED
+        from dni_rnn.window import UNSCORED
 
         def symbols(number: int) -> np.ndarray:
             key = [seed, SPLITS.index(split)]
             generator = np.random.Generator(np.random.Philox(key=key, counter=number << 64))
             return generator.integers(0, self.task.symbols, (BLOCK, batch_size))
 
-        def generate(number: int, level: int) -> Block:
+        def generate(number: int, level: int) -> Segment:
             inputs, delay = symbols(number), level if self.task.grow else self.task.delay
             before = symbols(number - 1) if number else np.full_like(inputs, UNSCORED)
             targets = np.concatenate([before[-delay:], inputs])[:BLOCK]
-            return Block(inputs, targets, np.full(BLOCK, delay))
+            return Segment(inputs, targets, np.full(BLOCK, delay))
 
-        ladder = Ladder(FIRST_DELAY, SOLVED, lambda delay: delay + 32) if self.task.grow else None
-        return GeneratedStream(generate, batch_size, EVALUATION_SYMBOLS, ladder)
+        curriculum = Curriculum(FIRST_DELAY, SOLVED, lambda delay: delay + 32) if self.task.grow else None
+        return GeneratedStream(generate, batch_size, EVALUATION_SYMBOLS, curriculum)

@@ -12,7 +12,7 @@ from dni_rnn.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from dni_rnn.data.streams import EpisodeStream
+    from dni_rnn.data.generated import EpisodeStream
     from dni_rnn.data.task import Split
 
 SOLVED = 0.15
@@ -96,7 +96,7 @@ def _check(symbols: int) -> None:
 
 
 MOST_REPEATS = 64
-"""R beyond it is said with the same input symbol."""
+"""R beyond it is given by the same input symbol."""
 
 
 @dataclass(frozen=True)
@@ -104,30 +104,30 @@ class EpisodeData:
     """The episodes of either task. Symbols are numbered: the random ones, stop, blank, and the numbers R.
 
     Attributes:
-      told: number of distinct random symbols.
+      distinct: number of distinct random symbols.
       repeats: repeat copy.
 
     The level of copy is N; of repeat copy (N, R) at the levels 1, 2, 3, ... is (1, 1), (2, 1), (2, 2), ...
     """
 
     name: str
-    told: int
+    distinct: int
     repeats: bool
 
     @property
     def input_symbols(self) -> int:
-        return self.told + 2 + (MOST_REPEATS if self.repeats else 0)
+        return self.distinct + 2 + (MOST_REPEATS if self.repeats else 0)
 
     @property
     def target_symbols(self) -> int:
-        return self.told + 1
+        return self.distinct + 1
 
     def shape(self, level: int) -> tuple[int, int]:
         """(N, R) at a level."""
         return (level // 2 + 1, (level + 1) // 2) if self.repeats else (level, 1)
 
     def length(self, level: int) -> int:
-        """Steps of an episode: N symbols, a stop, R where it is told, and N·R + 1 to write."""
+        """Steps of an episode: N symbols, a stop, R where it is given, and N·R + 1 to write."""
         n, r = self.shape(level)
         return n + 1 + self.repeats + n * r + 1
 
@@ -140,15 +140,16 @@ class EpisodeData:
         """Random episodes; the three splits and all seeds are different streams."""
         import numpy as np
 
-        from dni_rnn.data.streams import Block, EpisodeStream, Ladder
+        from dni_rnn.data.curriculum import Curriculum
+        from dni_rnn.data.generated import EpisodeStream, Segment
         from dni_rnn.data.task import SPLITS
-        from dni_rnn.estimators import UNSCORED
+        from dni_rnn.window import UNSCORED
 
-        stop, blank = self.told, self.told + 1
+        stop, blank = self.distinct, self.distinct + 1
 
-        def generate(random: np.random.Generator, count: int, level: int) -> Block:
+        def generate(random: np.random.Generator, count: int, level: int) -> Segment:
             n, r = self.shape(level)
-            word = random.integers(self.told, size=(n, count))
+            word = random.integers(self.distinct, size=(n, count))
             inputs = np.full((self.length(level), count), blank)
             targets = np.full_like(inputs, UNSCORED)
             inputs[:n], inputs[n] = word, stop
@@ -157,14 +158,14 @@ class EpisodeData:
             targets[-n * r - 1 : -1], targets[-1] = np.tile(word, (r, 1)), stop
             decided_at = np.zeros(len(inputs), dtype=np.int64)
             decided_at[-n * r - 1 : -1], decided_at[-1] = np.tile(np.arange(n), r), n + self.repeats
-            return Block(inputs, targets, np.arange(len(inputs)) - decided_at)
+            return Segment(inputs, targets, np.arange(len(inputs)) - decided_at)
 
-        ladder = Ladder(1, SOLVED, lambda level: max(self.length(level), SHORTEST_PERIOD), self.score)
+        curriculum = Curriculum(1, SOLVED, lambda level: max(self.length(level), SHORTEST_PERIOD), self.score)
         return EpisodeStream(
             generate,
             batch_size,
             EVALUATION_SYMBOLS,
             idle=blank,
             seed=[seed, SPLITS.index(split)],
-            ladder=ladder,
+            curriculum=curriculum,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from dni_rnn.config import RunConfig
 from dni_rnn.data.task import Split
@@ -12,7 +12,11 @@ from dni_rnn.errors import UsageError
 from dni_rnn.metrics import RMSE, Metric
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from dni_rnn.distributed.part import ProcessPart
+    from dni_rnn.training.learner import Learner
 
 GRID = {"train": 32, "valid": 48, "test": 64}
 """Points along each side of the grid that a split is measured on."""
@@ -22,15 +26,14 @@ GRID = {"train": 32, "valid": 48, "test": 64}
 class SurfaceConfig(RunConfig):
     """A run on the surface: two layers, a message, and two layers that read it."""
 
-    learner: ClassVar[str] = "dni_rnn.distributed.oracle:SurfaceLearner"
-    part_learner: ClassVar[str] = "dni_rnn.distributed.oracle:SurfacePart"
     metric: ClassVar[Metric] = RMSE
     depth_name: ClassVar[str] = "layers"
+    amount: ClassVar[str] = "steps"
 
     width: int = 64
     """Units per layer."""
     steps: int = 6000
-    """Updates."""
+    """Updates. Learning rates follow them; with --minutes, which stops earlier, too."""
     batch_size: int = 128
     """Points per update."""
     lr: float = 3e-3
@@ -50,7 +53,7 @@ class SurfaceConfig(RunConfig):
         if not self.delay >= 0:
             raise UsageError("--delay must not be negative")
 
-    def among(self, processes: int) -> SurfaceConfig:
+    def for_world_size(self, processes: int) -> Self:
         """One process, or three: input part, oracle, output part."""
         if processes not in (1, 3) or self.processes not in (None, processes):
             raise UsageError(
@@ -61,10 +64,6 @@ class SurfaceConfig(RunConfig):
     @property
     def method(self) -> str:
         return "dni" if self.processes is None else "oracle"
-
-    @property
-    def budget(self) -> tuple[str, float] | None:
-        return ("steps", self.steps)
 
     @property
     def depth(self) -> int:
@@ -102,13 +101,13 @@ class Lumps:
         bumps = (-distance / (2 * self.widths.to(x.device) ** 2)).exp()
         return (bumps * self.heights.to(x.device)).sum(1, keepdim=True)
 
-    def batch(self, number: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    def batch(self, number: int, size: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Points (B, 2) drawn evenly, and heights (B, 1); a function of its arguments alone."""
         import torch
 
         generator = torch.Generator().manual_seed(hash((seed, number)) % 2**63)
         x = torch.rand(size, 2, generator=generator) * 2 - 1
-        return x, self(x)
+        return x.to(device), self(x).to(device)
 
     def grid(self, split: Split) -> tuple[Tensor, Tensor]:
         """Points (n·n, 2) of a grid and heights there (n·n, 1)."""
@@ -132,6 +131,18 @@ class Surface:
     """
 
     config: ClassVar[type[SurfaceConfig]] = SurfaceConfig
+
+    @staticmethod
+    def learner() -> type[Learner]:
+        from dni_rnn_tasks.surface_learner import SurfaceLearner
+
+        return SurfaceLearner
+
+    @staticmethod
+    def part() -> type[ProcessPart]:
+        from dni_rnn_tasks.surface_learner import SurfacePart
+
+        return SurfacePart
 
     lumps: int = 12
     """Gaussians."""

@@ -15,20 +15,22 @@ from reference import Parameters, close, grad, gradients, random, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rnn.cli import main
-from dni_rnn.config import RatesConfig
+from dni_rnn.cli import main, parse_train
+from dni_rnn.penalty import StatePenalty
 from dni_rnn.pytree import LSTMState, Tree, flatten
 from dni_rnn.training.checkpoint import load_checkpoint
 from dni_rnn.training.loop import Interrupted, train
 from dni_rnn.training.run_directory import Run
-from dni_rnn.two_rates import Block, RatesLearner, TwoRates, build_model
-from dni_rnn_tasks.counting import CountedDigits, Counting
+from dni_rnn.two_rates import Cut, DigitBlock, TwoRates
+from dni_rnn_tasks.counting import CountedDigits, Counting, CountingConfig
+from dni_rnn_tasks.counting_learner import CountingLearner, build_model
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 CPU = torch.device("cpu")
 METHODS: dict[str, dict[str, Any]] = {
     "lock-step": {},
     "decoupled": {"decoupled": True},
+    "decoupled, with a penalty": {"decoupled": True, "restore": 0.5},
     "dni": {"dni": True},
     "dni, B in single ticks": {"dni": True, "ticks": 1},
 }
@@ -58,8 +60,8 @@ def test_counts_by_hand():
 
 def test_a_block_is_the_next_digits_of_a_shuffled_pass():
     data = digits()
-    learner = RatesLearner(RatesConfig(bptt=2, batch_size=3), data, CPU)
-    blocks = [RatesLearner.block(data, learner.batches, number, 2) for number in range(10)]
+    learner = CountingLearner(CountingConfig(bptt=2, batch_size=3), data, CPU)
+    blocks = [CountingLearner.block(data, learner.batches, number, 2) for number in range(10)]
     assert blocks[0].inputs.shape == (2, 2, 3, 1, 2, 3)
     counted = np.bincount(data.train[1], minlength=10)
     for one_pass in (blocks[:5], blocks[5:]):  # 60 digits, 12 in a block
@@ -69,7 +71,7 @@ def test_a_block_is_the_next_digits_of_a_shuffled_pass():
 
 
 def test_contexts_hold_what_is_to_come_and_no_more():
-    block = Block(torch.zeros(3, 3, 2, 1), torch.tensor([[0, 1], [2, 2], [3, 4]]), torch.tensor([5, 6]))
+    block = DigitBlock(torch.zeros(3, 3, 2, 1), torch.tensor([[0, 1], [2, 2], [3, 4]]), torch.tensor([5, 6]))
     assert block.coming_slow(1).tolist() == [[-1, -1], [5, 6], [-1, -1]]
     assert block.coming(2).tolist() == [[-1, -1], [-1, -1], [3, 4], [-1, -1], [-1, -1], [5, 6]]
 
@@ -86,7 +88,7 @@ class Truth(NamedTuple):
     messages: list[Tensor]
 
 
-def truth(model: TwoRates, block: Block) -> Truth:
+def truth(model: TwoRates, block: DigitBlock) -> Truth:
     """Written out step by step, with nothing cut."""
     period, rows = len(block.inputs), len(block.slow)
     model.zero_grad()
@@ -100,7 +102,7 @@ def truth(model: TwoRates, block: Block) -> Truth:
         outputs, fast_state = model.fast.core(x, fast_state)
         logits = model.fast.readout(outputs[-1])
         objective = objective + F.cross_entropy(logits, block.fast[tick]) / period
-        messages.append(model.fast.speech(outputs[-1]))
+        messages.append(model.fast.message(outputs[-1]))
     for tick in range(period):
         slow_states.append(slow_state)
         outputs, slow_state = model.slow.core(messages[tick].unsqueeze(0), slow_state)
@@ -130,8 +132,8 @@ class Oracle(nn.Module):
         return self.answers[int(tick)]
 
 
-def small(generator: torch.Generator, **settings: Any) -> tuple[TwoRates, Block]:
-    config = RatesConfig(**{"bptt": 3, "hidden": 4, **settings})
+def small(generator: torch.Generator, **settings: Any) -> tuple[TwoRates, DigitBlock]:
+    config = CountingConfig(**{"bptt": 3, "hidden": 4, **settings})
     model = build_model(config, digits()).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -141,7 +143,7 @@ def small(generator: torch.Generator, **settings: Any) -> tuple[TwoRates, Block]
                 parameter[config.hidden : 2 * config.hidden] += 2.0
     period, rows = config.bptt, 5
     targets = torch.randint(period**2, (period + 1, rows), generator=generator)
-    return model, Block(random(generator, period, period, rows, 1, 2, 3), targets[:-1], targets[-1])
+    return model, DigitBlock(random(generator, period, period, rows, 1, 2, 3), targets[:-1], targets[-1])
 
 
 def net_gradients(model: TwoRates) -> Parameters:
@@ -193,8 +195,8 @@ def test_what_arrives_at_the_message_is_the_true_gradient(generator):
     true = truth(model, block)
     differentiate(model, model.decoupled(block))
     interface = model.interfaces()["message"]
-    size = torch.stack(true.messages).square().mean().sqrt()
-    close(interface.size(), size, rtol=1e-6)  # the running size is kept in float64 here, its rate is not
+    rms = torch.stack(true.messages).square().mean().sqrt()
+    close(interface.target_rms(), rms, rtol=1e-6)  # the running RMS is kept in float64 here, its rate is not
 
 
 def reached(objective: Tensor, net: nn.Module) -> list[str]:
@@ -217,41 +219,87 @@ def test_what_the_loss_of_b_reaches(method, generator):
         nets = {net: reached(loss, getattr(model, net)) for net in ("fast", "slow")}
         assert nets["slow"]
         if method == "lock-step":
-            assert {name.split(".")[0] for name in nets["fast"]} == {"encoder", "core", "speech"}
+            assert {name.split(".")[0] for name in nets["fast"]} == {"encoder", "core", "message"}
         else:
             assert nets["fast"] == []
 
 
-def test_without_synthetic_gradients_nothing_is_said_to_b(generator):
-    """What A says to B is never trained; with them it is, as soon as M says something."""
+def test_without_synthetic_gradients_the_message_is_never_trained(generator):
+    """With them it is, as soon as M predicts something."""
     for dni in (False, True):
         model, block = small(generator, decoupled=True, dni=dni)
         for interface in model.interfaces().values():
             randomize(interface.synthesizer, generator)
             interface.target_square.fill_(1.0)
         differentiate(model, model.decoupled(block))
-        for name, parameter in model.fast.speech.named_parameters():
+        for name, parameter in model.fast.message.named_parameters():
             assert (parameter.grad is not None and float(parameter.grad.norm()) > 0) == dni, name
 
 
-def test_a_synthesizer_that_says_zero_changes_nothing(generator):
+def test_a_synthesizer_that_predicts_zero_changes_nothing(generator):
     model, block = small(generator, dni=True)
     differentiate(model, model.decoupled(block))
     silent = net_gradients(model)
-    plain = TwoRates(model.fast, model.slow, None, 3, 3)
+    plain = TwoRates(model.fast, model.slow, {name: Cut() for name in model.cuts}, 3, 3)
     differentiate(plain, plain.decoupled(block))
     close(net_gradients(plain), {name: silent[name] for name in net_gradients(plain)})
     assert relative(silent, truth(model, block).parameters, "fast") > 0.01
 
 
+@pytest.mark.parametrize("dni", [False, True])
+def test_a_penalty_pushes_back_what_is_beyond_its_bound(dni, generator):
+    """What the message is learnt from, where M predicts zero: strength · RMS · ½ Σ max(|m| − 3, 0)², RMS 2."""
+    model, block = small(generator, decoupled=True, dni=dni, restore=0.5)
+    scale = dict(model.fast.message.named_parameters())["1.weight"]
+    with torch.no_grad():
+        scale.fill_(10.0)
+    cut = model.cut("message")
+    assert cut.penalty is not None
+    (cut.penalty.mean_square if cut.interface is None else cut.interface.target_square).fill_(4.0)
+    next(model.decoupled(block)).objective.backward()
+    net = model.fast
+    outputs, _ = net.core(net.encoder(block.inputs[0]), net.core.initial_state(len(block.slow)))
+    excess = (net.message(outputs[-1]).abs() - 3.0).clamp_min(0.0)
+    assert 0 < int((excess > 0).sum()) < excess.numel()
+    parameters = dict(net.message.named_parameters())
+    term = 0.5 * 2.0 * 0.5 * excess.square().sum()
+    expected = torch.autograd.grad(term, list(parameters.values()))
+    close({name: grad(p) for name, p in parameters.items()}, dict(zip(parameters, expected, strict=True)))
+
+
+def test_where_a_penalty_stands_by_default():
+    """On all that is sent where --dni is given; the interface, where there is one, says the RMS."""
+    for settings, strength in (
+        ({"dni": True}, 0.1),
+        ({"dni": True, "restore": 0.0}, None),
+        ({"decoupled": True}, None),
+        ({"decoupled": True, "restore": 0.3}, 0.3),
+        ({}, None),
+    ):
+        config = CountingConfig(bptt=2, hidden=4, **settings)
+        cuts = build_model(config, digits()).cuts
+        penalties = {name: getattr(cut, "penalty", None) for name, cut in cuts.items()}
+        assert {name for name, penalty in penalties.items() if penalty is not None} == (
+            {"fast", "message"} if strength else set()
+        )
+        assert {p.strength for p in penalties.values() if isinstance(p, StatePenalty)} <= {strength}
+
+
+def test_the_names_of_methods():
+    given = ["", "--decoupled", "--decoupled --restore 0.5", "--dni", "--dni --context none --no-critic"]
+    assert [parse_train(["counting", *words.split()])[2].method for words in given] == [
+        "lock-step", "decoupled", "decoupled+restore", "dni+targets", "dni-online",
+    ]  # fmt: skip
+
+
 def test_every_net_is_stepped_at_its_own_rate():
     counts = {}
     for method, settings in METHODS.items():
-        learner = RatesLearner(RatesConfig(bptt=2, batch_size=3, hidden=4, **settings), digits(), CPU)
+        learner = CountingLearner(CountingConfig(bptt=2, batch_size=3, hidden=4, **settings), digits(), CPU)
         learner.update()
         learner.update()
-        state = learner.optimizer.state
-        parts = ("fast.encoder", "fast.speech", "slow.core.rnn", "interface.")
+        state = learner.record.optimizer.state
+        parts = ("fast.encoder", "fast.message", "slow.core.rnn", "interface.")
         counts[method] = [
             {
                 int(state[p]["step"])
@@ -263,6 +311,7 @@ def test_every_net_is_stepped_at_its_own_rate():
     assert counts == {
         "lock-step": [{2}, {2}, {2}, set()],
         "decoupled": [{4}, set(), {2}, set()],
+        "decoupled, with a penalty": [{4}, {4}, {2}, set()],
         "dni": [{4}, {4}, {2}, {2}],  # A's own interface and that of the message
         "dni, B in single ticks": [
             {4},
@@ -278,7 +327,7 @@ def test_every_net_is_stepped_at_its_own_rate():
 
 def run_of(path: Path, **settings: Any) -> Run:
     small = {"bptt": 2, "hidden": 6, "batch_size": 3, "digits": 240, "log_every": 3, "eval_every": 60}
-    return Run(path, "counting", Counting(), RatesConfig(**{**small, "threads": 1, **settings}, out=path))
+    return Run(path, "counting", Counting(), CountingConfig(**{**small, "threads": 1, **settings}, out=path))
 
 
 @pytest.fixture(autouse=True)
@@ -291,17 +340,17 @@ def _made_up(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, tmp_path, monkeypatch):
     settings = METHODS[method]
     whole = train(run_of(tmp_path / "whole", **settings), quiet=True)
-    update = RatesLearner.update
+    update = CountingLearner.update
 
-    def stop_in_the_middle(self: RatesLearner) -> None:
+    def stop_in_the_middle(self: CountingLearner) -> None:
         update(self)
-        if self.step == 7:
+        if self.counters.step == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(RatesLearner, "update", stop_in_the_middle)
+    monkeypatch.setattr(CountingLearner, "update", stop_in_the_middle)
     with pytest.raises(Interrupted):
         train(run_of(tmp_path / "parts", **settings), quiet=True)
-    monkeypatch.setattr(RatesLearner, "update", update)
+    monkeypatch.setattr(CountingLearner, "update", update)
     parts = train(run_of(tmp_path / "parts", **settings, resume=True), quiet=True)
     timed = ("seconds", "symbols_per_second", "peak_memory_mb")
 
@@ -319,18 +368,18 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, tmp_path, monkeypatc
 
 def test_errors_of_a_net_that_always_says_the_same():
     data = digits(4000)
-    model = build_model(RatesConfig(bptt=2, hidden=4), data)
+    model = build_model(CountingConfig(bptt=2, hidden=4), data)
     with torch.no_grad():
         for net, answer in ((model.fast, 1), (model.slow, 0)):
             net.readout.weight.zero_()
             net.readout.bias.copy_(torch.arange(5) == answer)
-    found = RatesLearner.score(model, data, "valid", CPU)
+    found = CountingLearner.score(model, data, "valid", CPU)
     share = float((data.valid[1] % 2).mean())
     # Odd digits after 2 and after 4 of them; 3s among 4.
     once = [2 * share * (1 - share), 4 * share * (1 - share) ** 3]
     assert found["error_fast"] == pytest.approx(100 * (1 - sum(once) / 2), abs=4)
     assert found["error_slow"] == pytest.approx(100 * (1 - (data.valid[1] != 3).mean() ** 4), abs=4)
-    assert found == RatesLearner.score(model, data, "valid", CPU)
+    assert found == CountingLearner.score(model, data, "valid", CPU)
 
 
 @pytest.mark.parametrize(
@@ -344,6 +393,9 @@ def test_errors_of_a_net_that_always_says_the_same():
         ("--dni --synthesizer deep", "--synthesizer deep"),
         ("--dni --context none", "--no-critic"),
         ("--digits 0", "--digits must be positive"),
+        ("--digits 9 --steps 9", "give one of --digits, --minutes and --steps"),
+        ("--restore 0.5", "--restore works where nets are cut: add --dni or --decoupled"),
+        ("--dni --restore -1", "--restore must not be negative"),
     ],
 )
 def test_settings_that_cannot_be(flags, message, tmp_path, capsys):

@@ -12,7 +12,7 @@ Source of the arrangement: github.com/macfergus/synthetic-gradient (2016).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,11 @@ from dni_rnn.feedforward import Decoupled
 from dni_rnn.interface import Interface
 from dni_rnn.metrics import RMSE
 from dni_rnn.synthesizers import ContextMLP
-from dni_rnn.training.loop import BaseLearner, cosine
+from dni_rnn.training.learner import Learner, TrainingRecord, adam, begin, cosine_schedule
 from dni_rnn.training.run_directory import Run
+
+if TYPE_CHECKING:
+    from dni_rnn_tasks.surface import Lumps, SurfaceConfig
 
 INPUT, ORACLE, OUTPUT = range(3)
 
@@ -54,103 +57,99 @@ class Beside(nn.Module):
         return self.net(torch.cat([message, context], 1))
 
 
-class SurfaceLearner(BaseLearner):
-    """Both parts and the oracle in one process."""
+def build_model(config: SurfaceConfig) -> Decoupled:
+    """Both parts, and the oracle between them."""
+    width = config.width
+    parts = [
+        nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()),
+        nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)),
+    ]
+    return Decoupled(parts, [Interface(Beside(width, 1, 2 * width), batch_dim=0)])
 
-    averages = ("loss",)
-    loss: Tensor
+
+@torch.no_grad()
+def grid_error(model: Decoupled, data: Lumps, split: Split, device: torch.device) -> float:
+    """Root mean square error on the grid of a split."""
+    x, y = (tensor.to(device) for tensor in data.grid(split))
+    training = model.training
+    model.eval()
+    error = float((model(x) - y).square().mean().sqrt())
+    model.train(training)
+    return error
+
+
+@torch.no_grad()
+def draw_surface(run: Run, model: Decoupled, data: Lumps, device: torch.device) -> None:
+    """surface.png: the surface, what was learnt of it, and the parts' losses."""
+    from dni_rnn.experiments.plots import Panel, save_surface
+
+    x, y = data.grid("test")
+    side = math.isqrt(len(x))
+    learnt = model.eval()(x.to(device)).cpu()
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for part in ("", f"part{ORACLE}", f"part{OUTPUT}"):
+        for row in Run(run.path / part, run.task_name, run.task, run.config).rows():
+            for key, label in LINES.items():
+                if key in row:
+                    lines.setdefault(label, []).append((row["step"], row[key]))
+    panel = Panel("update", "of each part, over time", lines, logarithmic=False)
+    surfaces = {"true": y.view(side, side).numpy(), "learnt": learnt.view(side, side).numpy()}
+    save_surface(run.path / "surface.png", surfaces, panel)
+
+
+class SurfaceLearner(Learner):
+    """Both parts and the oracle in one process. Learning rates fall to zero by a cosine schedule."""
+
     model: Decoupled
 
-    def __init__(self, config: Any, data: Any, device: torch.device) -> None:
+    def __init__(self, config: SurfaceConfig, data: Lumps, device: torch.device) -> None:
         super().__init__(config, data, device)
-        self.model = self.build(config, data).to(device)
-        self.modules = {"model": self.model}
-        self.net, self.synthesizer = self.model.net_parameters(), self.model.synthesizer_parameters()
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": self.net, "base": config.lr},
-                {"params": self.synthesizer, "base": config.synthesizer_lr},
-            ],
-            fused=True,
-        )
+        begin(config)
+        self.model = build_model(config).to(device)
+        net, synthesizer = self.model.net_parameters(), self.model.synthesizer_parameters()
+        optimizer = adam([(net, config.lr), (synthesizer, config.synthesizer_lr)], device)
+        self.record = TrainingRecord({"model": self.model}, net, synthesizer, optimizer, ("loss",), device)
         self.one_pass = config.steps * config.batch_size
 
     @staticmethod
-    def build(config: Any, data: Any) -> Decoupled:
-        width = config.width
-        parts = [
-            nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()),
-            nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)),
-        ]
-        return Decoupled(parts, [Interface(Beside(width, 1, 2 * width), batch_dim=0)])
+    def build(config: SurfaceConfig, data: Lumps) -> Decoupled:
+        return build_model(config)
 
     @staticmethod
-    @torch.no_grad()
     def score(
-        model: Any, data: Any, split: Split, device: torch.device, level: int | None = None
+        model: Any, data: Lumps, split: Split, device: torch.device, level: int | None = None
     ) -> dict[str, float]:
-        """Root mean square error on the grid of a split."""
-        x, y = (tensor.to(device) for tensor in data.grid(split))
-        training = model.training
-        model.eval()
-        error = float((model(x) - y).square().mean().sqrt())
-        model.train(training)
-        return {RMSE.key: error}
-
-    def rate(self) -> float:
-        """Factor on the learning rates of the coming update: along a cosine to zero."""
-        return cosine(self.step / self.config.steps)
-
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Points and heights of the update to come."""
-        x, y = self.data.batch(self.step, self.config.batch_size, self.config.seed)
-        return x.to(self.device), y.to(self.device)
-
-    def count(self, points: int) -> None:
-        """One update more."""
-        self.step += 1
-        self.updates += 1
-        self.symbols += points
+        return {RMSE.key: grid_error(model, data, split, device)}
 
     def update(self) -> None:
-        self.set_rates(self.rate())
-        x, y = self.batch()
+        config, counters, record = self.config, self.counters, self.record
+        record.set_rates(cosine_schedule(counters.step / config.steps))
+        x, y = self.data.batch(counters.step, config.batch_size, config.seed, self.device)
         loss = F.mse_loss(self.model(x, y), y)
-        self.optimizer.zero_grad()
+        record.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
-        self.loss = self.loss + loss.detach()
-        self.count(len(x))
+        record.optimizer.step()
+        record.averages["loss"] += loss.detach()
+        counters.advance(len(x))
 
     def metrics(self) -> dict[str, float]:
         interfaces: Any = self.model.interfaces
-        loss = float(self.loss) / max(self.updates, 1)
+        loss = float(self.record.averages["loss"]) / max(self.counters.updates, 1)
         return {
             "rmse": math.sqrt(loss),
             "loss": loss,
             "synthesizer_loss": float(interfaces[0].regression_loss),
         }
 
-    @torch.no_grad()
+    @property
+    def ended(self) -> bool:
+        return self.counters.step >= self.config.steps
+
     def draw(self, run: Run) -> None:
-        """surface.png: the surface, what was learnt of it, and the parts' losses."""
-        from dni_rnn.experiments.plots import Panel, save_surface
-
-        x, y = self.data.grid("test")
-        side = math.isqrt(len(x))
-        learnt = self.model.eval()(x.to(self.device)).cpu()
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for part in ("", f"part{ORACLE}", f"part{OUTPUT}"):
-            for row in Run(run.path / part, run.task_name, run.task, run.config).rows():
-                for key, label in LINES.items():
-                    if key in row:
-                        lines.setdefault(label, []).append((row["step"], row[key]))
-        panel = Panel("update", "of each part, over time", lines, logarithmic=False)
-        surfaces = {"true": y.view(side, side).numpy(), "learnt": learnt.view(side, side).numpy()}
-        save_surface(run.path / "surface.png", surfaces, panel)
+        draw_surface(run, self.model, self.data, self.device)
 
 
-class SurfacePart(ProcessPart, SurfaceLearner):
+class SurfacePart(ProcessPart):
     """The input part, the oracle or the output part, by the number of the process.
 
     Attributes:
@@ -158,15 +157,40 @@ class SurfacePart(ProcessPart, SurfaceLearner):
       stale: in the input part, updates made between sending a message and learning from it.
     """
 
-    def __init__(self, run: Run, config: Any, data: Any, device: torch.device, processes: Processes) -> None:
+    def __init__(
+        self, run: Run, config: SurfaceConfig, data: Lumps, device: torch.device, processes: Processes
+    ) -> None:
         super().__init__(run, config, data, device, processes)
-        self.modules = self.modules_of(self.rank)
+        self.model: Any = build_model(config).to(device)
+        modules = self.modules_of(self.rank)
         rate = config.synthesizer_lr if self.rank == ORACLE else config.lr
-        parameters = [p for module in self.modules.values() for p in module.parameters()]
-        self.optimizer = torch.optim.Adam([{"params": parameters, "base": rate}], fused=True)
+        parameters = [p for module in modules.values() for p in module.parameters()]
+        net, synthesizer = self.model.net_parameters(), self.model.synthesizer_parameters()
+        self.record = TrainingRecord(
+            modules, net, synthesizer, adam([(parameters, rate)], device), (), device
+        )
+        self.one_pass = config.steps * config.batch_size
         self.interface: Any = self.model.interfaces[0]
         self.kept: dict[int, tuple[Tensor, int]] = {}
         self.gradient = 0.0
+        self.reset_metrics()
+
+    @staticmethod
+    def build(config: SurfaceConfig, data: Lumps) -> Decoupled:
+        return build_model(config)
+
+    @staticmethod
+    def score(
+        model: Any, data: Lumps, split: Split, device: torch.device, level: int | None = None
+    ) -> dict[str, float]:
+        return {RMSE.key: grid_error(model, data, split, device)}
+
+    @property
+    def ended(self) -> bool:
+        return self.counters.step >= self.config.steps
+
+    def draw(self, run: Run) -> None:
+        draw_surface(run, self.model, self.data, self.device)
 
     def modules_of(self, rank: int) -> dict[str, nn.Module]:
         parts, interfaces = self.model.parts, self.model.interfaces
@@ -198,14 +222,15 @@ class SurfacePart(ProcessPart, SurfaceLearner):
             self.take_gradient(packet)
         while len(self.kept) >= self.config.queue:
             self.take_gradient(self.wait(answers))
-        x, y = self.batch()
+        step = self.counters.step
+        x, y = self.data.batch(step, self.config.batch_size, self.config.seed, self.device)
         with torch.no_grad():
-            h = self.modules["part"](x)
-        self.kept[self.step] = x, self.own_updates
+            h = self.record.modules["part"](x)
+        self.kept[step] = x, self.own_updates
         for link in self.onward:
-            link.put(Packet(MESSAGE, self.step, [h, y]))
+            link.put(Packet(MESSAGE, step, [h, y]))
         self.watch.beat()
-        self.count(len(x))
+        self.counters.advance(len(x))
 
     def take_message(self, packet: Packet) -> None:
         h, y = (tensor.to(self.device) for tensor in packet.tensors)
@@ -215,22 +240,22 @@ class SurfacePart(ProcessPart, SurfaceLearner):
             while (answer := self.awaited[0].poll()) is not None:
                 self.take_gradient(answer)
             return
-        self.set_rates(self.rate())
+        self.record.set_rates(cosine_schedule(self.counters.step / self.config.steps))
         h.requires_grad_()
-        loss = F.mse_loss(self.modules["part"](h), y)
-        self.optimizer.zero_grad()
+        loss = F.mse_loss(self.record.modules["part"](h), y)
+        self.record.optimizer.zero_grad()
         loss.backward()
         assert h.grad is not None
         self.seen = (self.seen[0] + 1, self.seen[1] + float(loss.detach()), 0.0)
         self.onward[0].put(Packet(GRADIENT, packet.number, [h.detach(), y, h.grad], self.seen))
-        self.optimizer.step()
+        self.record.optimizer.step()
 
     def take_gradient(self, packet: Packet) -> None:
         """A synthetic gradient in the input part, a lesson of the output part in the oracle."""
         self.seen = packet.notes
         tensors = [tensor.to(self.device) for tensor in packet.tensors]
-        self.set_rates(self.rate())
-        self.optimizer.zero_grad()
+        self.record.set_rates(cosine_schedule(self.counters.step / self.config.steps))
+        self.record.optimizer.zero_grad()
         if self.rank == ORACLE:
             h, y, gradient = tensors
             self.interface.receive(h, y).backward(gradient)
@@ -240,10 +265,10 @@ class SurfacePart(ProcessPart, SurfaceLearner):
                 del self.kept[number]
             x, updates = self.kept.pop(packet.number)
             # Once more, with the weights of now: those that it was sent with have changed.
-            self.modules["part"](x).backward(tensors[0])
+            self.record.modules["part"](x).backward(tensors[0])
             self.gradient = float(tensors[0].norm())
             self.stale.append(self.own_updates - updates)
-        self.optimizer.step()
+        self.record.optimizer.step()
         self.own_updates += 1
 
     def drained(self) -> None:

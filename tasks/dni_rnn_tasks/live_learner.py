@@ -1,7 +1,7 @@
 """Learning from a stream that is read once and never comes back: standard input, a sensor, a log.
 
-Training stays as many symbols behind the newest one as the synthesizer is told (`--lag`), so that it knows
-at each boundary what comes. Memory is constant: what has been learnt is forgotten.
+Training stays as many symbols behind the newest one as the synthesizer is conditioned on (`--lag`).
+Memory is constant: what has been learnt is forgotten.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ import math
 import os
 import select
 import time
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dni_rnn.config import LiveConfig
 from dni_rnn.data.task import Data
 from dni_rnn.errors import UsageError
-from dni_rnn.estimators import Window
 from dni_rnn.metrics import BPC
-from dni_rnn.recurrent import Boundary
-from dni_rnn.training.loop import BITS, Learner
+from dni_rnn.training.learner import BITS
+from dni_rnn.training.recurrent import RecurrentLearner
+from dni_rnn.window import Boundary, Window
+
+if TYPE_CHECKING:
+    from dni_rnn_tasks.live import LiveConfig
 
 WAIT_SECONDS = 0.2
 """How long training waits for symbols before it looks whether it should stop."""
@@ -72,7 +74,7 @@ class LiveStream:
       stretch: L.
     """
 
-    ladder = None
+    curriculum = None
     size = 0
 
     def __init__(self, source: Source, batch_size: int, stretch: int) -> None:
@@ -128,12 +130,11 @@ class LiveStream:
 
     def _boundary(self, position: int, context: int) -> Boundary:
         following = self._dealt[0, position : position + max(context, 1)]
-        next_input = following[0] if len(following) else following.new_zeros(self.batch_size)
         done = None if len(following) else torch.ones(self.batch_size, dtype=torch.bool, device=self._device)
         if not context:
-            return Boundary(None, next_input, done)
+            return Boundary(None, done)
         padding = following.new_full((context - len(following), self.batch_size), -1)
-        return Boundary(torch.cat([following, padding]), next_input, done)
+        return Boundary(torch.cat([following, padding]), done)
 
     def state_dict(self) -> dict[str, Any]:
         """What was read and not yet learnt."""
@@ -146,7 +147,7 @@ class LiveStream:
         self._coming = np.array(state["coming"], dtype=np.int64)
 
 
-class LiveLearner(Learner):
+class LiveLearner(RecurrentLearner):
     """A recurrent model that learns from a stream as it comes.
 
     Every symbol is predicted before it is learnt, so the training loss is that of unseen text: the
@@ -167,16 +168,16 @@ class LiveLearner(Learner):
 
     def ready(self) -> bool:
         steps = self.config.bptt * self.config.accumulate
-        return self.stream.ready(steps, self.context, WAIT_SECONDS)
+        return self.stream.ready(steps, self.config.context_window, WAIT_SECONDS)
 
     @property
     def ended(self) -> bool:
         return self.stream.ended
 
     def update(self) -> None:
-        scored = self.scored
+        scored = self.counters.scored
         super().update()
-        heard = torch.stack([self.window_loss.double(), self.whole.new_tensor(self.scored - scored)])
+        heard = torch.stack([self.window_loss.double(), self.whole.new_tensor(self.counters.scored - scored)])
         self.recent, self.whole = self.recent + heard, self.whole + heard
 
     def evaluate(self, split: str, level: int | None) -> dict[str, float]:

@@ -1,0 +1,42 @@
+"""`dni-rnn sweep`: a grid of training commands."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Run a grid of training commands with seeds; can be stopped, killed and started again at any point."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder with a sweep.toml; finished rows are appended to its rows.jsonl."""
+    work: Path = Path("runs/sweeps")
+    """Where the run directories go, in a folder named after the sweep's."""
+    budget: str | None = None
+    """Stop after this long (90s, 9m, 1h30m), with checkpoints; all cells share the time, in rounds."""
+    parallel: int = 1
+    """Processes at a time."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where to compute, for cells that do not say so."""
+    carry: Path | None = None
+    """Folder to carry unfinished runs elsewhere: read at the start, written at the end, parts below 16 MB."""
+
+    def __call__(self) -> None:
+        from dni_rnn.experiments.sweep import parse_duration, run_sweep
+
+        failed = run_sweep(
+            self.folder,
+            self.work / self.folder.resolve().name,
+            self.parallel,
+            budget=None if self.budget is None else parse_duration(self.budget),
+            device=self.device,
+            carry=self.carry,
+        )
+        if failed:
+            sys.exit(1)

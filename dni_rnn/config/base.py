@@ -1,0 +1,184 @@
+"""What every training run has, whatever it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from dni_rnn.errors import UsageError
+from dni_rnn.metrics import Metric
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Defaults of one task under a name.
+
+    Attributes:
+      run: values for fields of the task's configuration.
+      dni: more of them, when `--dni` is given.
+      task: values for fields of the task.
+    """
+
+    run: Mapping[str, Any] = field(default_factory=dict)
+    dni: Mapping[str, Any] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every training run has, whatever it trains. A task names its configuration in `Task.config`."""
+
+    metric: ClassVar[Metric]
+    """What runs are judged by."""
+    depth_name: ClassVar[str]
+    """What tables call `depth`."""
+    amount: ClassVar[str]
+    """The field that says how long to train in the task's own unit, beside --minutes and --steps."""
+    changeable: ClassVar[frozenset[str]] = frozenset(
+        [
+            "device",
+            "threads",
+            "graph",
+            "data_dir",
+            "out",
+            "resume",
+            "log_every",
+            "save_every",
+            "processes",
+            "timeout",
+            "minutes",
+        ]
+    )
+    """Fields that do not change what any one update does."""
+
+    seed: int = 0
+    """Of the initial weights and of generated data."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a CUDA device when there is one."""
+    threads: int | None = None
+    """CPU threads; the default is torch's."""
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """Of the matrix multiplications of the net and its synthesizers; weights are float32. tf32 is for CUDA
+    devices."""
+    graph: bool = True
+    """On a CUDA device, replay updates as CUDA graphs."""
+    data_dir: Path | None = None
+    """Folder that holds the data files."""
+    out: Path | None = None
+    """Run directory. The default is below runs/, named after task, method and seed."""
+    resume: bool = False
+    """Go on with the run in --out from its last checkpoint."""
+    minutes: float | None = None
+    """Train for this long (evaluation not counted) and stop."""
+    log_every: int = 50
+    """Updates between rows of metrics.jsonl."""
+    eval_every: int = 500_000
+    """Training symbols between validations."""
+    save_every: float = 30.0
+    """Seconds between checkpoints."""
+    processes: int | None = None
+    """Train in so many processes of this machine, as torchrun --nproc-per-node starts them."""
+    timeout: float = 300.0
+    """Seconds after which a process that does nothing is reported as hanging; longer than a validation."""
+
+    def __post_init__(self) -> None:
+        self._check_positive("threads", "minutes", "log_every", "eval_every", "processes", "timeout")
+        if not self.save_every >= 0:
+            raise UsageError("--save-every must not be negative")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed must lie between 0 and 2^63 - 1, not {self.seed}")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"--{name.replace('_', '-')} must be positive, not {value}")
+
+    @classmethod
+    def budgets(cls) -> tuple[str, ...]:
+        """The fields that say when to stop."""
+        return tuple(dict.fromkeys([cls.amount, "minutes", "steps"]))
+
+    def _check_budget(self) -> None:
+        """Refuse several of the fields that say when to stop."""
+        if sum(getattr(self, name) is not None for name in self.budgets()) > 1:
+            flags = [f"--{name}" for name in self.budgets()]
+            raise UsageError(f"give one of {', '.join(flags[:-1])} and {flags[-1]}, not several")
+
+    @property
+    def method(self) -> str:
+        """What tables call it."""
+        raise NotImplementedError
+
+    @property
+    def changeable_on_resume(self) -> frozenset[str]:
+        """Settings that may be others when this run is resumed."""
+        return self.changeable
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """How long to train: ("steps", "minutes" or "symbols", how many); None is what the learner says."""
+        for unit in ("minutes", "steps"):
+            if getattr(self, unit, None) is not None:
+                return unit, getattr(self, unit)
+        return None
+
+    @property
+    def depth(self) -> int:
+        """Through how much backpropagation would go: T steps, or layers. The colour of a line in a plot."""
+        raise NotImplementedError
+
+    @property
+    def folder(self) -> str:
+        """What its run directory is called by default, besides the task and the seed."""
+        raise NotImplementedError
+
+    @property
+    def resolved(self) -> Self:
+        """The same with every setting that was left to others decided."""
+        return self
+
+    def for_world_size(self, processes: int) -> Self:
+        """The same as it is in so many processes that train together.
+
+        Raises:
+          UsageError: it cannot be.
+        """
+        if self.processes not in (None, processes):
+            raise UsageError(f"--processes {self.processes}, but {processes} were started")
+        if processes > 1:
+            raise UsageError("this trains in one process: leave out --processes, and torchrun")
+        return self
+
+
+def check_dni(config: Any, *names: str) -> None:
+    """Refuse settings `names` that do nothing without --dni, and --dni that has no row to compare with."""
+    for name in () if config.dni else names:
+        if getattr(config, name) != getattr(type(config), name):
+            raise UsageError(f"--{name.replace('_', '-')} does nothing without --dni; add --dni")
+    if config.dni and config.centre and config.batch_size == 1:
+        raise UsageError("--batch-size 1: a mean over one row leaves no synthetic gradient; add --no-centre")
+
+
+def check_critic(config: Any) -> None:
+    """Refuse a critic that is conditioned on nothing."""
+    if config.critic and config.context == "none":
+        raise UsageError("--context none: a critic predicts the loss of known targets; add --no-critic")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A dataclass as JSON values; paths as text."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+
+
+def from_json(kind: type, values: dict[str, Any]) -> Any:
+    """The dataclass back from `to_json`; fields that are paths by their annotation become paths."""
+    fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise UsageError(f"this run was made by another version: unknown setting {unknown[0]}")
+    return kind(**{k: Path(v) if v is not None and "Path" in fields[k] else v for k, v in values.items()})

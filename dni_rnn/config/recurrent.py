@@ -1,0 +1,198 @@
+"""Recurrent runs: truncated BPTT on streams, with what replaces the gradient that truncation cuts off."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, ClassVar, Literal, Self
+
+from dni_rnn.config.base import RunConfig, check_critic, check_dni
+from dni_rnn.config.spelling import parse_context, parse_estimator, parse_synthesizer
+from dni_rnn.errors import UsageError
+from dni_rnn.metrics import BPC, Metric
+from dni_rnn.registry import check, is_import
+
+PUBLISHED_DNI: Mapping[str, Any] = {
+    "context": "none", "synthesizer": "mlp", "scale": 0.1, "centre": False, "restore": 0.0
+}  # fmt: skip
+"""The method as published: one hidden layer on the core's output, scaled by 0.1, nothing that grounds it."""
+
+DNI_RESTORE = 0.1
+"""`--restore` with --dni, where none is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentConfig(RunConfig):
+    """Everything that decides what a recurrent training run does, beside the options of its task."""
+
+    metric: ClassVar[Metric] = BPC
+    depth_name: ClassVar[str] = "T"
+    amount: ClassVar[str] = "chars"
+    changeable: ClassVar[frozenset[str]] = RunConfig.changeable | {"chars", "steps", "state_limit"}
+
+    core: str = "lstm"
+    """Recurrent core: lstm, gru, rnn (tanh), one that a package registers, or package.module:Cell."""
+    hidden: int = 256
+    """Units per layer."""
+    layers: int = 1
+    """Stacked recurrent layers."""
+    embedding: int = 128
+    """Width of the input embedding."""
+
+    bptt: int = 20
+    """T: steps per window, the length that gradients are backpropagated."""
+    random_truncation: float = 0.0
+    """Share of windows that end early, at a random step: a net can learn an even grid of boundaries."""
+    accumulate: int = 1
+    """Windows per update. Methods with equal bptt × accumulate update after the same number of symbols."""
+    estimator: str | None = None
+    """How windows become gradients: bptt (truncated, the default), full (through all --accumulate windows),
+    or package.module:Estimator. Arguments behind commas: NAME,option=value."""
+    dni: bool = False
+    """Put a synthetic gradient at each truncation boundary."""
+    restore: float | None = None
+    """Penalty on a state beyond ±3, in units of usual gradients, with any method; stops it from running away.
+    The default is 0.1 with --dni and 0 without."""
+    synthesizer: str = "mlp:1/4"
+    """linear, mlp (one hidden layer as wide as the core), mlp:WIDTH[,WIDTH] (units, or 1/4 of the core's), or
+    package.module:Class."""
+    synthesizer_reads: Literal["hidden", "state"] = "hidden"
+    """The synthesizer reads the hidden state, which is the core's output, or the whole state."""
+    critic: bool = False
+    """The synthesizer predicts the loss of what it is conditioned on, and is differentiated."""
+    context: str = "next-tokens:8"
+    """What the synthesizer is conditioned on: none, or the next W symbols, next-tokens:W."""
+    scale: float = 0.9
+    """Weight of the synthetic gradient; as it is bootstrapped, also a discount at each boundary."""
+    discount: float = 1.0
+    """Discount of the future per step: a boundary after T steps weighs by scale × discount^T."""
+    centre: bool = True
+    """Subtract the batch mean from the synthetic gradient."""
+    audit: int = 0
+    """Updates between comparisons of the synthetic gradient with a real one of 32 steps. Its weight is the
+    least-squares coefficient of the real on the synthetic one (trust, in the metrics). 0: never."""
+    aux: bool = False
+    """Auxiliary task: predict the synthetic gradient one window ahead."""
+    aux_weight: float = 0.1
+    """Weight of its dimensionless error beside the mean loss in nats."""
+
+    batch_size: int = 64
+    """Rows read side by side."""
+    lr: float = 1e-3
+    """Adam's learning rate for the net."""
+    synthesizer_lr: float = 1e-3
+    """Adam's learning rate for the synthesizer."""
+    beta2: float = 0.999
+    """Decay of Adam's mean square gradient; a shorter memory suits a task that grows."""
+    anneal: bool = False
+    """Let both learning rates fall to zero by a cosine schedule, over --chars or --steps."""
+    clip: float = 1.0
+    """Largest norm of the net's gradient per update; 0 switches clipping off."""
+
+    chars: int | None = None
+    """Train on this many symbols. The default is one pass over the training text."""
+    steps: int | None = None
+    """Train for this many updates instead."""
+
+    state_limit: float = 1000.0
+    """Stop when the root mean square of the recurrent state exceeds this; in health it is a few units."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive(
+            "hidden", "layers", "embedding", "bptt", "accumulate", "batch_size", "chars", "steps",
+            "lr", "synthesizer_lr", "state_limit", "aux_weight",
+        )  # fmt: skip
+        for name in ("clip", "scale", "restore", "audit"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise UsageError(f"--{name.replace('_', '-')} must not be negative")
+        if not 0 < self.beta2 < 1:
+            raise UsageError(f"--beta2 must lie between 0 and 1, not {self.beta2}")
+        if not 0 <= self.random_truncation <= 1:
+            raise UsageError(
+                f"--random-truncation is a share of windows, from 0 to 1, not {self.random_truncation}"
+            )
+        if not 0 < self.discount <= 1:
+            raise UsageError(f"--discount must lie above 0 and at most at 1, not {self.discount}")
+        self._check_budget()
+        if self.anneal and self.minutes is not None:
+            raise UsageError("--anneal does not go by the clock: give --chars or --steps, not --minutes")
+        check_dni(
+            self, "synthesizer", "synthesizer_reads", "critic", "context", "scale", "discount", "centre",
+            "audit", "aux", "synthesizer_lr",
+        )  # fmt: skip
+        check_critic(self)
+        if not self.aux and self.aux_weight != type(self).aux_weight:
+            raise UsageError("--aux-weight does nothing without --aux; add --aux")
+        parse_synthesizer(self.synthesizer)
+        parse_context(self.context)
+        check("cores", self.core)
+        check("estimators", self.estimator_spec[0])
+        if self.critic and is_import(self.synthesizer):
+            raise UsageError("--critic builds a classifier of its own: leave out --critic or --synthesizer")
+        if self.dni and self.estimator is not None:
+            raise UsageError("--dni is an estimator of its own: leave out --estimator or --dni")
+
+    def for_world_size(self, processes: int) -> Self:
+        """With as many rows of the batch in each process."""
+        if self.processes not in (None, processes):
+            raise UsageError(f"--processes {self.processes}, but {processes} were started")
+        if self.batch_size % processes:
+            raise UsageError(
+                f"--batch-size {self.batch_size} cannot be shared equally by {processes} processes: "
+                "give a multiple of them"
+            )
+        return dataclasses.replace(self, processes=processes)
+
+    @property
+    def resolved(self) -> Self:
+        if self.restore is not None:
+            return self
+        return dataclasses.replace(self, restore=DNI_RESTORE if self.dni else 0.0)
+
+    @property
+    def synthesizer_hidden(self) -> tuple[int | Fraction, ...]:
+        """Widths of the synthesizer's hidden layers (`parse_synthesizer`)."""
+        return parse_synthesizer(self.synthesizer)
+
+    @property
+    def context_window(self) -> int:
+        """How many symbols the synthesizer is conditioned on."""
+        return parse_context(self.context)
+
+    @property
+    def estimator_spec(self) -> tuple[str, dict[str, Any]]:
+        """Name of the estimator and its keyword arguments."""
+        return parse_estimator(self.estimator or ("dni" if self.dni else "bptt"))
+
+    @property
+    def weight(self) -> float:
+        """Of one symbol in an update: 1 / (T·accumulate·B), also where a window is shorter than T."""
+        return 1.0 / (self.bptt * self.accumulate * self.batch_size)
+
+    @property
+    def method(self) -> str:
+        """What tables call it: `bptt`, `bptt+restore`, `dni-online` (unconditioned), `dni+next-tokens:8`."""
+        if not self.dni:
+            return f"{self.estimator or 'bptt'}{'+restore' if self.restore else ''}"
+        context = "-online" if self.context == "none" else f"+{self.context}"
+        return f"dni{context}{'+critic' if self.critic else ''}{'+aux' if self.aux else ''}"
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        return super().budget if self.chars is None else ("symbols", self.chars)
+
+    @property
+    def changeable_on_resume(self) -> frozenset[str]:
+        return self.changeable - {*self.budgets()} if self.anneal else self.changeable
+
+    @property
+    def depth(self) -> int:
+        return self.bptt
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^A-Za-z0-9.+]+", "-", self.method.replace(":", "")) + f"-T{self.bptt}"

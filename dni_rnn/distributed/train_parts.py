@@ -1,0 +1,40 @@
+"""Training the parts of a net in processes of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dni_rnn.distributed.chain import ChainPart
+from dni_rnn.distributed.part import ProcessPart
+from dni_rnn.distributed.processes import Processes, device_of, lead_or_follow
+from dni_rnn.training.loop import load_data, prepare
+from dni_rnn.training.run_directory import Run
+
+
+def train_part(run: Run, processes: Processes) -> dict[str, Any] | None:
+    """Train the part of this process; returns the summary in process 0, None in the others.
+
+    Raises:
+      UsageError, DivergedError, Interrupted: as `dni_rnn.training.loop.train`; in the other processes
+        `ReportedElsewhere` for what may happen before the training, and afterwards the exit code.
+      LostError: another process has died or hangs.
+    """
+    config: Any = run.config
+    rank = processes.rank
+    device = processes.together(lambda: device_of(processes, config.device))
+    data = processes.together(lambda: load_data(run))
+    own = run if rank == 0 else Run(run.path / f"part{rank}", run.task_name, run.task, config)
+    learner = part_class(run.task, config)(own, config, data, device, processes)
+    progress = processes.together(lambda: prepare(run, learner) if rank == 0 else None)
+    start = processes.gather(learner.counters.step)[0]
+    processes.together(lambda: learner.prepare_part(start) if rank else None)
+    learner.connect()
+    learner.connect_weights()
+    return lead_or_follow(run, learner, progress)
+
+
+def part_class(task: Any, config: Any) -> type[ProcessPart]:
+    """What trains the parts of a task: `task.part()` where it has one of its own."""
+    if hasattr(task, "part"):
+        return task.part()
+    return ChainPart

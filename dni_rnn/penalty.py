@@ -1,0 +1,108 @@
+"""A penalty on a recurrent state that runs away, for any estimator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from dni_rnn.interface import without
+from dni_rnn.pytree import Tree, detach, flatten, flatten_rows, unflatten
+from dni_rnn.running_rms import AllReduce, follow, sum_of_squares
+
+BEYOND = 3.0
+"""tanh is flat beyond it: a cell state gains nothing there."""
+
+
+class _Measure(torch.autograd.Function):
+    """Identity forward. Backward: the penalty follows the gradient that arrives, and the graph ends."""
+
+    @staticmethod
+    def forward(ctx: Any, penalty: StatePenalty, done: Tensor | None, _: Tensor, *leaves: Tensor) -> Any:
+        ctx.penalty, ctx.done = penalty, done
+        return tuple(leaf.view_as(leaf) for leaf in leaves)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.penalty._follow(gradients, ctx.done)
+        return None, None, None, *[None] * len(gradients)
+
+
+class StatePenalty(nn.Module):
+    """A penalty on what lies beyond ±3 in a recurrent state, for any estimator. A term of the loss:
+
+        penalty = strength · RMS · ½ Σ over rows and features of max(|state| − 3, 0)²
+
+    at the state that ends a window. RMS is the running root mean square, over rows and features, of the
+    gradient that arrives at a window's start, in units of the scalar on which backward is called, and taken
+    as a constant. So strength has the unit of a state's inverse: 0.1 means that an element 1 beyond the
+    bound is pushed back as strongly as a tenth of a usual gradient pushes it, whatever the scale of the loss
+    and the size of the batch. Nothing is pushed inside the bound.
+
+    In a loop of truncated BPTT two lines change:
+
+        state = penalty.measure(state)                      # was: detach
+        output, state = lstm(x, state)
+        loss = criterion(output, y) + penalty(state)        # was: criterion(output, y)
+
+    Add it to the scalar on which backward is called, with no factor before it. Beside an `Interface`, which
+    measures the same RMS, leave `measure` out and pass `rms=interface.target_rms()`.
+
+    Args:
+      strength: see above.
+      decay: of the running RMS (`dni_rnn.running_rms.follow`).
+      batch_dim: where the rows of a state lie (see `Interface`).
+
+    Attributes:
+      loss_scale, all_reduce: see `Interface`.
+    """
+
+    loss_scale: Tensor | float | None = None
+    all_reduce: AllReduce | None = None
+    mean_square: Tensor
+    count: Tensor
+
+    def __init__(self, strength: float, *, decay: float = 0.99, batch_dim: int = -2) -> None:
+        super().__init__()
+        self.strength, self.decay, self.batch_dim = strength, decay, batch_dim
+        self.register_buffer("mean_square", torch.zeros(()))
+        self.register_buffer("count", torch.zeros(()))
+
+    def measure(self, state: Tree, done: Tensor | None = None) -> Tree:
+        """The state, detached; backward, the gradient that arrives there moves the running RMS.
+
+        Args:
+          done: boolean (B,), rows that begin a new sequence here; theirs does not count.
+        """
+        state = detach(state)
+        if not torch.is_grad_enabled():
+            return state
+        leaves, spec = flatten(state)
+        asked = torch.zeros((), device=self.count.device, requires_grad=True)  # or backward would not come
+        return unflatten(_Measure.apply(self, done, asked, *leaves), spec)  # type: ignore[arg-type]
+
+    def forward(self, state: Tree, done: Tensor | None = None, *, rms: Tensor | None = None) -> Tensor:
+        """The penalty of the state that ends a window (a scalar), 0 in rows of `done`.
+
+        Args:
+          state: with its graph.
+          done: boolean (B,), rows whose sequence ends here.
+          rms: a scalar tensor in place of what `measure` has followed.
+        """
+        rms = self.mean_square.sqrt() if rms is None else rms
+        rows = flatten_rows(state, self.batch_dim)
+        excess = without(done, F.softshrink(rows, BEYOND)).to(rms.dtype)
+        return (0.5 * self.strength) * rms.detach() * sum_of_squares(excess)
+
+    def _follow(self, gradients: tuple[Tensor, ...], done: Tensor | None) -> None:
+        gradient = flatten_rows(list(gradients), self.batch_dim).to(self.mean_square.dtype)
+        if self.loss_scale is not None:
+            gradient = gradient / self.loss_scale
+        follow(self.mean_square, self.count, without(done, gradient), done, self.decay, self.all_reduce)
+
+    def extra_repr(self) -> str:
+        return f"strength={self.strength}"

@@ -1,0 +1,74 @@
+"""Cores and estimators by name. Names are listed without importing what they stand for (and so torch).
+
+A name is one of
+  a module of this package:  `lstm` of the kind `cores` is the `CORE` of `dni_rnn/cores/lstm.py`,
+                             `dni` of the kind `estimators` the `ESTIMATOR` of `dni_rnn/estimators/dni.py`;
+  an entry point of an installed package, in the group `dni_rnn.cores` or `dni_rnn.estimators`;
+  `package.module:Name`, anything that can be imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+from dni_rnn.errors import UsageError
+
+Kind = Literal["cores", "estimators"]
+
+
+def names(kind: Kind) -> list[str]:
+    """All known names, in alphabetical order; others are given as `package.module:Name`."""
+    ours = {_dashed(path.stem) for path in (Path(__file__).parent / kind).glob("[a-z]*.py")}
+    return sorted(ours | {entry.name for entry in entry_points(group=f"dni_rnn.{kind}")})
+
+
+def check(kind: Kind, name: str) -> None:
+    """Raises `UsageError` when `name` is neither known nor of the form `package.module:Name`."""
+    if name not in names(kind) and not is_import(name):
+        raise UsageError(
+            f"--{kind[:-1]} {name}: not known; give one of {', '.join(names(kind))}, or package.module:Name"
+        )
+
+
+def find(kind: Kind, name: str) -> Any:
+    """The class, or other callable, that `name` stands for.
+
+    Raises:
+      UsageError: there is none, or it cannot be imported.
+    """
+    check(kind, name)
+    if (Path(__file__).parent / kind / f"{name.replace('-', '_')}.py").exists():
+        module = import_module(f"dni_rnn.{kind}.{name.replace('-', '_')}")
+        return getattr(module, kind[:-1].upper())
+    for entry in entry_points(group=f"dni_rnn.{kind}", name=name):
+        return imported(f"--{kind[:-1]}", entry.value)
+    return imported(f"--{kind[:-1]}", name)
+
+
+def is_import(text: str) -> bool:
+    """Whether an option is `package.module:Name`."""
+    module, colon, name = text.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in [*module.split("."), *name.split(".")])
+
+
+def imported(flag: str, text: str) -> Any:
+    """What `package.module:Name` stands for.
+
+    Raises:
+      UsageError: it cannot be imported; `flag` is where the user wrote it.
+    """
+    module, _, name = text.partition(":")
+    try:
+        found: Any = import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+        return found
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{flag} {text}: cannot be imported ({error})") from None
+
+
+def _dashed(stem: str) -> str:
+    return stem.replace("_", "-")

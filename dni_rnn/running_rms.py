@@ -1,0 +1,55 @@
+"""The running root mean square of the gradients that arrive at a boundary: the unit of what answers them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+AllReduce = Callable[[Tensor], Tensor]
+"""Tensor -> its sum over the processes among which the rows of a batch are spread."""
+
+
+def sum_of_squares(rows: Tensor) -> Tensor:
+    """Over all elements (a scalar)."""
+    flat = rows.flatten()
+    return torch.dot(flat, flat)
+
+
+def follow(
+    mean_square: Tensor,
+    count: Tensor,
+    gradient: Tensor,
+    done: Tensor | None,
+    decay: float,
+    all_reduce: AllReduce | None,
+) -> tuple[Tensor, Tensor | float]:
+    """Move a running mean square by one gradient, in place; a gradient that is not finite is passed over.
+
+        mean_square ← mean_square + (mean of gradient² − mean_square) · max(1 / count, 1 − decay)
+
+    that is, the mean of all gradients until there are 1 / (1 − decay) of them, exponential from then on.
+
+    Args:
+      mean_square, count: scalars, what is kept.
+      gradient: (B, features), 0 in rows of `done`.
+      done: (B,), rows that do not count; all may be such, and nothing moves.
+      decay: see above.
+      all_reduce: where the rows are spread over processes.
+
+    Returns:
+      1 where it moved, else 0 (a scalar tensor); and how many elements counted, over all processes.
+    """
+    elements: Tensor | float = float(gradient.numel())
+    if done is not None:
+        elements = ((~done).sum() * gradient.shape[1]).to(gradient.dtype)
+    square = sum_of_squares(gradient)
+    if all_reduce is not None:
+        square, elements = all_reduce(torch.stack([square, square.new_zeros(()) + elements]))
+    square = square / elements  # not a number when no row is left
+    moved = (square < torch.inf).to(square.dtype)
+    count.add_(moved)
+    rate = moved / count.clamp(1.0, 1.0 / (1.0 - decay))
+    mean_square.lerp_(square.nan_to_num(0.0, 0.0), rate)
+    return moved, elements

@@ -1,0 +1,21 @@
+"""Which learner trains a run: the task's own, or that of its kind of configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dni_rnn.config import FeedforwardConfig
+from dni_rnn.training.learner import Learner
+
+
+def learner_class(task: Any, config: Any) -> type[Learner]:
+    """What trains a task with a configuration: `task.learner()` where a task has one of its own."""
+    if hasattr(task, "learner"):
+        return task.learner()
+    if isinstance(config, FeedforwardConfig):
+        from dni_rnn.training.feedforward import FeedforwardLearner
+
+        return FeedforwardLearner
+    from dni_rnn.training.recurrent import RecurrentLearner
+
+    return RecurrentLearner

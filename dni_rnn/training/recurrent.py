@@ -1,0 +1,229 @@
+"""Recurrent models in training on streams of windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dni_rnn.config import RecurrentConfig
+from dni_rnn.data.task import Corpus, Data, Split
+from dni_rnn.errors import DivergedError, UsageError
+from dni_rnn.estimators.full import state_gradients
+from dni_rnn.metrics import BPC
+from dni_rnn.pytree import flatten, flatten_rows
+from dni_rnn.recurrent import SequenceModel
+from dni_rnn.training import checkpoint
+from dni_rnn.training.builders import build_estimator, build_model
+from dni_rnn.training.learner import BITS, Learner, TrainingRecord, adam, begin, cosine_schedule
+from dni_rnn.training.sampling import sample
+from dni_rnn.window import Window, window_loss
+
+EVAL_ROWS, EVAL_STEPS = 128, 100
+
+SAMPLED = 200
+"""Characters that a text run writes at its end."""
+
+AUDIT_STEPS = 32
+"""How far the gradient is backpropagated that a synthetic one is compared with."""
+
+
+class RecurrentLearner(Learner):
+    """A recurrent model in training on a stream of windows.
+
+    Attributes:
+      state: of the model, rows of the batch, where the last window has left it.
+      memory: of the estimator.
+    """
+
+    model: SequenceModel
+
+    def __init__(self, config: RecurrentConfig, data: Data, device: torch.device) -> None:
+        super().__init__(config, data, device)
+        begin(config)
+        self.model = build_model(config, data).to(device)
+        self.estimator = build_estimator(config, self.model, data).to(device)
+        net = self.model.net_parameters()
+        synthesizer = [*self.model.synthesizer_parameters(), *self.estimator.parameters()]
+        groups = [(net, config.lr), (synthesizer, config.synthesizer_lr)]
+        if config.synthesizer_lr == config.lr:  # one group is one call less
+            groups = [([*net, *synthesizer], config.lr)]
+        optimizer = adam(groups, device, betas=(0.9, config.beta2))
+        modules = {"model": self.model, "estimator": self.estimator}
+        self.record = TrainingRecord(modules, net, synthesizer, optimizer, ("loss", "norm"), device)
+        self.stream = data.stream("train", config.batch_size, config.seed).to(device)
+        self.begin_rows(config.batch_size)
+        self.one_pass = self.stream.size
+        self.window_loss = torch.zeros((), device=device)
+        self._run = self.recorded(self._work)
+
+    def begin_rows(self, rows: int) -> None:
+        """Put so many rows to the initial state."""
+        self.state = self.model.initial_state(rows)
+        self.memory = self.estimator.init_memory(self.model, rows)
+
+    @staticmethod
+    def build(config: Any, data: Any) -> SequenceModel:
+        return build_model(config, data)
+
+    @staticmethod
+    def score(
+        model: SequenceModel, data: Data, split: Split, device: torch.device, level: int | None = None
+    ) -> dict[str, float]:
+        return {BPC.key: evaluate(model, data, split, device, level)}
+
+    def update(self) -> None:
+        """One update: `accumulate` windows forward and backward, clip, step."""
+        config, counters = self.config, self.counters
+        if config.audit and counters.step % config.audit == 0:
+            self._audit()
+        if config.anneal:
+            self.record.set_rates(self.rate())
+        windows = [self.stream.window(steps, config.context_window) for steps in self._lengths()]
+        self._run([window[:-1] for window in windows])
+        scored, steps = (sum(w.scored for w in windows), sum(len(w.inputs) for w in windows))
+        if self.stream.curriculum is not None:
+            self.stream.curriculum.note(self.window_loss, scored, steps)
+        counters.scored += scored
+        counters.advance(steps * config.batch_size)
+
+    def rate(self) -> float:
+        """Factor on the learning rates of the coming update of an annealed run: a cosine schedule to zero."""
+        unit, amount = self.config.budget or ("symbols", self.one_pass)
+        return cosine_schedule((self.counters.step if unit == "steps" else self.counters.symbols) / amount)
+
+    def _lengths(self) -> list[int]:
+        """Of the windows of the coming update; the update's number alone says what was drawn."""
+        config = self.config
+        if not config.random_truncation:
+            return [config.bptt] * config.accumulate
+        random = np.random.default_rng([config.seed, self.counters.step])
+        short = random.integers(1, config.bptt, config.accumulate, endpoint=True)
+        early = random.random(config.accumulate) < config.random_truncation
+        return np.where(early, short, config.bptt).tolist()
+
+    def _work(self, tensors: list[Any]) -> None:
+        """What an update does on the device, in place; the tensors are those of its windows."""
+        config, record = self.config, self.record
+        windows = [Window(*each, scored=0) for each in tensors]
+        record.optimizer.zero_grad()
+        with self.autocast():
+            estimate = self.estimator(self.model, windows, self.state, config.weight, self.memory)
+        loss = self.all_reduce(estimate.loss)
+        if config.clip:
+            record.averages["norm"].add_(nn.utils.clip_grad_norm_(record.net, config.clip))
+        record.optimizer.step()
+        for kept, new in zip(self._carried(), flatten([estimate.state, estimate.memory])[0], strict=True):
+            kept.copy_(new)
+        self.window_loss.copy_(loss)
+        record.averages["loss"].add_(loss)
+
+    def _carried(self) -> list[Tensor]:
+        """Everything that goes from window to window, row by row."""
+        return flatten([self.state, self.memory])[0]
+
+    def all_reduce(self, loss: Tensor) -> Tensor:
+        """The loss of all rows, once `.grad` is the gradient of all; here there are no others."""
+        return loss
+
+    def _audit(self) -> None:
+        """Compare ĝ at the boundary where training stands with the real gradient of the steps to come."""
+        config, place = self.config, self.stream.state_dict()
+        count = -(-AUDIT_STEPS // config.bptt)
+        windows = [self.stream.window(config.bptt, config.context_window) for _ in range(count)]
+        self.stream.load_state_dict(place)
+        real = state_gradients(self.model, windows, self.state, config.weight, (0,))[0]
+        start, interface = windows[0].start, self.model.core.interface
+        assert interface is not None
+        discount = config.discount**config.bptt
+        interface.audit(self.state, real, start.context, start.done, discount=discount)
+
+    def metrics(self) -> dict[str, float]:
+        """Averages since `reset_metrics`: training bits per scored symbol, and how things go inside."""
+        averages, counters = self.record.averages, self.counters
+        row = {
+            "bpc": float(averages["loss"]) * BITS / max(counters.scored, 1),
+            "state_rms": self.state_rms(),
+        }
+        if self.config.clip:
+            row["gradient_norm"] = float(averages["norm"]) / counters.updates
+        interface = self.model.core.interface
+        if interface is not None:
+            row["synthesizer_loss"] = float(interface.regression_loss)
+            row["target_rms"] = float(interface.target_rms())
+            if self.config.audit:
+                row["trust"] = float(interface.trust)
+        if self.stream.curriculum is not None:
+            row |= {"level": self.stream.curriculum.level, "solved": self.stream.curriculum.solved}
+        return row
+
+    def state_rms(self) -> float:
+        """Root mean square of the recurrent state, over rows and features."""
+        return float(flatten_rows(self.state).square().mean().sqrt())
+
+    @property
+    def level(self) -> int | None:
+        """Of a task with a curriculum: the level being learnt."""
+        return None if self.stream.curriculum is None else self.stream.curriculum.level
+
+    def check(self, row: dict[str, float]) -> None:
+        super().check(row)
+        if not row["state_rms"] <= self.config.state_limit:
+            raise DivergedError(
+                f"the recurrent state has run away (root mean square {row['state_rms']:.3g}, "
+                f"limit {self.config.state_limit:g})"
+            )
+
+    def summary(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"state_rms": self.state_rms()}
+        if self.stream.curriculum is not None:
+            values["solved"] = self.stream.curriculum.solved
+        if isinstance(self.data, Corpus):
+            how = {"characters": SAMPLED, "temperature": 0.8, "seed": 0}
+            values["sample"] = {"text": sample(self.model, self.data, "", **how), **how}
+        return values
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, values = super().state_dict()
+        tensors |= {f"state.{i}": leaf for i, leaf in enumerate(self._carried())}
+        return tensors, values | {"stream": self.stream.state_dict()}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        super().load_state_dict(tensors, values)
+        leaves = checkpoint.under("state", tensors)
+        for number, leaf in enumerate(self._carried()):
+            leaf.copy_(leaves[str(number)])
+        self.stream.load_state_dict(values["stream"])
+
+
+@torch.no_grad()
+def evaluate(
+    model: SequenceModel, data: Data, split: Split, device: torch.device, level: int | None = None
+) -> float:
+    """Bits per scored symbol over one pass of `split`, of a task with a curriculum at `level`.
+
+    The split is read as up to 128 rows side by side, each with its state carried from beginning to
+    end, so at most 128 symbols are predicted without history.
+    """
+    rows = EVAL_ROWS
+    while True:
+        try:
+            stream = data.stream(split, rows, 0).to(device)
+            break
+        except UsageError:
+            if rows == 1:
+                raise
+            rows //= 2
+    if stream.curriculum is not None and level is not None:
+        stream.curriculum.level = level
+    state = model.initial_state(rows)
+    loss, scored, seen = torch.zeros((), device=device, dtype=torch.float64), 0, 0
+    while seen < stream.size:
+        window = stream.window(EVAL_STEPS, 0)
+        logits, state = model(window.inputs, model.reset(state, window.start.done))
+        loss += window_loss(logits, window.targets)
+        scored += window.scored
+        seen += window.inputs.numel()
+    return float(loss) * BITS / scored
