@@ -313,6 +313,60 @@ def test_two_nets_have_a_table_each(folder):
     assert {path.name for path in folder.glob("*.svg")} == {"error_fast.svg", "error_slow.svg"}
 
 
+def surface_row(seed):
+    """What a run of the surface leaves: neither T nor layers, and an error that is no share."""
+    return {
+        "cell": "a",
+        "seed": seed,
+        "command": "dni-rnn train surface",
+        "task": "surface",
+        "method": "dni",
+        "steps": 2,
+        "symbols": 200,
+        "seconds": 4.0,
+        "symbols_per_second": 50,
+        "valid_rmse": 0.25 + seed,
+        "best_valid_rmse": 0.25 + seed,
+        "test_rmse": 0.5 + seed,
+        "config": {"width": 8, "steps": 2},
+        "curve": [{"symbols": 200, "seconds": 4.0, "valid_rmse": 0.25 + seed, "step": 2}],
+        "versions": {},
+        "python": "3.12.0",
+        "commit": "abc",
+        "device": "cpu",
+        "threads": 1,
+    }
+
+
+def test_the_surface_is_judged_by_its_root_mean_square_error(tmp_path):
+    rows = [surface_row(seed) for seed in (0, 1)]
+    (tmp_path / "sweep.toml").write_text("train = 'surface'\nseeds = [0, 1]\n[cells]\na = ''\n")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(tmp_path)
+    lines = cells_of((tmp_path / "table.md").read_text())
+    assert lines[0] == ["cell", "n", "best valid RMS error", "test RMS error", "points/s", "seconds"]
+    assert lines[2] == ["a", "2", "0.750 ± 0.707", "1.000 ± 0.707", "50", "4"]
+    assert (tmp_path / "rmse.svg").exists()
+    with pytest.raises(UsageError, match="task 'chess' holds no test score"):
+        metrics_of({"task": "chess", "test_elo": 2800})
+
+
+def test_a_sweep_that_has_no_row_yet_stops_no_report_of_all(tmp_path, capsys):
+    """A sweep that was stopped before its first run ended leaves an empty rows.jsonl."""
+    (tmp_path / "about.toml").write_text("title = 'All'\n")
+    for name in ("begun", "ended"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sweep.toml").write_text("train = 'surface'\nseeds = [0, 1]\n[cells]\na = ''\n")
+    (tmp_path / "begun" / "rows.jsonl").write_text("")
+    (tmp_path / "ended" / "rows.jsonl").write_text(json.dumps(surface_row(0)) + "\n")
+    assert main(["report", str(tmp_path)]) == 0
+    assert f"- begun: `dni-rnn sweep {tmp_path.name}/begun`" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "ended" / "table.md").exists()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "begun")]) == 2
+    assert "no rows yet" in capsys.readouterr().err
+
+
 def test_a_metric_that_rises():
     curve = points((1, 10.0, 0.5), (2, 20.0, 0.75))
     assert amount_to(curve, 0.625, ACCURACY) == 15.0

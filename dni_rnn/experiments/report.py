@@ -458,4 +458,4 @@ def write_text(path: Path, text: str) -> None:
 def _depth(row: dict[str, Any]) -> int:
     """`RunConfig.depth` of a finished run."""
     config = row["config"]
-    return config["bptt"] if "bptt" in config else config["layers"]
+    return config.get("bptt", config.get("layers", 1))  # of the surface, one cut: a colour is all it decides

@@ -58,7 +58,9 @@ def result_folders(folder: Path) -> list[Path]:
 
 
 def _measured(folder: Path) -> bool:
-    return (folder / ("rows.jsonl" if (folder / "sweep.toml").exists() else "table.md")).exists()
+    if (folder / "sweep.toml").exists():
+        return bool(read_rows(folder))  # a sweep that was stopped early leaves an empty rows.jsonl
+    return (folder / "table.md").exists()
 
 
 def render_index(folder: Path) -> str:
