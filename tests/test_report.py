@@ -17,6 +17,7 @@ import pytest
 from dni_rnn.cli import main
 from dni_rnn.config import TrainConfig, to_json
 from dni_rnn.errors import UsageError
+from dni_rnn.experiments.about import About, read_about
 from dni_rnn.experiments.html_page import render_page
 from dni_rnn.experiments.plots import (
     COLOURS,
@@ -29,13 +30,10 @@ from dni_rnn.experiments.plots import (
 )
 from dni_rnn.experiments.report import (
     INSIDE,
-    About,
-    Metric,
     amount_to,
     by_cell,
     curves_of,
     mean_sd,
-    read_about,
     render_csv,
     render_table,
     traces_of,
@@ -43,7 +41,7 @@ from dni_rnn.experiments.report import (
 )
 from dni_rnn.experiments.results_page import _place, render_index, result_folders
 from dni_rnn.experiments.sweep import read_failures, read_rows, read_sweep
-from dni_rnn.metrics import BPC, metrics_of
+from dni_rnn.metrics import BPC, Metric, metrics_of
 
 RESULTS = Path(__file__).parents[1] / "results"
 ACCURACY = Metric("accuracy", "accuracy", "share of right answers", lower_is_better=False)

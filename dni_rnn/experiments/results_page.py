@@ -13,13 +13,12 @@ from posixpath import normpath
 from typing import Any
 
 from dni_rnn.errors import UsageError
+from dni_rnn.experiments.about import About, read_about
 from dni_rnn.experiments.html_page import render_page
 from dni_rnn.experiments.report import (
-    About,
     by_cell,
     markdown_table,
     mean_sd,
-    read_about,
     write_report,
     write_text,
 )
