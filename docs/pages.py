@@ -12,7 +12,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = ("results", "benchmarks", "examples", "dni_rnn", "tasks", "CONTRIBUTING.md", "CHANGELOG.md")
-SUFFIXES = {".md", ".svg", ".png", ".csv", ".html", ".py", ".toml", ".jsonl", ".json"}
+SUFFIXES = {".md", ".svg", ".png", ".csv", ".py", ".toml", ".jsonl", ".json"}
 
 
 def on_config(config: MkDocsConfig) -> None:

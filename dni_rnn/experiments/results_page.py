@@ -75,7 +75,7 @@ def render_index(folder: Path) -> str:
             planned.append(f"- {found.title}{command}\n")
             continue
         parts.append(f"## {found.title}\n")
-        links = f"[Table]({name}/table.md), [page]({name}/report.html)"
+        links = f"[Table]({name}/table.md)"
         if cells is None:
             prose = f"{found.note.strip()}\n\n{found.shows.strip()}"
         else:
