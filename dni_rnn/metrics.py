@@ -106,9 +106,9 @@ def metrics_of(row: Mapping[str, Any]) -> tuple[Metric, ...]:
 
 
 TRACES: Mapping[str, str] = {
-    "trust": "trust: the multiple nearest to the true gradient",
-    "cosine": "cosine with the true gradient",
-    "explained": "explained share of the true gradient",
+    "trust": "trust: coefficient of the true on the synthetic gradient",
+    "cosine": "cosine similarity with the true gradient",
+    "explained": "explained variance of the true gradient",
     "synthesizer_loss": "loss of the synthesizer",
     "state_rms": "root mean square of the state",
 }

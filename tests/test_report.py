@@ -461,13 +461,13 @@ def test_what_went_on_inside(folder):
     rows = with_insides(folder)
     groups = by_cell(read_sweep(folder), rows)
     assert traces_of(groups) == {
-        "trust: the multiple nearest to the true gradient": {
+        "trust: coefficient of the true on the synthetic gradient": {
             name: [(1, 0.5), (9, 0.25)] for name in ("bptt T=2", "bptt T=20", "dni T=2")
         }
     }
     for cut in (1, 2):
         groups["dni T=2"][0]["traces"][f"cosine_{cut}"] = [[5, 0.2 * cut], [10, 0.5]]
-    assert traces_of(groups)["cosine with the true gradient"] == {
+    assert traces_of(groups)["cosine similarity with the true gradient"] == {
         "dni T=2": [(5, pytest.approx(0.3)), (10, 0.5)]
     }
 
