@@ -18,6 +18,7 @@ from dni_rnn.cli import main
 from dni_rnn.config import TrainConfig, to_json
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.about import About, read_about
+from dni_rnn.experiments.headline import PICTURE, dot_panels, read_headline
 from dni_rnn.experiments.plots import (
     COLOURS,
     Curve,
@@ -38,7 +39,7 @@ from dni_rnn.experiments.report import (
     traces_of,
     write_report,
 )
-from dni_rnn.experiments.results_page import _place, render_index, result_folders
+from dni_rnn.experiments.results_page import render_index, result_folders
 from dni_rnn.experiments.sweep import read_failures, read_rows, read_sweep
 from dni_rnn.metrics import BPC, Metric, metrics_of
 
@@ -170,6 +171,8 @@ def test_the_committed_overview_is_what_the_folders_say():
     assert (RESULTS / "README.md").read_text(encoding="utf-8") == render_index(RESULTS), stale(RESULTS)
     for link in re.findall(r"\]\(([^)#:]+)\)", render_index(RESULTS)):
         assert (RESULTS / link).exists(), link
+    panels = dot_panels(RESULTS, read_headline(RESULTS).panels)
+    assert fingerprint_of(RESULTS / PICTURE) == fingerprint(panels), stale(RESULTS)
 
 
 def test_the_numbers_of_a_table(folder):
@@ -487,45 +490,67 @@ def test_failures_are_told(folder):
     assert "dni T=4, seed 0, failed with exit code 3 (`stopped: why`)." in render(folder)
 
 
+HEADLINE = """
+title = "All of it"
+note = "As follows."
+findings = ["It is made up.", "See [there](made-up/table.md)."]
+
+[comparison]
+note = "What n is."
+columns = ["truncated", "synthetic", "longer", "published"]
+[comparison.rows]
+"Made up, T = 2" = ["made-up/bptt T=2", "made-up/dni T=2", "made-up/bptt T=20",
+                    "made-up/bptt T=20 (published)"]
+"Not yet" = ["made-up/bptt T=2", "made-up/dni T=4", "", ""]
+
+[[panels]]
+title = "Yes"
+points = { "short" = "made-up/bptt T=2", "none" = "made-up/dni T=4" }
+"""
+
+
 def test_all_results_at_a_glance(folder, tmp_path_factory):
     results = tmp_path_factory.mktemp("results")
     shutil.copytree(folder, results / "made-up")
-    text = SWEEP.replace("note =", "shows = 'See [there](../else.md) and [rows](rows.jsonl).'\nnote =")
-    (results / "made-up" / "sweep.toml").write_text(text)
     (results / "planned").mkdir()
     (results / "planned" / "sweep.toml").write_text("train = 'recall'\nseeds = [0]\n[cells]\na = ''\n")
     (results / "other").mkdir()
-    (results / "other" / "about.toml").write_text("title = 'By hand'\nshows = 'Something else.'\n")
+    (results / "other" / "about.toml").write_text("title = 'By hand'\nsummary = 'in a line.'\n")
     (results / "other" / "table.md").write_text("# Counted\n\n| a |\n| - |\n| 1 |\n")
-    (results / "about.toml").write_text("title = 'All of it'\nnote = 'As follows.'\n")
+    (results / "about.toml").write_text(HEADLINE)
     assert main(["report", str(results)]) == 0
     text = (results / "README.md").read_text()
-    assert text.startswith("# All of it\n\nAs follows.\n\n## A made-up sweep\n")
-    assert cells_of(text)[0] == ["test BPC, n = 2, lower is better", "T=2", "T=4", "T=20"]
-    assert cells_of(text)[2:] == [
-        ["bptt", "1.500 ± 0.000", "", "2.000 ± 0.707"],
-        ["*published figure*", "", "", "1.42 \\", "theirs"],
-        ["dni", "2.100 (1 of 2)", "–", ""],
+    opening = "# All of it\n\nAs follows.\n\n![When it helps and when it does not](headline.svg)\n"
+    assert text.startswith(
+        f"{opening}\n## Findings\n\n1. It is made up.\n2. See [there](made-up/table.md).\n"
+    )
+    assert cells_of(text)[0] == ["", "truncated", "synthetic", "longer", "published"]
+    # Both seeds of the first cell; one of the second; another T in the third; the last is not ours.
+    (line,) = [line for line in text.splitlines() if line.startswith("| Made up")]
+    assert [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] == [
+        "Made up, T = 2: BPC, lower is better",
+        "1.500 ± 0.000 (n = 2)",
+        "2.100",
+        "2.000 ± 0.707 (n = 2, T = 20)",
+        "*1.42 \\| theirs*",
     ]
-    assert "See [there](else.md) and [rows](made-up/rows.jsonl)." in text
-    assert "## By hand\n\n[Table](other/table.md)\n\nSomething else.\n" in text
-    assert "- planned: `dni-rnn sweep " in text
+    assert "| Not yet: BPC, lower is better " in text
+    assert "\nWhat n is.\n\n## All tables\n\n- [A made-up sweep](made-up/table.md) (5 of 8 runs)\n" in text
+    assert "- [By hand](other/table.md): in a line.\n" in text
+    assert text.endswith("## Not run yet\n\n- planned: `dni-rnn sweep " + f"{results.name}/planned`\n")
+    drawn = (results / "headline.svg").read_text()
+    assert all(shown in drawn for shown in ("Yes", "test BPC", "short", "1.500 ± 0.000"))
     assert "<td>1</td>" in (results / "other" / "report.html").read_text()
     assert (results / "made-up" / "report.html").exists()
     assert render_index(results) == text
 
 
-@pytest.mark.parametrize(
-    ("name", "line", "column"),
-    [
-        ("dni, published T=4", "dni, published", "T=4"),
-        ("fcn 4, cdni, p = 0.2", "fcn, cdni, p = 0.2", "4"),
-        ("dni, scale 0.3", "dni, scale 0.3", ""),
-        ("critic, three processes, 100 ms", "critic, three processes, 100 ms", ""),
-    ],
-)
-def test_depth_in_the_name_of_a_cell(name, line, column):
-    assert _place(name) == (line, column)
+def test_a_headline_of_a_cell_that_is_not_there(folder, tmp_path_factory):
+    results = tmp_path_factory.mktemp("results")
+    shutil.copytree(folder, results / "made-up")
+    (results / "about.toml").write_text(HEADLINE.replace("made-up/dni T=2", "made-up/dni T=3"))
+    with pytest.raises(UsageError, match="'made-up/dni T=3' is no cell of made-up"):
+        render_index(results)
 
 
 def test_nothing_to_report(tmp_path, capsys):

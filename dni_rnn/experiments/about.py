@@ -3,6 +3,7 @@
 A sweep.toml may say more than a sweep needs, above its [cells]:
 
     title = "Penn Treebank, characters"
+    summary = "One line for the list of all results: what it is."
     note = "Markdown that goes under the title: what was run."
     shows = "Markdown that goes under the table: what came out."
     reference = "bptt T=20"        # how soon do the other cells get where this one ends?
@@ -11,7 +12,8 @@ A sweep.toml may say more than a sweep needs, above its [cells]:
     [published]                    # below [cells]: an extra column
     "bptt T=20" = "1.42 (Jaderberg et al.)"
 
-What another program has measured has an about.toml with title, note and shows beside a table.md of its own.
+What another program has measured has an about.toml with title, summary, note and shows beside a table.md
+of its own.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class About:
     """What a sweep.toml or about.toml says for the report alone. Without a title, it is the folder's name."""
 
     title: str
+    summary: str = ""
     note: str = ""
     shows: str = ""
     reference: str | None = None
@@ -58,6 +61,7 @@ def read_about(folder: Path, cells: Sequence[Cell] | None = None) -> About:
         raise UsageError(f"{path}: not TOML ({error})") from None
     about = About(
         values.get("title", folder.resolve().name),
+        values.get("summary", ""),
         values.get("note", ""),
         values.get("shows", ""),
         values.get("reference"),
