@@ -112,4 +112,7 @@ TRACES: Mapping[str, str] = {
     "synthesizer_loss": "loss of the synthesizer",
     "state_rms": "root mean square of the state",
 }
-"""What is logged of how things go inside, and what it is called; per cut as NAME_CUT."""
+"""What is logged of how things go inside, and what it is called; per cut as NAME_CUT.
+
+Trust is a least-squares coefficient, clipped to [0, 1]; explained variance is 1 − |ĝ − g|² / |g|², uncentred.
+"""

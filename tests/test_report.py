@@ -36,8 +36,8 @@ from dni_rnn.experiments.report import (
     mean_sd,
     render_csv,
     render_table,
+    report_sweep,
     traces_of,
-    write_report,
 )
 from dni_rnn.experiments.results_page import render_index, result_folders
 from dni_rnn.experiments.sweep import read_failures, read_rows, read_sweep
@@ -228,7 +228,7 @@ def test_the_csv_holds_every_row(folder):
 def test_no_rows_no_report(folder):
     (folder / "rows.jsonl").unlink()
     with pytest.raises(UsageError, match="no rows yet; run dni-rnn sweep"):
-        write_report(folder)
+        report_sweep(folder)
     assert render(folder).count("no rows yet") == 4
 
 
@@ -239,13 +239,13 @@ def test_no_rows_no_report(folder):
 def test_a_cell_that_is_only_spoken_of(folder, old, new):
     (folder / "sweep.toml").write_text(SWEEP.replace(old, new))
     with pytest.raises(UsageError, match="'bptt T=21' is not one of its cells"):
-        write_report(folder)
+        report_sweep(folder)
 
 
 def test_a_row_of_no_cell(folder):
     (folder / "sweep.toml").write_text(SWEEP.replace('"dni T=2"', '"dni T=3"'))
     with pytest.raises(UsageError, match="a row of 'dni T=2', which is no cell"):
-        write_report(folder)
+        report_sweep(folder)
 
 
 def test_mean_and_sample_standard_deviation():
@@ -288,7 +288,7 @@ def test_two_nets_have_a_table_each(folder):
         rows.append({k: v for k, v in row.items() if "bpc" not in k} | {"curve": curve} | values)
     (folder / "sweep.toml").write_text(SWEEP.replace("[cells]", "counted = true\n[cells]", 1))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_report(folder)
+    report_sweep(folder)
     text = (folder / "table.md").read_text()
     lines = cells_of(text)
     half = len(lines) // 2
@@ -337,7 +337,7 @@ def test_the_surface_is_judged_by_its_root_mean_square_error(tmp_path):
     rows = [surface_row(seed) for seed in (0, 1)]
     (tmp_path / "sweep.toml").write_text("train = 'surface'\nseeds = [0, 1]\n[cells]\na = ''\n")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_report(tmp_path)
+    report_sweep(tmp_path)
     lines = cells_of((tmp_path / "table.md").read_text())
     assert lines[0] == ["cell", "n", "best valid RMS error", "test RMS error", "points/s", "seconds"]
     assert lines[2] == ["a", "2", "0.750 ± 0.707", "1.000 ± 0.707", "50", "4"]
@@ -445,7 +445,7 @@ def with_insides(folder):
 
 def test_a_page_needs_nothing_else(folder):
     with_insides(folder)
-    write_report(folder)
+    report_sweep(folder)
     page = (folder / "report.html").read_text(encoding="utf-8")
     found = Elements(page)
     assert found.tags["svg"] == 2

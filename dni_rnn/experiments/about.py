@@ -1,4 +1,4 @@
-"""What a sweep.toml or an about.toml says for the report alone.
+"""What a sweep.toml or an about.toml holds for the report alone.
 
 A sweep.toml may say more than a sweep needs, above its [cells]:
 
@@ -31,7 +31,7 @@ from dni_rnn.experiments.sweep import Cell
 
 @dataclass(frozen=True)
 class About:
-    """What a sweep.toml or about.toml says for the report alone. Without a title, it is the folder's name."""
+    """What a sweep.toml or about.toml holds for the report alone. Without a title, it is the folder's name."""
 
     title: str
     summary: str = ""

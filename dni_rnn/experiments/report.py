@@ -264,7 +264,7 @@ def render_csv(cells: Sequence[Cell], rows: Iterable[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def write_report(folder: Path) -> None:
+def report_sweep(folder: Path) -> None:
     """Write table.md, table.csv, the plots and report.html beside the rows they are made from.
 
     Raises:

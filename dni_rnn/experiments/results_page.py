@@ -12,7 +12,7 @@ from dni_rnn.experiments.about import read_about
 from dni_rnn.experiments.headline import PICTURE, comparison_table, dot_panels, read_headline
 from dni_rnn.experiments.html_page import render_page
 from dni_rnn.experiments.plots import save_dots
-from dni_rnn.experiments.report import write_report, write_text
+from dni_rnn.experiments.report import report_sweep, write_text
 from dni_rnn.experiments.sweep import read_rows, read_sweep
 
 
@@ -23,7 +23,7 @@ def write_reports(folder: Path) -> None:
       UsageError: there is nothing to report.
     """
     if (folder / "sweep.toml").exists() or not (folder / "about.toml").exists():
-        write_report(folder)
+        report_sweep(folder)
     elif (folder / "table.md").exists():
         table = (folder / "table.md").read_text(encoding="utf-8")
         write_text(folder / "report.html", render_page(table, folder))
