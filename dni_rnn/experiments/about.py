@@ -31,7 +31,7 @@ from dni_rnn.experiments.sweep import Cell
 
 @dataclass(frozen=True)
 class About:
-    """What a sweep.toml or about.toml holds for the report alone. Without a title, it is the folder's name."""
+    """What a sweep.toml or about.toml holds for the report alone. The title may be the folder's name."""
 
     title: str
     summary: str = ""

@@ -68,6 +68,7 @@ def commands_of(cells: Sequence[Cell], groups: Mapping[str, Sequence[dict[str, A
 
 
 def versions_of(rows: Sequence[dict[str, Any]]) -> str:
+    """With which packages, commits and machines the rows were made, and where every single one is."""
     packages = sorted({name for row in rows for name in row["versions"]})
     made = {
         **{name: [row["versions"].get(name) for row in rows] for name in packages},
