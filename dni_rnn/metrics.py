@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dni_rnn.errors import UsageError
+
 
 class Point(NamedTuple):
     """One validation."""
@@ -82,12 +84,19 @@ SOLVED = Metric(
 
 
 def metric_of(row: Mapping[str, Any]) -> Metric:
-    """The metric that a finished row, or a summary, is judged by."""
+    """The metric that a finished row, or a summary, is judged by.
+
+    Raises:
+      UsageError: it holds none of them.
+    """
     if SOLVED.key in row:
         return SOLVED
     if f"test_{COUNTS_OF_EACH[0].key}" in row:
         return COUNTS
-    return BPC if f"test_{BPC.key}" in row else ERROR
+    for metric in (BPC, ERROR, RMSE):
+        if f"test_{metric.key}" in row:
+            return metric
+    raise UsageError(f"a row of the task {row.get('task')!r} holds no test score that a report knows")
 
 
 def metrics_of(row: Mapping[str, Any]) -> tuple[Metric, ...]:
@@ -97,10 +106,13 @@ def metrics_of(row: Mapping[str, Any]) -> tuple[Metric, ...]:
 
 
 TRACES: Mapping[str, str] = {
-    "trust": "trust: the multiple nearest to the true gradient",
-    "cosine": "cosine with the true gradient",
-    "explained": "explained share of the true gradient",
+    "trust": "trust: coefficient of the true on the synthetic gradient",
+    "cosine": "cosine similarity with the true gradient",
+    "explained": "explained variance of the true gradient",
     "synthesizer_loss": "loss of the synthesizer",
     "state_rms": "root mean square of the state",
 }
-"""What is logged of how things go inside, and what it is called; per cut as NAME_CUT."""
+"""What is logged of how things go inside, and what it is called; per cut as NAME_CUT.
+
+Trust is a least-squares coefficient, clipped to [0, 1]; explained variance is 1 − |ĝ − g|² / |g|², uncentred.
+"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from posixpath import normpath, relpath
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -12,7 +13,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = ("results", "benchmarks", "examples", "dni_rnn", "tasks", "CONTRIBUTING.md", "CHANGELOG.md")
-SUFFIXES = {".md", ".svg", ".png", ".csv", ".html", ".py", ".toml", ".jsonl", ".json"}
+SUFFIXES = {".md", ".svg", ".png", ".csv", ".py", ".toml", ".jsonl", ".json"}
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -33,9 +34,22 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """A link to a folder leads to its README."""
-    return re.sub(r"\]\((\w[\w/.-]*)/\)", r"](\1/README.md)", markdown)
+    """Links are those of the repository; on the site the pages of docs/ stand one folder higher.
+
+    A link to a folder leads to its README.
+    """
+    source = Path(page.file.abs_src_path or "").relative_to(ROOT)
+
+    def moved(link: re.Match[str]) -> str:
+        target = normpath((source.parent / link[1]).as_posix())
+        if not (ROOT / target).exists():
+            return link[0]  # mkdocs reports it
+        if (ROOT / target).is_dir():
+            target = f"{target}/README.md"
+        return f"]({relpath(target.removeprefix('docs/'), Path(page.file.src_uri).parent)}{link[2] or ''})"
+
+    return re.sub(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)", moved, markdown)
 
 
 def _title(table: Path) -> str:
-    return table.read_text().split("\n", 1)[0].removeprefix("# ").split(",")[0].split(":")[0]
+    return table.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")

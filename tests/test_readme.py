@@ -20,6 +20,8 @@ from dni_rnn.cli import _parse, main
 ROOT = Path(__file__).parents[1]
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in sorted(ROOT.glob("docs/**/*.md"))}
 README = (ROOT / "README.md").read_text()
+GUIDES = [PAGES[f"docs/{name}.md"] for name in ("command-line", "sweeps", "layers", "processes")]
+"""The pages whose commands are run, in this order; those of the others are only parsed."""
 DATA = ROOT.parent / "shared" / "data"
 
 
@@ -37,18 +39,19 @@ def commands(page: str = README) -> list[str]:
     return [line.split("#")[0].strip() for line in lines if line.startswith("dni-rnn")]
 
 
-def test_commands_of_the_readme_run_in_the_order_given(
+def test_commands_of_the_guides_run_in_the_order_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if not (DATA / "ptb").is_dir() or not (DATA / "mnist").is_dir():
-        pytest.skip("skipped: the README's commands, because the Penn Treebank or MNIST files are not there")
+        pytest.skip("skipped: the guides' commands, because the Penn Treebank or MNIST files are not there")
     monkeypatch.chdir(tmp_path)
-    assert len(commands()) >= 6
-    (grid,) = blocks("toml")
+    typed = [command for page in GUIDES for command in commands(page)]
+    assert len(typed) >= 12
+    (grid,) = blocks("toml", PAGES["docs/sweeps.md"])
     (tmp_path / "results" / "mine").mkdir(parents=True)
     grid = grid.replace("[0, 1, 2]", "[0]").replace('"recall ', '"recall --steps 3 --hidden 8 ')
     (tmp_path / "results" / "mine" / "sweep.toml").write_text(grid)
-    for command in commands():
+    for command in typed:
         here = {"DATA": str(DATA), "cuda": "auto"}
         words = [here.get(word, word) for word in shlex.split(command)[1:]]
         if words[0] == "train":
@@ -88,9 +91,12 @@ def test_commands_of_the_pages_are_understood(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    """Strictly, as it is published; every sweep's table is in it, as it stands."""
+    """Strictly, as it is published; every sweep's table is in it, as it stands.
+
+    Not quietly: mkdocs counts no warning then.
+    """
     site = tmp_path / "site"
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     )
@@ -110,16 +116,40 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         assert re.search(rf'id="dni_rnn\.\w+\.{name}"', reference), f"{name} is on no page of the reference"
 
 
-def test_every_task_is_in_the_readme() -> None:
+def test_every_task_is_on_the_page_of_the_command_line() -> None:
     from dni_rnn.data.task import installed_tasks
 
     for name in installed_tasks():
-        assert f"| `{name}` |" in README
+        assert f"| `{name}` |" in PAGES["docs/command-line.md"]
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    for link in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / link).exists(), link
+def test_the_readme_is_a_front_page() -> None:
+    assert len(README.split()) < 1000, "what is more belongs into docs/"
+
+
+def test_links_of_all_pages_lead_somewhere() -> None:
+    """In the repository itself; on the site, `docs/pages.py` moves them and mkdocs looks after them."""
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("results/**/*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)\s#:]+)(?:#[^)\s]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.relative_to(ROOT)}: {link}"
+
+
+def test_figures_of_the_readme_stand_in_the_tables() -> None:
+    """Those of its table in the overview of the results, the others in a table: both made from rows."""
+    table = "".join(line for line in README.splitlines() if line.startswith("| "))
+    overview = (ROOT / "results" / "README.md").read_text()
+    found = re.findall(r"\d+\.\d+(?: ± \d+\.\d+)?(?: \(T = \d+\))?", table)
+    assert len(found) >= 12
+    for figure in found:
+        assert figure in overview, figure
+    assert "21.9 through a\n  second, in lock-step 3.5" in README
+    assert "| 2 | 100 | 3.5 | 21.9 |" in (ROOT / "results" / "decoupled" / "table.md").read_text()
+
+
+def test_the_menu_tells_the_tables_apart() -> None:
+    titles = [path.read_text().partition("\n")[0] for path in ROOT.glob("results/*/table.md")]
+    assert len({title.partition(",")[0] for title in titles}) == len(titles)
 
 
 EXAMPLES = {

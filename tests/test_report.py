@@ -17,7 +17,8 @@ import pytest
 from dni_rnn.cli import main
 from dni_rnn.config import RecurrentConfig, to_json
 from dni_rnn.errors import UsageError
-from dni_rnn.experiments.html_page import render_page
+from dni_rnn.experiments.about import About, read_about
+from dni_rnn.experiments.headline import PICTURE, dot_panels, read_headline
 from dni_rnn.experiments.plots import (
     COLOURS,
     Curve,
@@ -29,21 +30,18 @@ from dni_rnn.experiments.plots import (
 )
 from dni_rnn.experiments.report import (
     INSIDE,
-    About,
-    Metric,
     amount_to,
     by_cell,
     curves_of,
     mean_sd,
-    read_about,
     render_csv,
     render_table,
+    report_sweep,
     traces_of,
-    write_report,
 )
-from dni_rnn.experiments.results_page import _place, render_index, result_folders
+from dni_rnn.experiments.results_page import render_index, result_folders
 from dni_rnn.experiments.sweep import read_failures, read_rows, read_sweep
-from dni_rnn.metrics import BPC, metrics_of
+from dni_rnn.metrics import BPC, Metric, metrics_of
 
 RESULTS = Path(__file__).parents[1] / "results"
 ACCURACY = Metric("accuracy", "accuracy", "share of right answers", lower_is_better=False)
@@ -163,13 +161,8 @@ def test_committed_tables_are_what_their_rows_say(folder):
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_committed_pages_are_what_their_tables_say(folder):
+def test_every_folder_says_what_it_is(folder):
     assert folder in result_folders(RESULTS), "what no sweep has made needs an about.toml: title, note, shows"
-    if not (folder / "table.md").exists():
-        pytest.skip("nothing measured yet")
-    table = (folder / "table.md").read_text(encoding="utf-8")
-    page = (folder / "report.html").read_text(encoding="utf-8")
-    assert page == render_page(table, folder), stale(folder)
 
 
 def test_the_committed_overview_is_what_the_folders_say():
@@ -178,6 +171,8 @@ def test_the_committed_overview_is_what_the_folders_say():
     assert (RESULTS / "README.md").read_text(encoding="utf-8") == render_index(RESULTS), stale(RESULTS)
     for link in re.findall(r"\]\(([^)#:]+)\)", render_index(RESULTS)):
         assert (RESULTS / link).exists(), link
+    panels = dot_panels(RESULTS, read_headline(RESULTS).panels)
+    assert fingerprint_of(RESULTS / PICTURE) == fingerprint(panels), stale(RESULTS)
 
 
 def test_the_numbers_of_a_table(folder):
@@ -233,7 +228,7 @@ def test_the_csv_holds_every_row(folder):
 def test_no_rows_no_report(folder):
     (folder / "rows.jsonl").unlink()
     with pytest.raises(UsageError, match="no rows yet; run dni-rnn sweep"):
-        write_report(folder)
+        report_sweep(folder)
     assert render(folder).count("no rows yet") == 4
 
 
@@ -244,13 +239,13 @@ def test_no_rows_no_report(folder):
 def test_a_cell_that_is_only_spoken_of(folder, old, new):
     (folder / "sweep.toml").write_text(SWEEP.replace(old, new))
     with pytest.raises(UsageError, match="'bptt T=21' is not one of its cells"):
-        write_report(folder)
+        report_sweep(folder)
 
 
 def test_a_row_of_no_cell(folder):
     (folder / "sweep.toml").write_text(SWEEP.replace('"dni T=2"', '"dni T=3"'))
     with pytest.raises(UsageError, match="a row of 'dni T=2', which is no cell"):
-        write_report(folder)
+        report_sweep(folder)
 
 
 def test_mean_and_sample_standard_deviation():
@@ -293,7 +288,7 @@ def test_two_nets_have_a_table_each(folder):
         rows.append({k: v for k, v in row.items() if "bpc" not in k} | {"curve": curve} | values)
     (folder / "sweep.toml").write_text(SWEEP.replace("[cells]", "counted = true\n[cells]", 1))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_report(folder)
+    report_sweep(folder)
     text = (folder / "table.md").read_text()
     lines = cells_of(text)
     half = len(lines) // 2
@@ -311,6 +306,60 @@ def test_two_nets_have_a_table_each(folder):
     )  # half-way and three quarters of the way from 100 to 200
     assert "Digits and seconds to 3.000: until" in text
     assert {path.name for path in folder.glob("*.svg")} == {"error_fast.svg", "error_slow.svg"}
+
+
+def surface_row(seed):
+    """What a run of the surface leaves: neither T nor layers, and an error that is no share."""
+    return {
+        "cell": "a",
+        "seed": seed,
+        "command": "dni-rnn train surface",
+        "task": "surface",
+        "method": "dni",
+        "steps": 2,
+        "symbols": 200,
+        "seconds": 4.0,
+        "symbols_per_second": 50,
+        "valid_rmse": 0.25 + seed,
+        "best_valid_rmse": 0.25 + seed,
+        "test_rmse": 0.5 + seed,
+        "config": {"width": 8, "steps": 2},
+        "curve": [{"symbols": 200, "seconds": 4.0, "valid_rmse": 0.25 + seed, "step": 2}],
+        "versions": {},
+        "python": "3.12.0",
+        "commit": "abc",
+        "device": "cpu",
+        "threads": 1,
+    }
+
+
+def test_the_surface_is_judged_by_its_root_mean_square_error(tmp_path):
+    rows = [surface_row(seed) for seed in (0, 1)]
+    (tmp_path / "sweep.toml").write_text("train = 'surface'\nseeds = [0, 1]\n[cells]\na = ''\n")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report_sweep(tmp_path)
+    lines = cells_of((tmp_path / "table.md").read_text())
+    assert lines[0] == ["cell", "n", "best valid RMS error", "test RMS error", "points/s", "seconds"]
+    assert lines[2] == ["a", "2", "0.750 ± 0.707", "1.000 ± 0.707", "50", "4"]
+    assert (tmp_path / "rmse.svg").exists()
+    with pytest.raises(UsageError, match="task 'chess' holds no test score"):
+        metrics_of({"task": "chess", "test_elo": 2800})
+
+
+def test_a_sweep_that_has_no_row_yet_stops_no_report_of_all(tmp_path, capsys):
+    """A sweep that was stopped before its first run ended leaves an empty rows.jsonl."""
+    (tmp_path / "about.toml").write_text("title = 'All'\n")
+    for name in ("begun", "ended"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sweep.toml").write_text("train = 'surface'\nseeds = [0, 1]\n[cells]\na = ''\n")
+    (tmp_path / "begun" / "rows.jsonl").write_text("")
+    (tmp_path / "ended" / "rows.jsonl").write_text(json.dumps(surface_row(0)) + "\n")
+    assert main(["report", str(tmp_path)]) == 0
+    assert f"- begun: `dni-rnn sweep {tmp_path.name}/begun`" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "ended" / "table.md").exists()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "begun")]) == 2
+    assert "no rows yet" in capsys.readouterr().err
 
 
 def test_a_metric_that_rises():
@@ -396,7 +445,7 @@ def with_insides(folder):
 
 def test_a_page_needs_nothing_else(folder):
     with_insides(folder)
-    write_report(folder)
+    report_sweep(folder)
     page = (folder / "report.html").read_text(encoding="utf-8")
     found = Elements(page)
     assert found.tags["svg"] == 2
@@ -415,13 +464,13 @@ def test_what_went_on_inside(folder):
     rows = with_insides(folder)
     groups = by_cell(read_sweep(folder), rows)
     assert traces_of(groups) == {
-        "trust: the multiple nearest to the true gradient": {
+        "trust: coefficient of the true on the synthetic gradient": {
             name: [(1, 0.5), (9, 0.25)] for name in ("bptt T=2", "bptt T=20", "dni T=2")
         }
     }
     for cut in (1, 2):
         groups["dni T=2"][0]["traces"][f"cosine_{cut}"] = [[5, 0.2 * cut], [10, 0.5]]
-    assert traces_of(groups)["cosine with the true gradient"] == {
+    assert traces_of(groups)["cosine similarity with the true gradient"] == {
         "dni T=2": [(5, pytest.approx(0.3)), (10, 0.5)]
     }
 
@@ -441,45 +490,67 @@ def test_failures_are_told(folder):
     assert "dni T=4, seed 0, failed with exit code 3 (`stopped: why`)." in render(folder)
 
 
+HEADLINE = """
+title = "All of it"
+note = "As follows."
+findings = ["It is made up.", "See [there](made-up/table.md)."]
+
+[comparison]
+note = "What n is."
+columns = ["truncated", "synthetic", "longer", "published"]
+[comparison.rows]
+"Made up, T = 2" = ["made-up/bptt T=2", "made-up/dni T=2", "made-up/bptt T=20",
+                    "made-up/bptt T=20 (published)"]
+"Not yet" = ["made-up/bptt T=2", "made-up/dni T=4", "", ""]
+
+[[panels]]
+title = "Yes"
+points = { "short" = "made-up/bptt T=2", "none" = "made-up/dni T=4" }
+"""
+
+
 def test_all_results_at_a_glance(folder, tmp_path_factory):
     results = tmp_path_factory.mktemp("results")
     shutil.copytree(folder, results / "made-up")
-    text = SWEEP.replace("note =", "shows = 'See [there](../else.md) and [rows](rows.jsonl).'\nnote =")
-    (results / "made-up" / "sweep.toml").write_text(text)
     (results / "planned").mkdir()
     (results / "planned" / "sweep.toml").write_text("train = 'recall'\nseeds = [0]\n[cells]\na = ''\n")
     (results / "other").mkdir()
-    (results / "other" / "about.toml").write_text("title = 'By hand'\nshows = 'Something else.'\n")
+    (results / "other" / "about.toml").write_text("title = 'By hand'\nsummary = 'in a line.'\n")
     (results / "other" / "table.md").write_text("# Counted\n\n| a |\n| - |\n| 1 |\n")
-    (results / "about.toml").write_text("title = 'All of it'\nnote = 'As follows.'\n")
+    (results / "about.toml").write_text(HEADLINE)
     assert main(["report", str(results)]) == 0
     text = (results / "README.md").read_text()
-    assert text.startswith("# All of it\n\nAs follows.\n\n## A made-up sweep\n")
-    assert cells_of(text)[0] == ["test BPC, n = 2, lower is better", "T=2", "T=4", "T=20"]
-    assert cells_of(text)[2:] == [
-        ["bptt", "1.500 ± 0.000", "", "2.000 ± 0.707"],
-        ["*published figure*", "", "", "1.42 \\", "theirs"],
-        ["dni", "2.100 (1 of 2)", "–", ""],
+    opening = "# All of it\n\nAs follows.\n\n![When it helps and when it does not](headline.svg)\n"
+    assert text.startswith(
+        f"{opening}\n## Findings\n\n1. It is made up.\n2. See [there](made-up/table.md).\n"
+    )
+    assert cells_of(text)[0] == ["", "truncated", "synthetic", "longer", "published"]
+    # Both seeds of the first cell; one of the second; another T in the third; the last is not ours.
+    (line,) = [line for line in text.splitlines() if line.startswith("| Made up")]
+    assert [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] == [
+        "Made up, T = 2: BPC, lower is better",
+        "1.500 ± 0.000 (n = 2)",
+        "2.100",
+        "2.000 ± 0.707 (n = 2, T = 20)",
+        "*1.42 \\| theirs*",
     ]
-    assert "See [there](else.md) and [rows](made-up/rows.jsonl)." in text
-    assert "## By hand\n\n[Table](other/table.md), [page](other/report.html)\n\nSomething else.\n" in text
-    assert "- planned: `dni-rnn sweep " in text
+    assert "| Not yet: BPC, lower is better " in text
+    assert "\nWhat n is.\n\n## All tables\n\n- [A made-up sweep](made-up/table.md) (5 of 8 runs)\n" in text
+    assert "- [By hand](other/table.md): in a line.\n" in text
+    assert text.endswith("## Not run yet\n\n- planned: `dni-rnn sweep " + f"{results.name}/planned`\n")
+    drawn = (results / "headline.svg").read_text()
+    assert all(shown in drawn for shown in ("Yes", "test BPC", "short", "1.500 ± 0.000"))
     assert "<td>1</td>" in (results / "other" / "report.html").read_text()
     assert (results / "made-up" / "report.html").exists()
     assert render_index(results) == text
 
 
-@pytest.mark.parametrize(
-    ("name", "line", "column"),
-    [
-        ("dni, published T=4", "dni, published", "T=4"),
-        ("fcn 4, cdni, p = 0.2", "fcn, cdni, p = 0.2", "4"),
-        ("dni, scale 0.3", "dni, scale 0.3", ""),
-        ("critic, three processes, 100 ms", "critic, three processes, 100 ms", ""),
-    ],
-)
-def test_depth_in_the_name_of_a_cell(name, line, column):
-    assert _place(name) == (line, column)
+def test_a_headline_of_a_cell_that_is_not_there(folder, tmp_path_factory):
+    results = tmp_path_factory.mktemp("results")
+    shutil.copytree(folder, results / "made-up")
+    (results / "about.toml").write_text(HEADLINE.replace("made-up/dni T=2", "made-up/dni T=3"))
+    with pytest.raises(UsageError, match="'made-up/dni T=3' is no cell of made-up"):
+        render_index(results)
 
 
 def test_nothing_to_report(tmp_path, capsys):

@@ -117,8 +117,8 @@ def plot_records(records: Sequence[Record], out: Path) -> bool:
 def plot_layers(path: Path) -> bool:
     """Draw what a run has logged of its synthetic gradients layer by layer, to layers.svg in its directory.
 
-    Against updates, a line per cut: cosine with the true gradient, explained variance, trust, and the
-    loss of the synthesizer. False, and no plot, when it has logged no agreement (`--agreement-every`).
+    Against updates, a line per cut: cosine similarity with the true gradient, explained variance, trust, and
+    the loss of the synthesizer. False, and no plot, when it has logged no agreement (`--agreement-every`).
     """
     rows = read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
     panels = []

@@ -91,6 +91,23 @@ class Panel(NamedTuple):
     logarithmic: bool = True  # the horizontal axis
 
 
+class Dot(NamedTuple):
+    """One line of a `DotPanel`: a mean, its standard deviation (0 for a single value) and both as text."""
+
+    label: str
+    value: float
+    sd: float
+    text: str
+
+
+class DotPanel(NamedTuple):
+    """One of the panels of `save_dots`."""
+
+    title: str
+    x: str
+    dots: list[Dot]  # from top to bottom
+
+
 def mean_curve(runs: Sequence[Sequence[Point]]) -> list[MeanPoint]:
     """Average runs wherever all of them were validated after the same number of symbols."""
     by_symbols = [{point.symbols: point for point in run} for run in runs]
@@ -204,6 +221,31 @@ def save_surface(path: Path, surfaces: dict[str, Any], panel: Panel) -> None:
         return figure
 
     _save([path], draw, fingerprint([panel]))
+
+
+def save_dots(path: Path, panels: Sequence[DotPanel]) -> None:
+    """Draw means with one standard deviation to either side, panels side by side (see `save_curves`).
+
+    What a label says before its first comma decides the colour.
+    """
+    kinds = list(dict.fromkeys(dot.label.split(",")[0] for panel in panels for dot in panel.dots))
+
+    def draw() -> Figure:
+        most = max(len(panel.dots) for panel in panels)
+        figure = Figure(figsize=(4.6 * len(panels), 1.5 + 0.36 * most), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for y, dot in enumerate(panel.dots):
+                colour = COLOURS[kinds.index(dot.label.split(",")[0]) % len(COLOURS)]
+                axes.errorbar(dot.value, y, xerr=dot.sd, fmt="o", color=colour, capsize=3)
+                axes.annotate(dot.text, (dot.value, y), (0, 6), textcoords="offset points", ha="center")
+            axes.set_yticks(range(len(panel.dots)), [dot.label for dot in panel.dots])
+            axes.set_ylim(len(panel.dots) - 0.6, -0.7)
+            axes.margins(x=0.18)
+            axes.set_xlabel(panel.x)
+            axes.set_title(panel.title, fontsize="medium", wrap=True)
+        return figure
+
+    _save([path], draw, fingerprint(panels))
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:

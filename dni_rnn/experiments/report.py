@@ -1,99 +1,27 @@
 """Reports: the rows of a sweep as a table, plots and a page, generated and never edited.
 
-A sweep.toml may say more than a sweep needs, above its [cells]:
-
-    title = "Penn Treebank, characters"
-    note = "Markdown that goes under the title: what was run."
-    shows = "Markdown that goes under the table: what came out."
-    reference = "bptt T=20"        # how soon do the other cells get where this one ends?
-    counted = true                 # after how many characters, too, not only after how many seconds
-
-    [published]                    # below [cells]: an extra column
-    "bptt T=20" = "1.42 (Jaderberg et al.)"
-
-What another program has measured has an about.toml with title, note and shows beside a table.md of its own.
+What they are told beside the rows is in `about`, what stands below a table in `provenance`.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import re
-import textwrap
-import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
 from dni_rnn.atomic_files import write_atomically
 from dni_rnn.errors import UsageError
+from dni_rnn.experiments.about import About, read_about
 from dni_rnn.experiments.html_page import render_page
 from dni_rnn.experiments.plots import Curve, save_curves, save_traces
+from dni_rnn.experiments.provenance import commands_of, failed_runs, machines, samples, versions_of
 from dni_rnn.experiments.sweep import Cell, read_failures, read_rows, read_sweep
 from dni_rnn.metrics import BPC, TRACES, Metric, Point, metrics_of
-
-
-@dataclass(frozen=True)
-class About:
-    """What a sweep.toml or about.toml says for the report alone. Without a title, it is the folder's name."""
-
-    title: str
-    note: str = ""
-    shows: str = ""
-    reference: str | None = None
-    published: dict[str, str] = field(default_factory=dict)
-    counted: bool = False
-    speeds: dict[str, int] | None = None
-    """Characters per second of each cell where they were measured apart: `speed.json`."""
-
-    def timed(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The rows, with seconds of symbols / `speeds` of their cell where there are such."""
-        return [row if self.speeds is None else _retimed(row, self.speeds[row["cell"]]) for row in rows]
-
-
-def read_about(folder: Path, cells: Sequence[Cell] | None = None) -> About:
-    """The part of `folder/sweep.toml` that is for the report; where there are no cells, `folder/about.toml`.
-
-    Raises:
-      UsageError: it speaks of a cell that the sweep does not have.
-    """
-    path = folder / ("about.toml" if cells is None else "sweep.toml")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path}: not TOML ({error})") from None
-    about = About(
-        values.get("title", folder.resolve().name),
-        values.get("note", ""),
-        values.get("shows", ""),
-        values.get("reference"),
-        values.get("published", {}),
-        values.get("counted", False),
-        _read_speeds(folder / "speed.json"),
-    )
-    if cells is None:
-        return about
-    missing = sorted({cell.name for cell in cells} - set(about.speeds or [cell.name for cell in cells]))
-    if missing:
-        raise UsageError(f"{folder / 'speed.json'} lacks {missing[0]!r}: measure it again")
-    named = {*about.published, *([about.reference] if about.reference is not None else [])}
-    unknown = sorted(named - {cell.name for cell in cells})
-    if unknown:
-        raise UsageError(f"{path}: {unknown[0]!r} is not one of its cells")
-    return about
-
-
-def _read_speeds(path: Path) -> dict[str, int] | None:
-    return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else None
-
-
-def _retimed(row: dict[str, Any], speed: int) -> dict[str, Any]:
-    curve = [point | {"seconds": point["symbols"] / speed} for point in row["curve"]]
-    return row | {"seconds": row["symbols"] / speed, "symbols_per_second": speed, "curve": curve}
 
 
 def mean_sd(values: Sequence[float], digits: int) -> str:
@@ -174,14 +102,14 @@ def render_table(
         parts.append(about.note.strip() + "\n")
     for metric in metrics:
         parts += _section(groups, planned, about, metric)
-    parts += [f"{text}\n" for text in (_failed(failures), _machines(rows), about.shows.strip()) if text]
+    parts += [f"{text}\n" for text in (failed_runs(failures), machines(rows), about.shows.strip()) if text]
     if traces_of(groups):
         parts.append(f"![What went on inside]({INSIDE}.svg)\n")
         parts.append("What went on inside, of the first seed of each cell; mean over cuts.\n")
-    parts.append(_samples(groups))
-    parts.append(_commands(cells, groups))
+    parts.append(samples(groups))
+    parts.append(commands_of(cells, groups))
     if rows:
-        parts.append(_provenance(rows))
+        parts.append(versions_of(rows))
     return "\n".join(part for part in parts if part)
 
 
@@ -318,90 +246,6 @@ def _legend(about: About, target: float | None, axes: Mapping[str, str], metric:
     return text
 
 
-def _failed(failures: Sequence[dict[str, Any]]) -> str:
-    """Which runs failed and are not in the table."""
-    return " ".join(
-        f"Not in the table: {f['cell']}, seed {f['seed']}, failed with exit code {f['exit_code']} "
-        f"(`{f['reason'].removeprefix('dni-rnn: ')}`)."
-        for f in failures
-    )
-
-
-def _machines(rows: Sequence[dict[str, Any]]) -> str:
-    """On what machine the rows were made whose budget is in minutes, and which mean nothing without it."""
-    timed = [row for row in rows if row["config"].get("minutes") is not None]
-    if not timed:
-        return ""
-    machines = _distinct(
-        f"{row['device']}, threads {row['threads']}, machine {row.get('machine', 'not recorded')}"
-        for row in timed
-    )
-    return f"The budget is in minutes, so the machine is part of the result: {machines}."
-
-
-def _samples(groups: Mapping[str, Sequence[dict[str, Any]]]) -> str:
-    """What the first run of each cell has written, where it is text."""
-    parts = []
-    for name, rows in groups.items():
-        if rows and "sample" in rows[0]:
-            text = "\n".join(
-                textwrap.fill(line, 100, replace_whitespace=False, drop_whitespace=False)
-                for line in rows[0]["sample"]["text"].splitlines()
-            )
-            fence = max(["~~~", *re.findall("~+", text)], key=len) + "~"  # none of the text ends it
-            parts.append(f"{name}:\n\n{fence}text\n{text}\n{fence}\n")
-    if not parts:
-        return ""
-    how = next(rows[0]["sample"] for rows in groups.values() if rows and "sample" in rows[0])
-    about = f"Text written by the first seed, at temperature {how['temperature']}"
-    return f"<details>\n<summary>{about}</summary>\n\n" + "\n".join(parts) + "\n</details>\n"
-
-
-def _commands(cells: Sequence[Cell], groups: Mapping[str, Sequence[dict[str, Any]]]) -> str:
-    """What was run for each cell, or what will be; more than one command when its rows disagree."""
-    lines = []
-    for name, found in groups.items():
-        planned = [cell.command for cell in cells if cell.name == name]
-        commands = [row["command"] for row in found] or planned
-        different: dict[str, str] = {}
-        for command in commands:
-            different.setdefault(re.sub(r" --seed \S+", "", command), command)
-        lines += [f"- {name}: `{command}`" for command in different.values()]
-    return (
-        "<details>\n<summary>Commands of the first seed; the others differ in --seed</summary>\n\n"
-        + "\n".join(lines)
-        + "\n\n</details>\n"
-    )
-
-
-def _provenance(rows: Sequence[dict[str, Any]]) -> str:
-    packages = sorted({name for row in rows for name in row["versions"]})
-    made = {
-        **{name: [row["versions"].get(name) for row in rows] for name in packages},
-        "Python": [row["python"] for row in rows],
-        "commit": [row["commit"] for row in rows],
-        "device": [row["device"] for row in rows],
-        "threads": [row["threads"] for row in rows],
-    }
-    if any("machine" in row for row in rows):
-        made["machine"] = [row.get("machine") for row in rows]
-    text = "; ".join(f"{name} {_distinct(values)}" for name, values in made.items())
-    if any((row["commit"] or "").endswith("+") for row in rows):
-        text += " (+: with uncommitted changes)"
-    return (
-        f"{len(rows)} rows, made with {text}. Every row: [table.csv](table.csv); with settings and "
-        "validation curves: [rows.jsonl](rows.jsonl). This file is written by `dni-rnn report`.\n"
-    )
-
-
-def _distinct(values: Iterable[Any]) -> str:
-    """One value, or each with how many rows it holds for."""
-    counts = Counter("unknown" if value is None else str(value) for value in values)
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{value} ({counts[value]} rows)" for value in sorted(counts))
-
-
 def render_csv(cells: Sequence[Cell], rows: Iterable[dict[str, Any]]) -> str:
     """The contents of table.csv: a line per row with every single value of it, and the versions.
 
@@ -420,7 +264,7 @@ def render_csv(cells: Sequence[Cell], rows: Iterable[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def write_report(folder: Path) -> None:
+def report_sweep(folder: Path) -> None:
     """Write table.md, table.csv, the plots and report.html beside the rows they are made from.
 
     Raises:
@@ -458,4 +302,4 @@ def write_text(path: Path, text: str) -> None:
 def _depth(row: dict[str, Any]) -> int:
     """`RunConfig.depth` of a finished run."""
     config = row["config"]
-    return config["bptt"] if "bptt" in config else config["layers"]
+    return config.get("bptt", config.get("layers", 1))  # of the surface, one cut: a colour is all it decides

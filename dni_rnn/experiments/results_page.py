@@ -1,30 +1,19 @@
-"""All results of a folder: every report in it, and a README.md that shows them at a glance.
+"""All results of a folder: every report in it, and a README.md that opens with what came out.
 
-The folder has an about.toml with a title and a note of its own.
+The folder has an about.toml with a title, a note and a `headline` of its own.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from posixpath import normpath
-from typing import Any
 
 from dni_rnn.errors import UsageError
+from dni_rnn.experiments.about import read_about
+from dni_rnn.experiments.headline import PICTURE, comparison_table, dot_panels, read_headline
 from dni_rnn.experiments.html_page import render_page
-from dni_rnn.experiments.report import (
-    About,
-    by_cell,
-    markdown_table,
-    mean_sd,
-    read_about,
-    write_report,
-    write_text,
-)
-from dni_rnn.experiments.sweep import Cell, read_rows, read_sweep
-from dni_rnn.metrics import metric_of
+from dni_rnn.experiments.plots import save_dots
+from dni_rnn.experiments.report import report_sweep, write_text
+from dni_rnn.experiments.sweep import read_rows, read_sweep
 
 
 def write_reports(folder: Path) -> None:
@@ -34,7 +23,7 @@ def write_reports(folder: Path) -> None:
       UsageError: there is nothing to report.
     """
     if (folder / "sweep.toml").exists() or not (folder / "about.toml").exists():
-        write_report(folder)
+        report_sweep(folder)
     elif (folder / "table.md").exists():
         table = (folder / "table.md").read_text(encoding="utf-8")
         write_text(folder / "report.html", render_page(table, folder))
@@ -43,6 +32,8 @@ def write_reports(folder: Path) -> None:
         for part in filter(_measured, parts):
             write_reports(part)
         write_text(folder / "README.md", render_index(folder))
+        if panels := read_headline(folder).panels:
+            save_dots(folder / PICTURE, dot_panels(folder, panels))
         print(f"{folder}: {len(parts)} folders -> README.md")
     else:
         raise UsageError(f"{folder}: no table.md there yet; run what makes it first")
@@ -58,94 +49,40 @@ def result_folders(folder: Path) -> list[Path]:
 
 
 def _measured(folder: Path) -> bool:
-    return (folder / ("rows.jsonl" if (folder / "sweep.toml").exists() else "table.md")).exists()
+    if (folder / "sweep.toml").exists():
+        return bool(read_rows(folder))  # a sweep that was stopped early leaves an empty rows.jsonl
+    return (folder / "table.md").exists()
 
 
 def render_index(folder: Path) -> str:
-    """The contents of README.md: all folders in `folder` at a glance, a pure function of what is in them."""
-    about = read_about(folder)
-    parts, planned = [f"# {about.title}\n", about.note.strip() + "\n"], []
+    """The contents of README.md: findings, the comparison, a line for each folder in `folder`.
+
+    A pure function of what is in them.
+    """
+    about, headline = read_about(folder), read_headline(folder)
+    parts = [f"# {about.title}\n", about.note.strip() + "\n"]
+    if headline.panels:
+        parts.append(f"![When it helps and when it does not]({PICTURE})\n")
+    if headline.findings:
+        parts.append("## Findings\n")
+        parts.append("".join(f"{i}. {text.strip()}\n" for i, text in enumerate(headline.findings, 1)))
+    if headline.comparison:
+        parts.append("## Side by side\n")
+        parts.append(comparison_table(folder, headline.comparison))
+        parts += [headline.comparison["note"].strip() + "\n"] * ("note" in headline.comparison)
+    measured, planned = [], []
     for part in result_folders(folder):
-        name = part.name
         cells = read_sweep(part) if (part / "sweep.toml").exists() else None
         found = read_about(part, cells)
+        what = f": {found.summary.strip()}" if found.summary else ""
         if not _measured(part):
-            command = "" if cells is None else f": `dni-rnn sweep {folder.name}/{name}`"
-            planned.append(f"- {found.title}{command}\n")
+            command = "" if cells is None else f" `dni-rnn sweep {folder.name}/{part.name}`"
+            planned.append(f"- {found.title}{what or ':' * bool(command)}{command}\n")
             continue
-        parts.append(f"## {found.title}\n")
-        links = f"[Table]({name}/table.md), [page]({name}/report.html)"
-        if cells is None:
-            prose = f"{found.note.strip()}\n\n{found.shows.strip()}"
-        else:
-            rows = read_rows(part)
-            parts.append(markdown_table(*_glance(cells, rows, found)))
-            links += (
-                f": {len(rows)} of {len(cells)} runs" if len(rows) < len(cells) else f": {len(rows)} runs"
-            )
-            prose = found.shows.strip()
-        parts.append(f"{links}\n")
-        parts += [_from_above(prose.strip(), name) + "\n"] * bool(prose)
+        rows = [] if cells is None else read_rows(part)
+        runs = f" ({len(rows)} of {len(cells)} runs)" if cells is not None and len(rows) < len(cells) else ""
+        measured.append(f"- [{found.title}]({part.name}/table.md){what}{runs}\n")
+    parts += ["## All tables\n", "".join(measured)]
     if planned:
-        parts.append("## Not run yet\n")
-        parts.append("".join(planned))
+        parts += ["## Not run yet\n", "".join(planned)]
     return "\n".join(parts)
-
-
-def _from_above(markdown: str, folder: str) -> str:
-    """What stands in a file of `folder`, with links that lead to the same places from the folder above."""
-    return re.sub(
-        r"\]\((?!\w+:|#|/)([^)]+)\)", lambda found: f"]({normpath(f'{folder}/{found[1]}')})", markdown
-    )
-
-
-def _glance(
-    cells: Sequence[Cell], rows: Sequence[dict[str, Any]], about: About
-) -> tuple[list[str], list[list[str]]]:
-    """A small table of one sweep: a line per method, a column per depth, and what was published below.
-
-    Depth is the T=… in the name of a cell, or else a number behind its first word; where that does not tell
-    all cells apart, a line per cell.
-    """
-    metric = metric_of(rows[0])
-    key = f"test_{metric.key}" if metric.validated else metric.key
-    planned = Counter(cell.name for cell in cells)
-    places = {name: _place(name) for name in planned}
-    if len(set(places.values())) < len(places):
-        places = {name: (name, "") for name in planned}
-    columns = list(dict.fromkeys(column for _, column in places.values()))
-    columns.sort(key=lambda column: int(re.sub(r"\D", "", column) or 0))
-    titles = (
-        columns
-        if "bptt" in rows[0]["config"]
-        else [f"{column} layers" if column else "" for column in columns]
-    )
-    ours: dict[str, dict[str, str]] = {}
-    published: dict[str, dict[str, str]] = {}
-    for name, found in by_cell(cells, rows).items():
-        line, column = places[name]
-        n = "" if len(found) == planned[name] else f" ({len(found)} of {planned[name]})"
-        mean = mean_sd([row[key] for row in found], metric.digits).removesuffix(" ± –") if found else ""
-        score = f"{mean}{n}" if found else "–"
-        ours.setdefault(line, {})[column] = score
-        if name in about.published:
-            published.setdefault(line, {})[column] = about.published[name]
-    seeds = max(planned.values())
-    better = "lower" if metric.lower_is_better else "higher"
-    score = f"test {metric.label}" if metric.validated else metric.label
-    header = [f"{score}, n = {seeds}, {better} is better", *titles]
-    lines = []
-    for line, scores in ours.items():
-        lines.append([line, *(scores.get(column, "") for column in columns)])
-        if line in published:
-            lines.append(["*published figure*", *(published[line].get(column, "") for column in columns)])
-    return header, lines
-
-
-def _place(name: str) -> tuple[str, str]:
-    """`dni, published T=4` is `dni, published` at T=4; `fcn 3, bprop` is `fcn, bprop` at 3."""
-    found = re.search(r"\b(T=\d+)", name) or re.match(r"\w+ (\d+)(?=,|$)", name)
-    if found is None:
-        return name, ""
-    rest = f"{name[: found.start(1)]} {name[found.end(1) :]}"
-    return re.sub(r" +(,|$)", r"\1", re.sub(r" +", " ", rest)).strip(), found[1]
