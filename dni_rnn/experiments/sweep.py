@@ -9,6 +9,9 @@ A sweep is a folder with a `sweep.toml`:
     "bptt T=2" = "--bptt 2"
     "dni T=2" = "--bptt 2 --dni"
 
+    [retired]                                  # the same; keeps its rows, and is not run
+    "old" = "--an-option-that-is-gone"
+
 Each (cell, seed) is one process `dni-rnn train ... --seed S --resume --out WORK/...`, so a killed sweep
 goes on where its runs stood. A finished one becomes a row of `rows.jsonl` in the same folder and is
 never run again; one that failed has a line in `failed.jsonl` until it succeeds.
@@ -72,11 +75,13 @@ class Cell:
       name: of the cell, without the seed.
       seed: of the run.
       arguments: of `dni-rnn train`, without `--seed`, `--resume` and `--out`.
+      retired: it keeps the rows that it has, and is not run: an option of it is gone.
     """
 
     name: str
     seed: int
     arguments: tuple[str, ...]
+    retired: bool = False
 
     @property
     def folder(self) -> str:
@@ -98,10 +103,11 @@ def read_sweep(folder: Path) -> list[Cell]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
         shared, seeds, cells = values["train"], values["seeds"], values["cells"]
+        retired = values.get("retired", {})
         found = [
-            Cell(name, operator.index(seed), tuple(shlex.split(f"{shared} " + added)))
+            Cell(name, operator.index(seed), tuple(shlex.split(f"{shared} " + added)), name in retired)
             for seed in seeds
-            for name, added in cells.items()
+            for name, added in [*cells.items(), *retired.items()]
         ]
     except FileNotFoundError:
         raise UsageError(f"{path}: no sweep there") from None
@@ -283,7 +289,7 @@ class _Sweep:
             for record in read_failures(folder)
             if record["exit_code"] == DIVERGED and record["times"] > 1
         }
-        unfinished = [cell for cell in cells if (cell.name, cell.seed) not in done]
+        unfinished = [c for c in cells if (c.name, c.seed) not in done and not c.retired]
         self.waiting = [c for c in unfinished if (c.name, c.seed, c.command) not in hopeless]
         self.failures: Counter[Cell] = Counter()
         self.begun = False
