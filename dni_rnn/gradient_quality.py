@@ -89,7 +89,9 @@ def core_gradient(
     """
     rows = windows[0].inputs.shape[1]
     with frozen(model, estimator):
-        estimator(model, windows, state, weight, estimator.init_memory(model, rows))
+        estimator.begin(model, rows)
+        estimator(model, windows, state, weight)
+        estimator.flush()
         found = [
             (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten()
             for parameter in model.core.rnn.parameters()  # type: ignore[attr-defined]

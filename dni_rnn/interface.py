@@ -23,6 +23,9 @@ from dni_rnn.agreement import trust_of
 from dni_rnn.pytree import Spec, Tree, flatten, flatten_rows, unflatten, unflatten_rows
 from dni_rnn.running_rms import AllReduce, follow, sum_of_squares
 
+RECEIVED_BY = "_received_by"
+"""The attribute by which a tensor that `Interface.receive` returned tells whose it is (to a trace)."""
+
 AUDIT_DECAY = 0.8
 """Of an audit's weight when the next one comes."""
 
@@ -153,6 +156,10 @@ class Interface(nn.Module):
       loss_scale: see above; a scalar tensor or number that is set from outside, or None.
       regression_loss: the last loss of M, its first term alone (a scalar tensor; no wait for a device).
       trust: see above; a scalar tensor between 0 and 1.
+      keeps_sent: a trace (`dni_rnn.traces`) sets it: `send` then keeps what it injects.
+      sent: ĝ as the last `send` injected it, without `loss_scale`: a list like the leaves of the message, 0
+        in rows of `done`; None before the first. It belongs to the rows, not to the weights: `state_dict`
+        leaves it out.
       all_reduce: tensor -> its sum over the processes among which the rows of a message are spread; None
         when they are all here. Means over rows are then over all of them, and `.grad` of M's parameters is
         each process's share: the sum over processes is the gradient.
@@ -172,6 +179,8 @@ class Interface(nn.Module):
     regression_loss: Tensor
     trust: Tensor
     audited: Tensor
+    sent: list[Tensor] | None
+    keeps_sent: bool
 
     def __init__(
         self,
@@ -192,6 +201,7 @@ class Interface(nn.Module):
         self.decay = decay
         self.batch_dim = batch_dim
         self.loss_scale = None
+        self.keeps_sent, self.sent = False, None
         self.register_buffer("target_square", torch.zeros(()))
         self.register_buffer("target_count", torch.zeros(()))
         self.register_buffer("regression_loss", torch.ones(()))
@@ -219,7 +229,10 @@ class Interface(nn.Module):
         leaves = [leaf.detach() for leaf in leaves]
         if not torch.is_grad_enabled():
             return unflatten(leaves, spec)
-        return self._edge(leaves, spec, context, done)
+        received = self._edge(leaves, spec, context, done)
+        for leaf in flatten(received)[0]:
+            setattr(leaf, RECEIVED_BY, self)
+        return received
 
     def send(
         self, message: Tree, context: Any = None, done: Tensor | None = None, *, discount: float = 1.0
@@ -240,10 +253,21 @@ class Interface(nn.Module):
         leaves, spec = flatten(message)
         if not torch.is_grad_enabled():
             return leaves[0].new_zeros(())
-        synthetic = self._like(
-            self._synthesize(leaves, spec, context, done, discount, self.loss_scale), leaves
-        )
+        rows = self._synthesize(leaves, spec, context, done, discount, self.loss_scale)
+        if self.keeps_sent:
+            self._keep(rows, leaves)
+        synthetic = self._like(rows, leaves)
         return _Send.apply(len(leaves), *synthetic, *leaves)  # type: ignore[return-value]
+
+    def _keep(self, rows: Tensor, leaves: list[Tensor]) -> None:
+        """In place where it can be: what is recorded on a device must find it again."""
+        unscaled = rows if self.loss_scale is None else (rows / self.loss_scale).to(rows.dtype)
+        sent = unflatten_rows(unscaled, leaves, self.batch_dim)
+        if self.sent is None or [s.shape for s in self.sent] != [s.shape for s in sent]:
+            self.sent = [s.clone() for s in sent]
+        else:
+            for kept, s in zip(self.sent, sent, strict=True):
+                kept.copy_(s)
 
     def forward(self, message: Tree, context: Any = None) -> Tree:
         """Both halves at one place, as between two layers: identity; backward trains M and passes on ĝ.

@@ -95,8 +95,9 @@ class StatePenalty(nn.Module):
         """
         rms = self.mean_square.sqrt() if rms is None else rms
         rows = flatten_rows(state, self.batch_dim)
-        excess = without(done, F.softshrink(rows, BEYOND)).to(rms.dtype)
-        return (0.5 * self.strength) * rms.detach() * sum_of_squares(excess)
+        wide = torch.promote_types(rows.dtype, rms.dtype)
+        excess = without(done, F.softshrink(rows, BEYOND)).to(wide)
+        return (0.5 * self.strength) * rms.detach().to(wide) * sum_of_squares(excess)
 
     def _follow(self, gradients: tuple[Tensor, ...], done: Tensor | None) -> None:
         gradient = flatten_rows(list(gradients), self.batch_dim).to(self.mean_square.dtype)

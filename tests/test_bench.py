@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dni_rnn.cli import main
-from dni_rnn.experiments.bench import METHODS, PLAIN, Size, compare, learner, memory, plain_step, report
+from dni_rnn.experiments.bench import METHODS, PLAIN, Size, learner, memory, plain_step, report, time_in_turns
 
 TINY = Size(hidden=8, bptt=2, batch_size=4, device="cpu", threads=1, precision="float32")
 
@@ -21,7 +21,9 @@ def test_methods_take_turns_and_ratios_are_to_the_first():
 
         return work
 
-    costs = compare({"a": step("a", 0.5), "b": step("b", 2.0)}, rounds=3, block=2, clock=lambda: time[0])
+    costs = time_in_turns(
+        {"a": step("a", 0.5), "b": step("b", 2.0)}, rounds=3, block=2, clock=lambda: time[0]
+    )
     assert costs == {"a": (500.0, 1.0), "b": (2000.0, 4.0)}
     assert "".join(turns) == "aabb" + 3 * "aaabbb"
 
@@ -44,7 +46,7 @@ def test_the_report_has_a_line_for_every_method():
 def test_both_sides_do_the_same_work():
     """The same parameters, and the same products: what a ratio compares."""
     sides = learner(TINY, METHODS["bptt"]), plain_step(TINY)
-    sizes = sorted(tuple(p.shape) for p in sides[0].net)
+    sizes = sorted(tuple(p.shape) for p in sides[0].record.net)
     cells = dict(zip(sides[1].__code__.co_freevars, sides[1].__closure__ or (), strict=True))
     assert sizes == sorted(tuple(p.shape) for p in cells["parameters"].cell_contents)
 

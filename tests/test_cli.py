@@ -2,7 +2,7 @@
 
 The help texts are kept in tests/golden/help_*.txt. To renew them after a change that was meant:
 
-    DNI_RNN_RENEW=1 pytest tests/test_cli.py tests/test_golden.py
+    DNI_RNN_RENEW=1 pytest tests/test_cli.py
 """
 
 import dataclasses
@@ -19,18 +19,25 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dni_rnn import cli
 from dni_rnn.cli import main, parse_train
-from dni_rnn.config import PUBLISHED_DNI, RecurrentConfig, SynthesizerSpec, from_json, to_json
+from dni_rnn.config import PUBLISHED_DNI, FeedforwardConfig, RecurrentConfig, from_json, to_json
+from dni_rnn.config.spelling import parse_context, parse_estimator, parse_synthesizer
 from dni_rnn.data import task
-from dni_rnn.data.task import config_of, installed_tasks
+from dni_rnn.data.labelled import Examples
+from dni_rnn.data.task import Corpus, config_of, installed_tasks
 from dni_rnn.errors import UsageError
+from dni_rnn.registry import names
+from dni_rnn.synthesizers import units
 from dni_rnn.training.checkpoint import load_checkpoint, save_checkpoint
 from dni_rnn.training.inference import load_run
 from dni_rnn.training.sampling import sample
+from dni_rnn_tasks.images import CIFAR10, MNIST
+from dni_rnn_tasks.ptb import PTB
 
 GOLDEN = Path(__file__).parent / "golden"
 RENEW = os.environ.get("DNI_RNN_RENEW") == "1"
@@ -121,9 +128,9 @@ def test_every_setting_is_in_the_help_with_an_explanation(name, capsys, monkeypa
     text = helped(["train", name], capsys)
     for field in dataclasses.fields(config_of(cli.TASKS[name])):
         flag = f"--{field.name.replace('_', '-')}"
-        line = re.search(rf"{flag}[ ,].*(\n.*)?\(default: ", text)
+        line = re.search(rf"\n\W +{flag}[ ,].*(\n. {{10,}}.*)*?\(default: ", text)
         assert line, flag
-        assert len(re.sub(rf"{flag}\S*|\W|default", "", line[0])) > 20, flag
+        assert len(re.sub(rf"{flag}\S*|\W|default", "", line[0])) > 15, flag
 
 
 @pytest.mark.parametrize(
@@ -138,7 +145,17 @@ def test_every_setting_is_in_the_help_with_an_explanation(name, capsys, monkeypa
     ],
 )
 def test_widths_of_a_synthesizer(text, core, widths):
-    assert SynthesizerSpec.parse(text).widths(core) == widths
+    assert units(parse_synthesizer(text), core) == widths
+
+
+def test_options_with_a_grammar_of_their_own():
+    assert [parse_context(text) for text in ("none", "next-tokens:1", "next-tokens:12")] == [0, 1, 12]
+    assert {"lstm", "gru", "rnn"} <= set(names("cores"))
+    assert {"bptt", "dni", "full"} <= set(names("estimators"))
+    assert parse_estimator("full") == ("full", {})
+    assert parse_estimator("my.place:Mine,a=1,b=0.5,c=no,d=True") == (
+        "my.place:Mine", {"a": 1, "b": 0.5, "c": "no", "d": True},
+    )  # fmt: skip
 
 
 def test_no_torch_for_help():
@@ -199,12 +216,11 @@ def test_as_a_module():
     ("arguments", "named"),
     [
         ([], "train, eval, sample"),
-        (["trian"], "trian"),
         (["train"], "addition, cifar, copy, counting, live"),
-        (["train", "nope"], "nope"),
         (["train", "text", "--nope"], "--nope"),
         (["train", "text", "--bptt", "many"], "many"),
-        (["train", "text", "--core", "transformer"], "transformer"),
+        (["train", "text", "--dni", "--reading", "next-output"], "--reading"),
+        (["train", "text", "--shorten", "0.5"], "--shorten"),
         (["eval"], "PATH"),
         (["eval", "run", "--split", "train"], "train"),
     ],
@@ -221,6 +237,20 @@ def test_unknown_words_are_refused(arguments, named, capsys, monkeypatch):
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], f"dni-rnn: trian: no such command; known: {', '.join(COMMANDS)}"),
+        (["trian", "text"], f"dni-rnn: trian: no such command; known: {', '.join(COMMANDS)}"),
+        (["train", "nope"], f"dni-rnn: nope: no such task; known: {', '.join(BUNDLED)}"),
+        (["train", "nope", "--steps", "5"], f"dni-rnn: nope: no such task; known: {', '.join(BUNDLED)}"),
+    ],
+)
+def test_an_unknown_command_or_task_is_refused_in_one_line(arguments, said, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "TASKS", {name: cli.TASKS[name] for name in BUNDLED})
+    assert failing(capsys, arguments) == said
+
+
 POSITIVE = (
     "hidden", "layers", "embedding", "bptt", "accumulate", "batch-size", "lr", "synthesizer-lr", "chars",
     "minutes", "steps", "threads", "log-every", "eval-every", "state-limit", "aux-weight",
@@ -231,11 +261,9 @@ ONLY_WITH_DNI = (
     ["--synthesizer-reads", "state"],
     ["--critic"],
     ["--context", "next-tokens:3"],
-    ["--reading", "next-output"],
     ["--scale", "0.5"],
     ["--discount", "0.9"],
     ["--no-centre"],
-    ["--restore", "1.0"],
     ["--audit", "5"],
     ["--aux"],
     ["--synthesizer-lr", "0.01"],
@@ -243,11 +271,11 @@ ONLY_WITH_DNI = (
 BUDGETS = (("chars", "minutes"), ("chars", "steps"), ("minutes", "steps"))
 SYNTHESIZERS = (
     "",
+    "none",
     "mpl",
     "mlp:",
     "mlp:0",
     "mlp:-1",
-    "mlp:a",
     "mlp:1,2,3",
     "mlp:1,",
     "linear:5",
@@ -259,8 +287,9 @@ SYNTHESIZERS = (
 CONTEXTS = (
     "", "all", "next-tokens", "next-tokens:", "next-tokens:0", "next-tokens:-2", "next-tokens:2:-1",
     "next-tokens:a", "next-tokens:2:", "next-tokens:2:3:4", "none:3", "next-token:2",
-    "gru", "gru:", "gru:0", "gru:4:0", "gru:4:-1", "gru:4:", "gru:4:8:2", "gru:a", "next-token:2:3",
+    "gru", "gru:4", "gru:4:8", "next-tokens:2:3",
 )  # fmt: skip
+CORES, ESTIMATORS = (", ".join(names(kind)) for kind in ("cores", "estimators"))
 SHARES = ("-0.1", "1.5", "nan")
 MISTAKES = [
     *((["--dni", "--aux", f"--{name}", "0"], f"--{name} must be positive, not 0") for name in POSITIVE),
@@ -288,25 +317,29 @@ MISTAKES = [
         (["--dni", "--synthesizer", t], f"--synthesizer {t}: give linear, mlp, mlp:WIDTH")
         for t in SYNTHESIZERS
     ),
+    *((["--dni", "--context", t], f"--context {t}: give none, or next-tokens:W with W") for t in CONTEXTS),
     *(
-        (
-            ["--dni", "--no-critic", "--synthesizer", "none", *words],
-            f"--synthesizer none: {words[0]} has nothing",
-        )
-        for words in (["--critic"], ["--aux"], ["--audit", "5"])
+        (["--core", t], f"--core {t}: not known; give one of {CORES}, or package.module:Name")
+        for t in ("transformer", "LSTM", ":Cell", "cells:", "my cells:Cell", "cells:Cell:Cell")
     ),
-    *((["--dni", "--context", t], f"--context {t}: give none, next-tokens:W,") for t in CONTEXTS),
+    *(
+        (["--estimator", t], f"--estimator {t}: not known; give one of {ESTIMATORS}, or package.module:Name")
+        for t in ("rtrl", "cells:", "")
+    ),
+    (
+        ["--dni", "--no-critic", "--synthesizer", "mlp:a"],
+        "--synthesizer mlp:a: cannot be imported (No module",
+    ),
+    (["--estimator", "full,penalty"], "--estimator full,penalty: 'penalty' is not option=value"),
+    (["--estimator", "full,a b=1"], "--estimator full,a b=1: 'a b=1' is not option=value"),
+    (["--dni", "--estimator", "full"], "--dni is an estimator of its own: leave out --estimator or --dni"),
     (
         ["--dni", "--critic", "--context", "none"],
         "--context none: a critic predicts the loss of known targets",
     ),
     (
-        ["--dni", "--critic", "--context", "gru:4"],
-        "--critic has no encoder of its targets: --context next-tokens:4",
-    ),
-    (
-        ["--dni", "--critic", "--reading", "next-output"],
-        "--critic is differentiated by the state at the boundary",
+        ["--dni", "--synthesizer", "my.place:Mine"],  # a critic by default, as this task is learnt
+        "--synthesizer my.place:Mine: a critic has a classifier of its own; add --no-critic",
     ),
 ]
 
@@ -332,7 +365,7 @@ def test_options_of_a_task_that_make_no_sense(arguments, said, capsys):
 
 def test_settings_survive_json():
     config = RecurrentConfig(
-        dni=True, context="next-tokens:3:4", out=Path("a/b"), data_dir=Path("c"), minutes=0.5
+        dni=True, context="next-tokens:3", out=Path("a/b"), data_dir=Path("c"), minutes=0.5
     )
     assert from_json(RecurrentConfig, json.loads(json.dumps(to_json(config)))) == config
     assert from_json(RecurrentConfig, {"hidden": 3}) == RecurrentConfig(hidden=3)
@@ -342,25 +375,34 @@ def test_settings_survive_json():
 
 
 def test_the_names_of_methods():
-    dni = {"dni": True, "context": "next-tokens:8"}
-    gru = {"dni": True, "context": "gru:16:64"}
-    online = {"dni": True, "context": "none"}
-    settings: list[dict[str, Any]] = [
+    dni: dict[str, Any] = {"dni": True}
+    given: list[tuple[str, dict[str, Any]]] = [
+        ("bptt", {}),
+        ("bptt", {"restore": 0.0}),
+        ("bptt+restore", {"restore": 0.1}),
+        ("full", {"estimator": "full"}),
+        ("full+restore", {"estimator": "full", "restore": 0.1}),
+        ("dni-online", {**dni, "context": "none"}),
+        ("dni+next-tokens:8", dni),
+        ("dni+next-tokens:8", {**dni, "restore": 0.0}),
+        ("dni+next-tokens:8+aux", {**dni, "aux": True}),
+        ("dni+next-tokens:3+critic", {**dni, "critic": True, "context": "next-tokens:3"}),
+    ]
+    for name, settings in given:
+        assert RecurrentConfig(**settings).resolved.method == name
+
+
+def test_the_penalty_on_the_state_is_on_with_synthetic_gradients_and_off_without():
+    assert RecurrentConfig().restore is None
+    given: list[dict[str, Any]] = [
         {},
-        online,
-        dni,
-        {**dni, "aux": True},
-        gru,
-        {**dni, "synthesizer": "none"},
+        {"dni": True},
+        {"restore": 0.5},
+        {"dni": True, "restore": 0.0},
+        {"dni": True, "restore": 2.0},
     ]
-    assert [RecurrentConfig(**each).method for each in settings] == [
-        "bptt",
-        "dni-online",
-        "dni+next-tokens:8",
-        "dni+next-tokens:8+aux",
-        "dni+gru:16:64",
-        "bptt+restore",
-    ]
+    assert [RecurrentConfig(**settings).resolved.restore for settings in given] == [0.0, 0.1, 0.5, 0.0, 2.0]
+    assert parse_train(["text", "--dni"])[2].restore == 0.1
 
 
 def test_a_preset_gives_defaults_that_options_replace():
@@ -402,6 +444,84 @@ def test_where_a_run_goes_without_out(tmp_path, monkeypatch, capsys):
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["text-dni+next-tokens2-T5-seed7"]
     assert capsys.readouterr().out.endswith("-> runs/text-dni+next-tokens2-T5-seed7\n")
     assert "--resume" in failing(capsys, arguments)
+
+
+# How long: in minutes, in updates and in its own unit, whatever the task
+
+
+def made_up(monkeypatch):
+    """The tasks whose files are not in every checkout, on data of the same kind."""
+    random = np.random.default_rng(0)
+
+    def examples(name, shape):
+        def some(n):
+            return random.integers(0, 256, (n, *shape), dtype=np.uint8), random.integers(0, 10, n)
+
+        data = Examples(name, tuple("0123456789"), some(200), some(60), some(60))
+        return lambda self, data_dir: data
+
+    monkeypatch.setattr(MNIST, "load", examples("mnist", (1, 28, 28)))
+    monkeypatch.setattr(CIFAR10, "load", examples("cifar10", (3, 32, 32)))
+    corpus = Corpus.from_texts("ptb/char", *["the cat sat on a mat " * n for n in (300, 30, 30)])
+    monkeypatch.setattr(PTB, "load", lambda self, data_dir: corpus)
+
+
+@pytest.fixture
+def endless():
+    """Standard input that never ends."""
+    before, source = os.dup(0), os.open("/dev/zero", os.O_RDONLY)
+    os.dup2(source, 0)
+    yield
+    os.dup2(before, 0)
+    for descriptor in (before, source):
+        os.close(descriptor)
+
+
+def small_run(name):
+    """Flags of a small net, and how many symbols an update takes."""
+    kind, shared = config_of(cli.TASKS[name]), ["--threads", "1", "--batch-size", "4", "--log-every", "1"]
+    if issubclass(kind, RecurrentConfig):
+        return [*shared, "--hidden", "8", "--embedding", "4", "--bptt", "5", "--accumulate", "2"], 40
+    if issubclass(kind, FeedforwardConfig) or name == "surface":
+        return [*shared, "--width", "8"], 4
+    return [*shared, "--hidden", "8", "--bptt", "2"], 16
+
+
+OWN_UNIT = {"chars": 81, "digits": 33, "epochs": None, "steps": 3}
+"""So much of a task's own unit as three updates of `small_run` take; of epochs it depends on the data."""
+
+
+@pytest.mark.parametrize("unit", ["steps", "minutes", "its own"])
+@pytest.mark.parametrize("name", BUNDLED)
+def test_how_long_every_task_trains(name, unit, tmp_path, monkeypatch, capsys, endless):
+    made_up(monkeypatch)
+    out, (words, per_update) = tmp_path / "run", small_run(name)
+    monkeypatch.setattr("sys.argv", ["dni-rnn"])
+    if unit == "its own":
+        unit = config_of(cli.TASKS[name]).amount
+        examples = {"addition": 2458}.get(name, 200)
+        amount = {**OWN_UNIT, "epochs": 3 / (examples // 4)}[unit]
+    else:
+        amount = {"steps": 3, "minutes": 0.002}[unit]
+    assert main(["train", name, *words, f"--{unit}", str(amount), "--out", str(out)]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    if name in ("copy", "repeat-copy"):  # windows end where episodes do
+        assert summary["steps"] < summary["symbols"] < summary["steps"] * per_update
+    else:
+        assert summary["symbols"] == summary["steps"] * per_update
+    if unit == "minutes":
+        assert json.loads((out / "config.json").read_text())["budget"] == ["minutes", 0.002]
+        assert 0.12 <= summary["seconds"] < 10
+        assert summary["steps"] > 1
+    else:
+        assert summary["steps"] == 3
+
+
+@pytest.mark.parametrize("name", [name for name in BUNDLED if name != "surface"])
+def test_minutes_and_steps_are_one_too_many(name, capsys):
+    said = failing(capsys, ["train", name, "--minutes", "1", "--steps", "1"])
+    assert "give one of " in said
+    assert "--minutes and --steps" in said
 
 
 # Tasks of other people's packages
@@ -461,6 +581,109 @@ def test_a_broken_package_takes_no_other_task_away(source, tmp_path, monkeypatch
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert "theirs_broken" in captured.err
+
+
+# Cores, estimators and synthesizers of other people's modules
+
+THEIRS = """
+import torch
+from torch import nn
+from dni_rnn import MLPSynthesizer, TruncatedBPTT
+
+
+class Cell(nn.Module):
+    output_leaf = None
+
+    def __init__(self, input_size, hidden_size, num_layers):
+        super().__init__()
+        self.output_size = 2 * hidden_size
+        self.first = nn.Linear(input_size, 2 * hidden_size)
+        self.again = nn.Linear(2 * hidden_size, 2 * hidden_size)
+
+    def initial_state(self, batch_size):
+        return torch.zeros(batch_size, self.output_size)
+
+    def forward(self, inputs, state):
+        outputs = []
+        for x in inputs:
+            state = torch.tanh(self.first(x) + self.again(state))
+            outputs.append(state)
+        return torch.stack(outputs), state
+
+
+class Half(TruncatedBPTT):
+    def __init__(self, share=1.0):
+        super().__init__()
+        self.share = share
+
+    def forward(self, model, windows, state, weight):
+        return super().forward(model, windows, state, self.share * weight)
+
+
+class Predictor(MLPSynthesizer):
+    def __init__(self, state, context):
+        super().__init__(state, [3], context=context)
+
+
+not_a_core = dict
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    (tmp_path / "their_modules.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "their_modules", raising=False)
+
+
+def test_a_core_an_estimator_and_a_synthesizer_of_another_package(theirs, tmp_path, capsys):
+    """Trained, resumed and evaluated; the estimator with an option that counts."""
+    bits = []
+    for number, words in enumerate(
+        (
+            ["--dni", "--no-critic", "--synthesizer", "their_modules:Predictor"],
+            ["--estimator", "their_modules:Half"],
+            ["--estimator", "their_modules:Half,share=0.0", "--clip", "0"],
+        )
+    ):
+        out = tmp_path / str(number)
+        command = ["train", "recall", "--delay", "1", *SMALL, "--lr", "0.02", "--out", str(out)]
+        command += ["--core", "their_modules:Cell", *words]
+        assert main([*command, "--steps", "5"]) == 0
+        assert main([*command, "--steps", "150", "--resume"]) == 0
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["steps"] == 150
+        bits.append(summary["test_bpc"])
+        capsys.readouterr()
+        assert main(["eval", str(out)]) == 0
+        assert f"{summary['test_bpc']:.4f} bpc" in capsys.readouterr().out
+    assert max(bits[:2]) < bits[2] - 0.1, "what gets no gradient has learnt nothing"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--core", "no_such_module:Cell"], "--core no_such_module:Cell: cannot be imported (No module"),
+        (["--core", "their_modules:Nothing"], "--core their_modules:Nothing: cannot be imported (module"),
+        (["--core", "torch.nn:GRU"], "--core torch.nn:GRU: not a core; it must be an nn.Module with initial"),
+        (
+            ["--estimator", "full,wings=2"],
+            "--estimator full,wings=2: got an unexpected keyword argument 'wings'",
+        ),
+        (
+            ["--estimator", "their_modules:Half", "--restore", "0.1"],
+            "--estimator their_modules:Half: got an unexpected keyword argument 'penalty'",
+        ),
+        (["--estimator", "no_such_module:E"], "--estimator no_such_module:E: cannot be imported (No module"),
+        (
+            ["--dni", "--no-critic", "--synthesizer", "no_such_module:S"],
+            "--synthesizer no_such_module:S: cannot be imported (No module",
+        ),
+    ],
+)
+def test_what_another_package_does_not_have(words, said, theirs, tmp_path, capsys):
+    assert said in failing(capsys, ["train", "recall", *words, "--out", tmp_path / "run"])
+    assert not (tmp_path / "run").exists()
 
 
 # Evaluate

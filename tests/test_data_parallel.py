@@ -47,6 +47,8 @@ SMALL = [
     "--audit",
     "7",
 ]
+PATH = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+"""With the tests, of which one has an estimator of its own."""
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "no", "dog")
 
 
@@ -70,7 +72,7 @@ def start(*command: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "LOGLEVEL": "CRITICAL"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LOGLEVEL": "CRITICAL", "PYTHONPATH": PATH},
         start_new_session=True,
     )
 
@@ -138,7 +140,10 @@ CASES = {
     "one row each": (text, DNI | dict(batch_size=2)),
     "generated": (Recall(delay=3), DNI),
     "critic": (Recall(delay=3), DNI | dict(critic=True)),
-    "episodes": (Copy(symbols=2), DNI | dict(reading="next-output")),
+    "episodes": (Copy(symbols=2), DNI | dict(synthesizer_reads="state")),
+    "penalty alone": (text, dict(restore=0.5)),
+    "full": (Copy(symbols=2), dict(estimator="full", accumulate=2, restore=0.5)),
+    "memory": (text, dict(estimator="test_training:Remembering,share=0.2", restore=0.5)),
     "episodes, audited": (Copy(symbols=2), DNI | dict(audit=3, centre=False)),
 }
 
@@ -159,8 +164,9 @@ with joined(60) as processes:
             tensors, values = together.state_dict()
             measured = together.metrics()
             together.end(0)
+            assert ("memory" in name) == ("mean" in together.estimator.memory())
             expected, there = alone.state_dict()
-            losses = [each["stream"].get("ladder", {}).pop("loss", 0.0) for each in (values, there)]
+            losses = [each["stream"].get("curriculum", {}).pop("loss", 0.0) for each in (values, there)]
             assert abs(losses[0] - losses[1]) < 1e-8, (name, losses)
             assert values == there, (name, values, there)
             assert tensors.keys() == expected.keys()
@@ -182,6 +188,7 @@ def test_two_processes_are_one(text: Path, tmp_path: Path) -> None:
     code, out, error = finish(start(*TORCHRUN, str(script), str(text)))
     assert code == 0, error
     assert out.count("episodes, audited") == 2
+    assert out.count("memory") == 2
 
 
 # Runs.

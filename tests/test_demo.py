@@ -6,8 +6,8 @@ import pytest
 
 from dni_rnn.cli import main
 from dni_rnn.experiments import demo
+from dni_rnn.experiments.compare import Record
 from dni_rnn.experiments.demo import METHODS, RECALL_METHODS, recall_verdict, verdict
-from dni_rnn.training.learner import Record
 from dni_rnn.training.recurrent import SAMPLED
 
 

@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from dni_rnn.cli import main
 from dni_rnn.config import PUBLISHED_DNI, RecurrentConfig
+from dni_rnn.cores.lstm import LSTM
 from dni_rnn.data.task import Corpus, Data
 from dni_rnn.errors import UsageError
 from dni_rnn.estimators.bptt import TruncatedBPTT
 from dni_rnn.estimators.dni import DNI
 from dni_rnn.estimators.full import FullBPTT, state_gradients
+from dni_rnn.experiments.diagnose import diagnose_model, held_out_stretches
 from dni_rnn.gradient_quality import core_gradient, diagnose
-from dni_rnn.pytree import LSTMState, flatten_rows
+from dni_rnn.interface import Interface
+from dni_rnn.pytree import LSTMState, Tree, flatten_rows, map_tree
 from dni_rnn.recurrent import SequenceModel
 from dni_rnn.training.builders import build_model
 from dni_rnn.window import Boundary, Window
@@ -31,6 +35,7 @@ def make(data: Data) -> SequenceModel:
     torch.manual_seed(0)
     config = RecurrentConfig(hidden=6, embedding=3, dni=True, **{**PUBLISHED_DNI, "scale": 1.0})
     model = build_model(config, data).double()
+    assert isinstance(model.core.rnn, LSTM)
     for parameter in model.core.rnn.parameters():
         torch.nn.init.normal_(parameter, std=0.7)  # gradients that reach far
     return model
@@ -41,6 +46,15 @@ def windows(generator: torch.Generator, count: int, steps: int) -> list[Window]:
     cut = [slice(k * steps, (k + 1) * steps) for k in range(count)]
     nothing = Boundary()
     return [Window(symbols[:-1][c], symbols[1:][c], nothing, nothing, 3 * steps) for c in cut]
+
+
+def numbered(stretch: list[Window]) -> list[Window]:
+    """The context of every boundary is its number."""
+
+    def at(number: int) -> Boundary:
+        return Boundary(context=torch.full((1, 3), number))
+
+    return [w._replace(start=at(n), end=at(n + 1)) for n, w in enumerate(stretch)]
 
 
 def test_one_window_is_exact_and_several_are_not(generator: torch.Generator) -> None:
@@ -91,14 +105,99 @@ def test_state_gradients_are_those_of_finite_differences(generator: torch.Genera
 def test_a_synthesizer_that_says_nothing_is_truncated_bptt(generator: torch.Generator) -> None:
     data = text(generator)
     with pytest.raises(UsageError, match="too short"):
-        diagnose(make(data), data, context=0, weight=0.01, bptts=[4])
+        diagnose_model(make(data), data, context=0, weight=0.01, bptts=[4])
     data = text(generator, 9000)
-    found = diagnose(make(data), data, context=0, weight=0.01, bptts=[4, 20])
+    found = diagnose_model(make(data), data, context=0, weight=0.01, bptts=[4, 20])
     quality = {(q.estimator, q.bptt): q for q in found.parameters}
     for bptt in (4, 20):
         assert quality["synthetic", bptt].relative_error == quality["truncated", bptt].relative_error
     assert quality["truncated", 4].relative_error > quality["truncated", 20].relative_error > 0
     assert {(b.cosine, b.explained) for b in found.boundaries} == {(0.0, 0.0)}
+
+
+def test_held_out_stretches_are_the_text_with_the_states_carried_there(generator: torch.Generator) -> None:
+    data = text(generator, 9000)
+    model = make(data)
+    stretches = held_out_stretches(model, data, context=3)
+    stream = data.stream("valid", 6, 0)
+    state = model.initial_state(6)
+    first = []
+    for whole, cut in zip(stretches(120), stretches(7), strict=True):
+        windows, at = cut
+        assert [len(w.inputs) for w in windows] == [7] * 17
+        assert torch.equal(torch.cat([w.inputs for w in windows]), whole[0][0].inputs[:119])
+        assert all(w.start.context is not None and len(w.start.context) == 3 for w in windows)
+        for one, other, wanted in zip(at, whole[1], state, strict=True):
+            torch.testing.assert_close(one, wanted)
+            torch.testing.assert_close(other, wanted)
+        with torch.no_grad():  # a stretch of 240 from one to the next, of which the first half is measured
+            passed = stream.window(120, 3), stream.window(120, 3)
+            assert torch.equal(passed[0].inputs, whole[0][0].inputs)
+            for window in passed:
+                _, state = model(window.inputs, state)
+        first.append(stream.state_dict()["position"])
+    assert first == [240 * n for n in range(1, 7)]
+
+
+class Exact(nn.Module):
+    """M(state, number of the boundary) = half of the true gradient of all that follows."""
+
+    def __init__(self, trues: list[Tree]) -> None:
+        super().__init__()
+        self.trues = trues
+
+    def forward(self, message: Tree, context: torch.Tensor) -> Tree:
+        return map_tree(lambda g: 0.5 * g, self.trues[int(context[0, 0])])
+
+
+def test_what_is_measured_at_the_boundaries_by_hand(generator: torch.Generator) -> None:
+    """M says half of the true gradient of the rest: 1 − |ĝ − s|² / |s|² is 3/4, and less far less."""
+    model = make(text(generator))
+    stretch = numbered(windows(generator, 4, 3))
+    state, trues = model.initial_state(3), []
+    for number, window in enumerate(stretch):
+        trues.append(state_gradients(model, stretch[number:], state, 0.5, (0,))[0])
+        with torch.no_grad():
+            _, state = model.unroll(window.inputs, state)
+    trues.append(map_tree(torch.zeros_like, state))
+    model.core.interface = Interface(Exact(trues), normalize=False).double()
+    found = diagnose(model, lambda bptt: [(stretch, model.initial_state(3))], 0.5, [3])
+    whole = {b.horizon: b for b in found.boundaries}
+    assert whole[0].cosine == pytest.approx(1.0)
+    assert whole[0].explained == pytest.approx(0.75)
+    # Of the next window alone: at the two boundaries that have more behind it.
+    cosines, explained = [], []
+    state = model.initial_state(3)
+    for number in (1, 2):
+        with torch.no_grad():
+            _, state = model.unroll(stretch[number - 1].inputs, state)
+        true = flatten_rows(state_gradients(model, stretch[number : number + 1], state, 0.5, (0,))[0])
+        said = 0.5 * flatten_rows(trues[number])
+        cosines.append(float((said * true).sum() / (said.norm() * true.norm())))
+        explained.append(float(1 - (said - true).square().sum() / true.square().sum()))
+    assert whole[1].cosine == pytest.approx(sum(cosines) / 2)
+    assert whole[1].explained == pytest.approx(sum(explained) / 2)
+    assert whole[1].cosine < 0.999
+    assert set(whole) == {0, 1, 2}
+
+
+def test_a_discount_is_that_of_training(generator: torch.Generator) -> None:
+    """What M says is twice the true gradient; γ³ = 1/2 makes it right behind a window of three steps."""
+    model = make(text(generator))
+    stretch = numbered(windows(generator, 2, 3))
+    state = model.initial_state(3)
+    with torch.no_grad():
+        _, after = model.unroll(stretch[0].inputs, state)
+    true = state_gradients(model, stretch[1:], after, 0.5, (0,))[0]
+    trues = [map_tree(lambda g: 4.0 * g, each) for each in (state, true, map_tree(torch.zeros_like, state))]
+    model.core.interface = Interface(Exact(trues), normalize=False).double()
+    errors = []
+    for discount in (0.5 ** (1 / 3), 1.0):
+        found = diagnose(model, lambda bptt: [(stretch, state)], 0.5, [3], discount)
+        errors.append({q.estimator: q.relative_error for q in found.parameters})
+    assert errors[0]["synthetic"] < 1e-9
+    assert errors[1]["synthetic"] == pytest.approx(errors[1]["truncated"], rel=1e-9)  # as far beyond
+    assert errors[1]["truncated"] > 0.05
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 from reference import Problem, close, distance, grad, gradients, laid_out, random, randomize, running_size
 from torch import Tensor, nn
 
+from dni_rnn.cli import main
+from dni_rnn.config import RecurrentConfig
 from dni_rnn.cores.gru import GRU
 from dni_rnn.cores.lstm import LSTM
 from dni_rnn.cores.rnn import RNN
@@ -26,7 +30,10 @@ from dni_rnn.interface import Interface
 from dni_rnn.pytree import LSTMState, Tree, flatten, map_tree, unflatten
 from dni_rnn.recurrent import RecurrentCore, SequenceModel
 from dni_rnn.synthesizers import ContextMLP, MLPSynthesizer, OneHotTokens
+from dni_rnn.training.checkpoint import load_checkpoint
+from dni_rnn.training.recurrent import RecurrentLearner
 from dni_rnn.window import UNSCORED, Boundary, Window, window_loss
+from dni_rnn_tasks.repeat import Copy
 
 WEIGHT = 0.37
 CONTEXT = 3
@@ -530,10 +537,10 @@ def test_an_estimator_remembers_nothing_unless_it_says_so(generator):
     problem = reference.random_problem("gru", generator)
     model = build(problem, random_synthesizer(problem, generator))
     for estimator in (Estimator(), FullBPTT(), TruncatedBPTT(), DNI()):
-        assert estimator.init_memory(model, 3) == ()
-    for estimator in (FullBPTT(), TruncatedBPTT(), DNI()):
-        estimate = estimator(model, library(problem), as_message(problem), WEIGHT, ())
-        assert estimate.memory == ()
+        estimator.begin(model, 3)
+        if type(estimator) is not Estimator:
+            estimator(model, library(problem), as_message(problem), WEIGHT)
+        assert estimator.memory() == {}
     with pytest.raises(NotImplementedError):
         Estimator()(model, library(problem), as_message(problem), WEIGHT)
 
@@ -688,3 +695,132 @@ def test_a_row_that_starts_anew_knows_nothing_of_before(problem):
             results.append((net_gradients(model), estimate.loss))
     for before, after in zip(results[:3], results[3:], strict=True):
         close(after, before, rtol=0, atol=0)
+
+
+# An estimator of one's own, found by name, with a memory.
+
+REMEMBERING = '''
+import torch
+from torch import nn
+
+from dni_rnn.estimators import Estimate, Estimator
+from dni_rnn.pytree import detach
+from dni_rnn.window import window_loss
+
+
+class Remembering(Estimator):
+    """Draws each row's outputs to their own running mean, and counts the windows of each row."""
+
+    def __init__(self, strength, penalty=None):
+        super().__init__()
+        self.strength, self.gain = strength, nn.Parameter(torch.ones(()))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def begin(self, model, batch_size):
+        self.mean = torch.zeros(1, batch_size, model.core.rnn.output_size)
+        self.counts = torch.arange(batch_size, dtype=torch.float32).reshape(-1, 1)
+
+    def memory(self):
+        return {"mean": self.mean, "counts": self.counts}
+
+    def load_memory(self, tensors):
+        for name, kept in self.memory().items():
+            kept.copy_(tensors[name])
+
+    def forward(self, model, windows, state, weight):
+        losses = []
+        for window in windows:
+            outputs, state = model.unroll(window.inputs, model.reset(detach(state), window.start.done))
+            loss = window_loss(model.readout(outputs), window.targets)
+            drawn = (self.gain * outputs - self.mean).square().mean(0)
+            (weight * loss + self.strength * (drawn / (1.0 + self.counts)).sum()).backward()
+            self.mean.lerp_(outputs.detach().mean(0), 0.1)
+            self.counts.add_(1.0)
+            losses.append(loss.detach())
+        self.calls += 1
+        return Estimate(torch.stack(losses).sum(), detach(state))
+'''
+
+
+@pytest.fixture
+def remembering(tmp_path, monkeypatch):
+    (tmp_path / "estimators_own.py").write_text(REMEMBERING)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "estimators_own", raising=False)
+    return "estimators_own:Remembering,strength=0.05"
+
+
+def learner(estimator: str, **settings: Any) -> RecurrentLearner:
+    sizes: dict[str, Any] = {"hidden": 8, "embedding": 4, "batch_size": 4, "bptt": 3, "lr": 0.01}
+    config = RecurrentConfig(**sizes, estimator=estimator, accumulate=2, **settings)
+    return RecurrentLearner(config, Copy().load(None), torch.device("cpu"))
+
+
+def test_what_an_estimator_remembers_goes_from_call_to_call(remembering):
+    trained = learner(remembering)
+    assert type(trained.estimator).__name__ == "Remembering"
+    kept = trained.estimator.memory()
+    assert kept["mean"].shape == (1, 4, 8)
+    assert not kept["mean"].any()
+    for _ in range(5):
+        trained.update()
+    kept = trained.estimator.memory()
+    assert kept["counts"].flatten().tolist() == [10.0, 11.0, 12.0, 13.0]
+    assert kept["mean"].any()
+    saved = trained.state_dict()[0]
+    assert torch.equal(saved["memory.mean"], kept["mean"])
+    assert torch.equal(saved["memory.counts"], kept["counts"])
+    # What the estimator learns and counts itself is trained and saved as well.
+    assert trained.estimator.get_parameter("gain").item() != 1.0
+    assert float(trained.estimator.get_buffer("calls")) == 5.0
+
+
+@pytest.mark.parametrize("restore", [None, 0.1], ids=["plain", "with a penalty"])
+def test_an_estimator_that_remembers_goes_on_bit_for_bit(restore, remembering):
+    def everything(trained: RecurrentLearner) -> tuple[dict[str, Tensor], Any]:
+        tensors, values = trained.state_dict()
+        return {name: t.clone() for name, t in tensors.items()}, json.loads(json.dumps(values))
+
+    one = learner(remembering, restore=restore)
+    for _ in range(6):
+        one.update()
+    tensors, values = everything(one)
+    resumed, forgetful = learner(remembering, restore=restore), learner(remembering, restore=restore)
+    for other in (resumed, forgetful):
+        for _ in range(2):
+            other.update()
+        other.load_state_dict(tensors, values)
+    forgetful.estimator.begin(forgetful.model, 4)
+    ends = []
+    for trained in (one, resumed, forgetful):
+        for _ in range(5):
+            trained.update()
+        ends.append(everything(trained))
+    (wanted, counted), (got, recounted), (lost, _) = ends
+    assert got.keys() == wanted.keys()
+    assert {name: torch.equal(got[name], wanted[name]) for name in wanted if name != "random.cpu"} == {
+        name: True for name in wanted if name != "random.cpu"
+    }
+    assert recounted == counted
+    # What is remembered decides what is learnt.
+    weight = "model.core.rnn.weight_hh_l0"
+    assert not torch.equal(lost[weight], wanted[weight])
+    assert not torch.equal(wanted[weight], tensors[weight])
+
+
+def test_what_an_estimator_remembers_survives_a_run_that_is_stopped(remembering, tmp_path):
+    """The command, in one go and in two."""
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 60)
+    options = ["--hidden", "6", "--embedding", "4", "--batch-size", "4", "--bptt", "3", "--threads", "1"]
+    options += ["--estimator", remembering, "--eval-every", "1000000"]
+    ends = []
+    for name, lengths in (("one", [12]), ("two", [5, 12])):
+        for number, steps in enumerate(lengths):
+            run = ["--steps", str(steps), "--out", str(tmp_path / name), *["--resume"] * (number > 0)]
+            assert main(["train", "text", str(tmp_path / "text.txt"), *options, *run]) == 0
+        tensors, _ = load_checkpoint(tmp_path / name / "checkpoint.safetensors")
+        ends.append(tensors)
+    assert ends[0].keys() == ends[1].keys()
+    assert ends[0]["memory.mean"].any()
+    for key in ends[0]:
+        assert torch.equal(ends[0][key], ends[1][key]), key

@@ -14,7 +14,8 @@ from reference import close, grad, gradients, random, randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rnn.feedforward import Agreement, Decoupled, agreement, cnn, decouple, fcn, sigmoid_net, split, vgg
+from dni_rnn.agreement import Agreement
+from dni_rnn.feedforward import Decoupled, agreement, cnn, decouple, fcn, sigmoid_net, split, vgg
 from dni_rnn.interface import Interface
 from dni_rnn.synthesizers import ContextMLP, Critic
 
@@ -327,7 +328,7 @@ def test_synthesizers_learn_the_gradient_of_a_net_that_stands_still(method, floo
     model = decouple(net, [1, 2, 3], torch.zeros(2, 5).double(), CLASSES, method, hidden=[32]).double()
     for module in model.interfaces.modules():
         if isinstance(module, Critic):
-            module.value = 0.01  # the match decides
+            module.loss_weight = 0.01  # the match decides
     optimizer = torch.optim.Adam(model.synthesizer_parameters(), 1e-2)
     x = random(generator, 64, 5)
     labels = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()

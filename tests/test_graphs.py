@@ -6,9 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dni_rnn.config import FeedforwardConfig, RecurrentConfig
 from dni_rnn.data.labelled import Examples
+from dni_rnn.pytree import flatten, map_tree
 from dni_rnn.training.cuda_graph import WARM_UP, Recorded, cuda_graph
 from dni_rnn.training.feedforward import FeedforwardLearner
 from dni_rnn.training.recurrent import RecurrentLearner
+from dni_rnn.window import Boundary
 from dni_rnn_tasks.addition import Addition
 from dni_rnn_tasks.recall import Recall
 from dni_rnn_tasks.repeat import Copy
@@ -21,7 +23,9 @@ METHODS = {
     "dni": {"bptt": 3, "dni": True},
     "aux, windows accumulated": {"bptt": 2, "accumulate": 2, "dni": True, "aux": True},
     "annealed": {"bptt": 3, "dni": True, "synthesizer_lr": 0.003, "anneal": True, "steps": 30},
-    "gru, next output": {"bptt": 3, "dni": True, "core": "gru", "reading": "next-output"},
+    "gru, windows cut short": {"bptt": 3, "dni": True, "core": "gru", "random_truncation": 0.5},
+    "bptt, restore": {"bptt": 3, "restore": 0.1},
+    "full, restore": {"bptt": 2, "accumulate": 3, "estimator": "full", "restore": 0.1},
 }
 
 
@@ -117,11 +121,11 @@ def test_what_an_update_changes_stays_where_it_is(name):
 def test_an_update_waits_for_no_value(name):
     learner = LEARNERS[name]()
     arguments = []
-    learner._run = lambda *tensors: arguments.append(tensors)
+    learner._run = arguments.append
     learner.update()
-    learner._work(*arguments[0])
+    learner._work(arguments[0])
     with Operations() as operations:
-        learner._work(*arguments[0])
+        learner._work(arguments[0])
     assert len(operations.names) > 20
     assert operations.waits == []
     with Operations() as operations:
@@ -129,23 +133,43 @@ def test_an_update_waits_for_no_value(name):
     assert operations.waits  # the instrument does see them
 
 
-def test_one_recording_for_each_shape():
+def test_one_recording_for_each_signature():
+    """Of a tree: its structure, with what is None in it, and shapes and dtypes."""
+    mask, twos = torch.tensor([True, False]), torch.ones(2)
+    trees = [
+        lambda x: (x.expand(2), None),
+        lambda x: (x.expand(2), mask),
+        lambda x: (x.expand(3), None),
+        lambda x: (x.expand(2), twos),
+        lambda x: (x.expand(2), (mask,)),
+        lambda x: [x.expand(2), mask],
+        lambda x: {"b": x.expand(2), "a": [(mask, None)]},
+        lambda x: {"a": x.expand(2), "b": [(mask, None)]},
+        lambda x: Boundary(x.expand(2), mask),
+    ]
     seen = []
 
-    def note(x, mask):
-        seen.append((x.data_ptr(), x.clone(), None if mask is None else mask.clone()))
+    def note(tree):
+        leaves, _ = flatten(tree)
+        seen.append(([leaf.data_ptr() for leaf in leaves], map_tree(torch.clone, tree)))
 
     recorded = Recorded(note, replayed)
-    mask = torch.tensor([True, False])
-    for value in range(WARM_UP + 3):
-        recorded(torch.full((2,), float(value)), None)
-        recorded(torch.full((2,), float(value)), mask)
-        recorded(torch.full((3,), float(value)), None)
-    assert len(recorded._recordings) == 3
-    for start in range(3):
-        calls = seen[start::3]
-        assert [float(x[0]) for _, x, _ in calls] == list(range(WARM_UP + 3))
-        assert len({place for place, _, _ in calls[WARM_UP:]}) == 1
+    calls = WARM_UP + 3
+    for value in range(calls):
+        for tree in trees:
+            recorded(tree(torch.tensor(float(value))))
+    assert len(recorded._recordings) == len(trees)
+    for start, tree in enumerate(trees):
+        each = seen[start :: len(trees)]
+        assert len(each) == calls
+        for value, (_, got) in enumerate(each):
+            wanted = tree(torch.tensor(float(value)))
+            assert type(got) is type(wanted)
+            (leaves, spec), (expected, theirs) = flatten(got), flatten(wanted)
+            assert spec == theirs
+            assert all(torch.equal(a, b) for a, b in zip(leaves, expected, strict=True))
+        recordings = [places for places, _ in each[WARM_UP:]]
+        assert all(places == recordings[0] for places in recordings)
 
 
 def test_what_cannot_be_recorded_is_called_as_it_is(capsys):

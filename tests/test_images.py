@@ -20,7 +20,7 @@ from dni_rnn.config import FeedforwardConfig
 from dni_rnn.data.labelled import Batches, Examples, hold_out, shifted
 from dni_rnn.errors import UsageError
 from dni_rnn.training.checkpoint import load_checkpoint, save_checkpoint
-from dni_rnn.training.feedforward import FeedforwardLearner, loss_of, wrong
+from dni_rnn.training.feedforward import FeedforwardLearner, loss_of, rate_factor, wrong
 from dni_rnn.training.loop import Interrupted, train
 from dni_rnn.training.run_directory import Run
 from dni_rnn_tasks import images
@@ -238,7 +238,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, tmp_path, monkeypatc
 
     def stop_in_the_middle(self: FeedforwardLearner) -> None:
         update(self)
-        if self.step == 7:
+        if self.counters.step == 7:
             import os
             import signal
 
@@ -265,7 +265,7 @@ def test_a_convolutional_net_goes_on_bit_for_bit(tmp_path):
     """Its weights have a layout of their own in memory, which Adam's state must share."""
     config = FeedforwardConfig(model="cnn", layers=3, width=4, epochs=2.0, batch_size=16)
     first, second = (FeedforwardLearner(config, pictures(64), CPU) for _ in range(2))
-    assert first.net[0].is_contiguous(memory_format=torch.channels_last)
+    assert first.record.net[0].is_contiguous(memory_format=torch.channels_last)
     for _ in range(3):
         first.update()
     save_checkpoint(tmp_path / "c", *first.state_dict())
@@ -273,7 +273,7 @@ def test_a_convolutional_net_goes_on_bit_for_bit(tmp_path):
     for learner in (first, second):
         for _ in range(3):
             learner.update()
-    for ours, theirs in zip(first.net, second.net, strict=True):
+    for ours, theirs in zip(first.record.net, second.record.net, strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -289,10 +289,7 @@ def test_the_metrics_say_how_the_synthesizers_do(tmp_path):
 def test_rates_of_the_recipes():
     data = Addition(bits=4).load(None)
     fast = FeedforwardLearner(AdditionConfig(epochs=100.0, width=4), data, CPU)
-    factors = []
-    for step in range(fast.steps):
-        fast.step = step
-        factors.append(fast.rate())
+    factors = [rate_factor(fast.config, step, fast.steps) for step in range(fast.steps)]
     peak = factors.index(max(factors))
     assert peak / fast.steps == pytest.approx(0.15, abs=0.02)
     assert factors[:peak] == sorted(factors[:peak])
@@ -301,11 +298,26 @@ def test_rates_of_the_recipes():
     assert factors[-1] < 0.01
     paper = FeedforwardLearner(AdditionConfig(epochs=100.0, width=4, recipe="paper"), data, CPU)
     steps = [0, 0.59, 0.61, 0.79, 0.81]
-    found = []
-    for share in steps:
-        paper.step = round(share * paper.steps)
-        found.append(round(paper.rate(), 6))
+    found = [round(rate_factor(paper.config, round(share * paper.steps), paper.steps), 6) for share in steps]
     assert found == [1.0, 1.0, 0.1, 0.1, 0.01]
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"), [({"epochs": 0.2}, 6), ({"steps": 7}, 7), ({"epochs": 0.2, "minutes": 60.0}, 6)]
+)
+def test_rates_follow_what_says_how_long(budget, steps):
+    """Passes or updates; with --minutes the passes, which it only ends earlier."""
+    learner = FeedforwardLearner(
+        AdditionConfig(width=4, batch_size=5, threads=1, **budget), Addition(bits=4).load(None), CPU
+    )
+    assert (learner.steps, learner.one_pass) == (steps, 5 * steps)
+    rates, base = [], [group["base"] for group in learner.record.optimizer.param_groups]
+    while not learner.ended:
+        learner.update()
+        rates.append([group["lr"] for group in learner.record.optimizer.param_groups])
+    factors = [rate_factor(learner.config, step, steps) for step in range(steps)]
+    assert np.array(rates) == pytest.approx(np.outer(factors, base))
+    assert max(factors) > 4 * factors[-1]
 
 
 def test_the_published_recipe():
@@ -327,7 +339,10 @@ def test_the_published_recipe():
         ("--method none --unlock", "needs synthetic gradients"),
         ("--update-probability 0", "above 0"),
         ("--synthesizer deep", "--synthesizer deep"),
+        ("--synthesizer my.place:Mine", "--synthesizer my.place:Mine: give linear, mlp"),
         ("--epochs 0", "must be positive"),
+        ("--steps 0", "--steps must be positive"),
+        ("--minutes 0", "--minutes must be positive"),
         ("--smoothing 1", "--smoothing"),
     ],
 )

@@ -231,6 +231,24 @@ def test_an_endless_stream_ends_with_the_budget(tmp_path):
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["symbols"] == 2000
 
 
+def test_minutes_end_a_stream_from_which_nothing_comes_any_more(tmp_path):
+    """It ends as every run does, though the pipe stays open."""
+    before, (read, write) = os.dup(0), os.pipe()
+    os.dup2(read, 0)
+    try:
+        os.write(write, TEXT[:1501])
+        assert main(["train", *SMALL, "--minutes", "0.02", "--out", str(tmp_path / "a")]) == 0
+    finally:
+        os.dup2(before, 0)
+        for descriptor in (before, read, write):
+            os.close(descriptor)
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert 1.2 <= summary["seconds"] < 15.0
+    last = rows_of_metrics(tmp_path / "a")[-1]
+    assert last["valid_bpc"] == summary["valid_bpc"]
+    assert last["symbols"] == summary["symbols"] > 400
+
+
 def test_too_little_to_learn_from_is_an_error_of_one_line(tmp_path, piped, capsys):
     piped(b"abc")
     assert main(["train", *SMALL, "--out", str(tmp_path / "a")]) == 2
@@ -243,16 +261,18 @@ def test_too_little_to_learn_from_is_an_error_of_one_line(tmp_path, piped, capsy
         (["--dni"], "dni+next-tokens:8+lag", 8),
         (["--dni", "--lag", "3"], "dni+next-tokens:3+lag", 3),
         (["--dni", "--lag", "0"], "dni-online", 0),
-        (["--dni", "--context", "gru:5:16"], "dni+gru:5:16+lag", 5),
-        (["--dni", "--context", "gru:5:16", "--lag", "5"], "dni+gru:5:16+lag", 5),
+        (["--dni", "--context", "next-tokens:5"], "dni+next-tokens:5+lag", 5),
+        (["--dni", "--context", "next-tokens:5", "--lag", "5"], "dni+next-tokens:5+lag", 5),
+        (["--dni", "--context", "none"], "dni-online", 0),
         ([], "bptt", 8),
+        (["--restore", "0.1"], "bptt+restore", 8),
     ],
 )
-def test_the_lag_is_what_the_synthesizer_is_told(words, method, window):
+def test_the_lag_is_what_the_synthesizer_is_conditioned_on(words, method, window):
     _, task, config = parse_train(["live", *words])
     assert isinstance(task, Live)
     assert config.method == method
-    assert config.context_spec.window == window
+    assert config.context_window == window
     assert config.lag == (window if "--dni" in words else None)
     assert config.resolved == config
 
@@ -263,7 +283,7 @@ def test_the_lag_is_what_the_synthesizer_is_told(words, method, window):
         (["--lag", "3"], "add --dni"),
         (["--anneal"], "--anneal must know the end of a stream: add --chars or --steps"),
         (["--dni", "--lag", "-1"], "must not be negative"),
-        (["--dni", "--lag", "3", "--context", "gru:5:16"], "disagree"),
+        (["--dni", "--lag", "3", "--context", "next-tokens:5"], "disagree"),
         (["--stretch", "0"], "must be positive"),
     ],
 )

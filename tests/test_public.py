@@ -1,10 +1,13 @@
 """What the package offers: every public name can be imported and says what it is."""
 
+import ast
 import inspect
 import pkgutil
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +23,8 @@ MODULES = [
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     ),
 ]
+PACKAGE: Any = dni_rnn
+"""As it is at run time, where its stub is read."""
 PROGRAM = "dni_rnn.__main__"
 """Runs when it is imported."""
 
@@ -54,7 +59,7 @@ def test_described():
     ]
 
 
-@pytest.mark.parametrize("name", dni_rnn.__all__)
+@pytest.mark.parametrize("name", PACKAGE.__all__)
 def test_public_names(name):
     value = getattr(dni_rnn, name)
     assert inspect.isclass(value) or inspect.isfunction(value)
@@ -63,16 +68,20 @@ def test_public_names(name):
 
 
 def test_all_is_whole():
-    assert len(set(dni_rnn.__all__)) == len(dni_rnn.__all__)
+    assert len(set(PACKAGE.__all__)) == len(PACKAGE.__all__)
     namespace = {}
     exec("from dni_rnn import *", namespace)
-    assert set(dni_rnn.__all__) == namespace.keys() - {"__builtins__"}
-    assert set(dni_rnn._HOME) == set(dni_rnn.__all__)
+    assert set(PACKAGE.__all__) == namespace.keys() - {"__builtins__"}
+    assert set(PACKAGE.__all__) <= set(dir(dni_rnn))
+    listed = (Path(dni_rnn.__file__).parent / "__init__.pyi").read_text()
+    assert set(PACKAGE.__all__) == {
+        alias.asname for node in ast.parse(listed).body for alias in getattr(node, "names", [])
+    }
 
 
 def test_unknown_names():
-    with pytest.raises(AttributeError, match="module 'dni_rnn' has no attribute 'Transformer'"):
-        _ = dni_rnn.Transformer
+    with pytest.raises(AttributeError, match="No dni_rnn attribute Transformer"):
+        _ = PACKAGE.Transformer
     assert not hasattr(dni_rnn, "torch")
     with pytest.raises(ImportError):
         exec("from dni_rnn import nothing_of_the_kind")
@@ -88,7 +97,18 @@ def test_the_package_itself_is_light():
 
 
 def test_modules_are_found():
-    assert {"dni_rnn.interface", "dni_rnn.cli", "dni_rnn_tasks.text", PROGRAM} <= set(MODULES)
+    found = (
+        "interface",
+        "cli",
+        "cores",
+        "estimators.full",
+        "config.recurrent",
+        "training.loop",
+        "commands.train",
+    )
+    assert {f"dni_rnn.{name}" for name in found} | {"dni_rnn_tasks.text", PROGRAM} <= set(MODULES)
+    files = [path for package in (dni_rnn, dni_rnn_tasks) for path in Path(package.__path__[0]).rglob("*.py")]
+    assert len(MODULES) == len(set(MODULES)) == len(files)
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != PROGRAM])

@@ -125,15 +125,13 @@ def test_the_context_begins_with_the_next_input_and_reaches_the_last_target():
     window = stream.window(7, 5)
     assert window.end.context is not None
     assert window.end.context[:, 0].tolist() == [7, 8, 9, 10, -1]
-    assert window.end.next_input is not None
-    assert window.end.next_input.tolist() == [7]
     assert window.end.done is None
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
 def test_symbols_come_as_indices_whatever_the_text_is_kept_in(dtype):
     window = TokenStream(text(20).astype(dtype), 2).window(4, 3)
-    for tensor in (window.inputs, window.targets, window.end.context, window.end.next_input):
+    for tensor in (window.inputs, window.targets, window.end.context):
         assert tensor is not None
         assert tensor.dtype == torch.int64
 
@@ -281,7 +279,7 @@ def test_the_end_of_a_window_is_the_start_of_the_next():
 def test_what_moves_a_stream_has_its_boundary_worked_out_anew():
     """Another context, another level, another place: then the end of the last window is not the start."""
     curriculum = Curriculum(1, 0.5, lambda level: 10)
-    stream, plain = generated(7, 3, curriculum=curriculum), generated(7, 3, curriculum=curriculum)
+    stream = generated(7, 3, curriculum=curriculum)
     places = counted(stream)
 
     def check(steps: int, context: int, wanted: list[int]) -> None:
@@ -304,4 +302,3 @@ def test_what_moves_a_stream_has_its_boundary_worked_out_anew():
     check(4, 2, [20, 24])
     stream.to(torch.device("cpu"))
     check(4, 2, [24, 28])
-    assert plain.position == 0

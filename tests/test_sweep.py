@@ -303,6 +303,19 @@ def test_a_cell_that_fails_once_is_no_failure(tmp_path, monkeypatch):
     ]
 
 
+def test_a_retired_cell_keeps_its_rows_and_is_not_run(tmp_path, monkeypatch, capsys):
+    folder = write_sweep(tmp_path / "grid", "recall", [0, 1], {"a": "", "b": ""})
+    with open(folder / "sweep.toml", "a") as file:
+        file.write("\n[retired]\n'old' = '--gone 1'\n")
+    (folder / "rows.jsonl").write_text(json.dumps(made(Cell("old", 0, ()))) + "\n")
+    started = []
+    pretend(monkeypatch, lambda cell, *_: started.append((cell.name, cell.seed)) or Finished(0))
+    assert run_sweep(folder, tmp_path / "work") == 0
+    assert started == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert "1 rows there, 4 to run" in capsys.readouterr().out
+    assert [(row["cell"], row["seed"]) for row in read_rows(folder)] == [("old", 0), *started]
+
+
 @pytest.mark.parametrize("parallel", [1, 2, 3])
 def test_no_more_processes_than_asked_for(parallel, tmp_path, monkeypatch):
     folder = write_sweep(tmp_path / "grid", "recall", [0, 1, 2], {"a": "", "b": ""})
@@ -543,6 +556,12 @@ def good(folder):
 
 @pytest.mark.parametrize("folder", sorted(RESULTS.glob("*/sweep.toml")), ids=lambda path: path.parent.name)
 def test_every_cell_of_a_committed_sweep_is_a_valid_command(folder):
+    """But those that are retired: they have their rows, and an option that is gone."""
+    there = {row["cell"] for row in read_rows(folder.parent)}
     for cell in read_sweep(folder.parent):
-        if cell.seed == 0:
+        if cell.retired:
+            assert cell.name in there
+            with pytest.raises((SystemExit, UsageError)):
+                parse_train(list(cell.arguments))
+        elif cell.seed == 0:
             parse_train(list(cell.arguments))

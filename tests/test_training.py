@@ -25,6 +25,7 @@ from dni_rnn.config import RecurrentConfig
 from dni_rnn.errors import DivergedError, UsageError
 from dni_rnn.estimators.bptt import TruncatedBPTT
 from dni_rnn.estimators.full import FullBPTT
+from dni_rnn.penalty import StatePenalty
 from dni_rnn.training import checkpoint
 from dni_rnn.training import loop as training
 from dni_rnn.training import run_directory as runs
@@ -153,18 +154,17 @@ def after_update(monkeypatch, step, act):
 
 
 class Forgetful(nn.Module):
-    """A core that this project did not write: its state is a dict, and it begins at a state that is learnt."""
+    """A core that this project did not write: its state is a dict, and it does not begin at zeros."""
 
     output_leaf = "h"
 
     def __init__(self, input_size, hidden_size, num_layers):
         super().__init__()
         self.output_size = hidden_size
-        self.first = nn.Parameter(0.5 * torch.ones(hidden_size))
         self.cell = nn.GRUCell(input_size, hidden_size)
 
     def initial_state(self, batch_size):
-        return {"age": torch.zeros(batch_size, 1), "h": self.first.detach().expand(batch_size, -1).clone()}
+        return {"age": torch.zeros(batch_size, 1), "h": torch.full((batch_size, self.output_size), 0.5)}
 
     def forward(self, inputs, state):
         outputs, h = [], state["h"]
@@ -181,13 +181,14 @@ class Remembering(TruncatedBPTT):
         super().__init__(penalty)
         self.share = share
 
-    def init_memory(self, model, batch_size):
-        return {"mean": torch.zeros(batch_size, model.core.rnn.output_size)}
+    def begin(self, model, batch_size):
+        self.mean = torch.zeros(batch_size, model.core.rnn.output_size)
 
-    def forward(self, model, windows, state, weight, memory=()):
-        self.mean = memory["mean"]
-        estimate = super().forward(model, windows, state, weight)
-        return estimate._replace(memory={"mean": self.mean})
+    def memory(self):
+        return {"mean": self.mean}
+
+    def load_memory(self, tensors):
+        self.mean.copy_(tensors["mean"])
 
     def leave(self, model, window, outputs, state, weight):
         mean = outputs.mean(0)
@@ -1026,7 +1027,9 @@ def saved_bytes(learner, windows, estimator):
             nonlocal now
             now -= self.tensor.nbytes
 
-    stretch = [learner.stream.window(learner.config.bptt, learner.config.context_window) for _ in range(windows)]
+    stretch = [
+        learner.stream.window(learner.config.bptt, learner.config.context_window) for _ in range(windows)
+    ]
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
         estimator(learner.model, stretch, learner.state, learner.config.weight)
     assert now == 0
@@ -1082,7 +1085,7 @@ def test_the_state_penalty_is_the_same_with_and_without_synthetic_gradients(text
         with torch.no_grad():
             for parameter in learner.record.net:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-            biases = dict(learner.model.core.rnn.named_parameters())["bias_hh_l0"]
+            biases = dict(learner.model.named_parameters())["core.rnn.bias_hh_l0"]
             biases.chunk(4)[1].fill_(5.0)  # cells that keep what is beyond ±3
         for leaf in learner.state:
             leaf.copy_(6.0 * torch.randn(leaf.shape, generator=generator))
@@ -1104,8 +1107,9 @@ def test_what_the_strength_of_the_penalty_is_by_default(text):
         ({"restore": 0.7}, 0.7),
         ({"estimator": "full", "restore": 0.7}, 0.7),
     ):
-        penalty = learner_of(Text(path=text), **settings).estimator.penalty
-        assert (None if penalty is None else penalty.strength) == strength, settings
+        modules = learner_of(Text(path=text), **settings).estimator.modules()
+        found = [module.strength for module in modules if isinstance(module, StatePenalty)]
+        assert found == ([] if strength is None else [strength]), settings
 
 
 def test_an_audit_changes_nothing_but_the_trust(text):

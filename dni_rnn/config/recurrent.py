@@ -51,6 +51,11 @@ class RecurrentConfig(RunConfig):
     estimator: str | None = None
     """How windows become gradients: bptt (truncated, the default), full (through all --accumulate windows),
     or package.module:Estimator. Arguments behind commas: NAME,option=value."""
+    trace: int = 0
+    """Steps before a window that what comes back at its start still reaches, along the own path of each cell
+    (exactly in an element-wise core), with any method; 0: none."""
+    trace_decay: float = 1.0
+    """Factor on the trace per step."""
     dni: bool = False
     """Put a synthetic gradient at each truncation boundary."""
     restore: float | None = None
@@ -106,7 +111,11 @@ class RecurrentConfig(RunConfig):
             "hidden", "layers", "embedding", "bptt", "accumulate", "batch_size", "chars", "steps",
             "lr", "synthesizer_lr", "state_limit", "aux_weight",
         )  # fmt: skip
-        for name in ("clip", "scale", "restore", "audit"):
+        if not 0 <= self.trace_decay <= 1:
+            raise UsageError(f"--trace-decay must lie between 0 and 1, not {self.trace_decay}")
+        if not self.trace and self.trace_decay != type(self).trace_decay:
+            raise UsageError("--trace-decay does nothing without --trace; add --trace 32")
+        for name in ("clip", "scale", "restore", "audit", "trace"):
             if not (getattr(self, name) or 0) >= 0:
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative")
         if not 0 < self.beta2 < 1:
@@ -127,14 +136,19 @@ class RecurrentConfig(RunConfig):
         check_critic(self)
         if not self.aux and self.aux_weight != type(self).aux_weight:
             raise UsageError("--aux-weight does nothing without --aux; add --aux")
-        parse_synthesizer(self.synthesizer)
+        if not is_import(self.synthesizer):
+            parse_synthesizer(self.synthesizer)
         parse_context(self.context)
         check("cores", self.core)
         check("estimators", self.estimator_spec[0])
         if self.critic and is_import(self.synthesizer):
-            raise UsageError("--critic builds a classifier of its own: leave out --critic or --synthesizer")
+            raise UsageError(
+                f"--synthesizer {self.synthesizer}: a critic has a classifier of its own; add --no-critic"
+            )
         if self.dni and self.estimator is not None:
             raise UsageError("--dni is an estimator of its own: leave out --estimator or --dni")
+        if self.estimator_spec[0] == "dni" and not self.dni:
+            raise UsageError("--estimator dni needs a synthesizer: give --dni in its place")
 
     def for_world_size(self, processes: int) -> Self:
         """With as many rows of the batch in each process."""
@@ -155,8 +169,8 @@ class RecurrentConfig(RunConfig):
 
     @property
     def synthesizer_hidden(self) -> tuple[int | Fraction, ...]:
-        """Widths of the synthesizer's hidden layers (`parse_synthesizer`)."""
-        return parse_synthesizer(self.synthesizer)
+        """Widths of its hidden layers (`parse_synthesizer`); `package.module:Class` has none."""
+        return () if is_import(self.synthesizer) else parse_synthesizer(self.synthesizer)
 
     @property
     def context_window(self) -> int:
@@ -166,7 +180,8 @@ class RecurrentConfig(RunConfig):
     @property
     def estimator_spec(self) -> tuple[str, dict[str, Any]]:
         """Name of the estimator and its keyword arguments."""
-        return parse_estimator(self.estimator or ("dni" if self.dni else "bptt"))
+        default = "dni" if self.dni else "bptt"
+        return parse_estimator(default if self.estimator is None else self.estimator)
 
     @property
     def weight(self) -> float:
@@ -177,9 +192,11 @@ class RecurrentConfig(RunConfig):
     def method(self) -> str:
         """What tables call it: `bptt`, `bptt+restore`, `dni-online` (unconditioned), `dni+next-tokens:8`."""
         if not self.dni:
-            return f"{self.estimator or 'bptt'}{'+restore' if self.restore else ''}"
-        context = "-online" if self.context == "none" else f"+{self.context}"
-        return f"dni{context}{'+critic' if self.critic else ''}{'+aux' if self.aux else ''}"
+            name = f"{self.estimator or 'bptt'}{'+restore' if self.restore else ''}"
+        else:
+            context = "-online" if self.context == "none" else f"+{self.context}"
+            name = f"dni{context}{'+critic' if self.critic else ''}{'+aux' if self.aux else ''}"
+        return f"{name}+trace" if self.trace else name
 
     @property
     def budget(self) -> tuple[str, float] | None:

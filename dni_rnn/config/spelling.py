@@ -8,7 +8,6 @@ from fractions import Fraction
 from typing import Any
 
 from dni_rnn.errors import UsageError
-from dni_rnn.registry import is_import
 
 
 def parse_synthesizer(text: str) -> tuple[int | Fraction, ...]:
@@ -16,10 +15,8 @@ def parse_synthesizer(text: str) -> tuple[int | Fraction, ...]:
 
         linear  |  mlp  |  mlp:WIDTH  |  mlp:WIDTH,WIDTH      WIDTH: units, 128, or a part, 1/4
 
-    mlp alone is mlp:1/1, one hidden layer as wide as the core. `package.module:Class` has no widths.
+    mlp alone is mlp:1/1, one hidden layer as wide as the core.
     """
-    if is_import(text):
-        return ()
     width = r"([1-9]\d*(?:/[1-9]\d*)?)"
     found = re.fullmatch(f"linear|mlp(?::{width}(?:,{width})?)?", text)
     widths = [Fraction(1)] if text == "mlp" else []

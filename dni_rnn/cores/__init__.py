@@ -34,7 +34,8 @@ class Core(Protocol):
 
     def initial_state(self, batch_size: int) -> Tree:
         """The state before the first step: tensors of the dtype and device of the weights, rows in
-        dimension -2. Rows that begin a new sequence are put back to it.
+        dimension -2. Rows that begin a new sequence are put back to it. Weights of its own learn only by
+        full BPTT: a truncated window takes its state as a constant.
         """
         ...
 

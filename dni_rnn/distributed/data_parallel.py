@@ -27,7 +27,7 @@ from dni_rnn.data.task import Data
 from dni_rnn.distributed.processes import Processes, device_of, lead_or_follow, reaching
 from dni_rnn.interface import Interface
 from dni_rnn.penalty import StatePenalty
-from dni_rnn.pytree import flatten_rows, map_tree
+from dni_rnn.pytree import flatten_rows
 from dni_rnn.training.loop import load_data, prepare, resume
 from dni_rnn.training.recurrent import RecurrentLearner
 from dni_rnn.training.run_directory import Run
@@ -148,14 +148,13 @@ class RowsLearner(RecurrentLearner):
         squares = all_reduce(rows.square().sum()) / (rows.shape[1] * self.config.batch_size)
         return float(squares.sqrt())
 
+    def by_row(self) -> dict[str, Tensor]:
+        """Of all processes."""
+        return {name: self._whole(tensor) for name, tensor in super().by_row().items()}
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         self._begin(STATE)
-        mine = self.state, self.memory
-        self.state, self.memory = map_tree(self._whole, mine)
-        try:
-            return super().state_dict()
-        finally:
-            self.state, self.memory = mine
+        return super().state_dict()
 
     def _whole(self, leaf: Tensor) -> Tensor:
         """A leaf with the rows of all processes."""
@@ -165,7 +164,8 @@ class RowsLearner(RecurrentLearner):
         return torch.cat(parts, dim=-2)
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        mine = {name: t[..., self.rows, :] for name, t in tensors.items() if name.startswith("state.")}
+        by_row = ("state.", "memory.")
+        mine = {name: t[..., self.rows, :] for name, t in tensors.items() if name.startswith(by_row)}
         super().load_state_dict(tensors | mine, values)
 
 

@@ -1,6 +1,6 @@
 """Estimators of the gradient, one small file each, found by name (`dni_rnn.registry`). One interface for all.
 
-    estimate = estimator(model, windows, state, weight, memory)
+    estimate = estimator(model, windows, state, weight)
 
 adds to `.grad` of the model's parameters its estimate of
 
@@ -8,7 +8,8 @@ adds to `.grad` of the model's parameters its estimate of
 
 and returns what was measured on the way. The windows follow one another in time. The caller owns
 zeroing, clipping and stepping. `--estimator NAME` trains with `dni_rnn.estimators.NAME`, an entry point of
-the group `dni_rnn.estimators`, or `package.module:Estimator`; `NAME,option=value` passes keyword arguments.
+the group `dni_rnn.estimators`, or `package.module:Estimator`; `NAME,option=value` passes keyword arguments,
+and `--restore` one more, `penalty`, a `StatePenalty`.
 """
 
 from __future__ import annotations
@@ -31,27 +32,37 @@ class Estimate(NamedTuple):
     Attributes:
       loss: sum over the windows' scored targets of −log p, in nats, detached (a scalar).
       state: after the last window, detached.
-      memory: what the estimator itself carries on to its next call, detached; see `Estimator.init_memory`.
     """
 
     loss: Tensor
     state: Tree
-    memory: Tree = ()
 
 
 class Estimator(nn.Module):
-    """Base of all estimators. What has parameters or buffers of its own registers them, as a module does."""
+    """Base of all estimators. Parameters and buffers of its own are registered, as in any module.
 
-    def init_memory(self, model: SequenceModel, batch_size: int) -> Tree:
-        """What the estimator carries from call to call besides the model's state, before the first call.
+    An estimator may remember something of every row from call to call, besides the model's state: `begin`
+    starts it, `memory` and `load_memory` save it, resume it and share it out with the rows.
+    """
 
-        Tensors with the rows of the batch in dimension -2, in any tree; () for nothing. It is saved, resumed
-        bit for bit, and shared out with the rows in data-parallel training.
-        """
-        return ()
+    def __init__(self) -> None:
+        super().__init__()
 
     def forward(
-        self, model: SequenceModel, windows: Sequence[Window], state: Tree, weight: float, memory: Tree = ()
+        self, model: SequenceModel, windows: Sequence[Window], state: Tree, weight: float
     ) -> Estimate:
         """See the module."""
         raise NotImplementedError
+
+    def begin(self, model: SequenceModel, batch_size: int) -> None:
+        """So many rows begin, of this model. Called before the first window."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """What is remembered of the rows, by name; rows in dimension -2 of every tensor."""
+        return {}
+
+    def load_memory(self, tensors: dict[str, Tensor]) -> None:
+        """Go back to `memory`; `begin` was called with as many rows."""
+
+    def flush(self) -> None:
+        """Add to `.grad` what still waits to be added, and forget it: at the end of a sequence."""

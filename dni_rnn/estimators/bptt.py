@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from dni_rnn.estimators import Estimate, Estimator
 from dni_rnn.penalty import StatePenalty
 from dni_rnn.pytree import Tree, detach
 from dni_rnn.recurrent import SequenceModel
+from dni_rnn.traces import Traced
 from dni_rnn.window import Boundary, Window, window_loss
 
 
@@ -22,22 +24,43 @@ class TruncatedBPTT(Estimator):
 
     Args:
       penalty: on the state that ends each window, a term of the objective.
+      trace: steps that a trace (`dni_rnn.traces.Traced`) keeps of what came before the window; 0 is none.
+        With it, what comes back at the start of a window reaches the steps before it, along the own path of
+        each cell (exactly in an element-wise core), the embedding included.
+      trace_decay: factor on the trace per step.
 
     Source: Williams & Peng 1990, "An efficient gradient-based algorithm for on-line training of
     recurrent network trajectories".
     """
 
-    def __init__(self, penalty: StatePenalty | None = None) -> None:
+    def __init__(self, penalty: StatePenalty | None = None, trace: int = 0, trace_decay: float = 1.0) -> None:
         super().__init__()
-        self.penalty = penalty
+        self.penalty, self.trace, self.trace_decay = penalty, trace, trace_decay
+        self._traced: list[Traced] = []  # in a list: its core is the model's, not a part of this module
+
+    def begin(self, model: SequenceModel, batch_size: int) -> None:
+        if self.trace:
+            core: Any = model.core.rnn
+            self._traced = [Traced(core, self.trace, self.trace_decay, embedding=model.embedding)]
+
+    def memory(self) -> dict[str, Tensor]:
+        return {f"trace.{name}": t for traced in self._traced for name, t in traced.named_state().items()}
+
+    def load_memory(self, tensors: dict[str, Tensor]) -> None:
+        for traced in self._traced:
+            traced.load_named_state({name.removeprefix("trace."): t for name, t in tensors.items()})
+
+    def flush(self) -> None:
+        for traced in self._traced:
+            traced.flush()
 
     def forward(
-        self, model: SequenceModel, windows: Sequence[Window], state: Tree, weight: float, memory: Tree = ()
+        self, model: SequenceModel, windows: Sequence[Window], state: Tree, weight: float
     ) -> Estimate:
         losses = []
         for window in windows:
             state = self.enter(model, model.reset(state, window.start.done), window.start)
-            outputs, state = model.unroll(window.inputs, state)
+            outputs, state = self.unroll(model, window, state)
             loss = window_loss(model.readout(outputs), window.targets)
             objective = weight * loss
             for term in self.leave(model, window, outputs, state, weight):
@@ -46,6 +69,12 @@ class TruncatedBPTT(Estimator):
             losses.append(loss.detach())
             state = detach(state)
         return Estimate(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), state)
+
+    def unroll(self, model: SequenceModel, window: Window, state: Tree) -> tuple[Tensor, Tree]:
+        """The core's outputs over a window, and the state after it."""
+        for traced in self._traced:
+            return traced(window.inputs, state, window.start.done)
+        return model.unroll(window.inputs, state)
 
     def enter(self, model: SequenceModel, state: Tree, start: Boundary) -> Tree:
         """The state as the window takes it over."""

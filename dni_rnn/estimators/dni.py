@@ -35,6 +35,7 @@ class DNI(TruncatedBPTT):
       aux_weight: see there.
       discount: γ, of the future per step.
       penalty: see `TruncatedBPTT`; it takes the RMS that the interface measures.
+      trace, trace_decay: see `TruncatedBPTT`. The trace carries what ĝ got wrong, g − ĝ.
 
     Source: Jaderberg et al. 2017, arXiv:1608.05343, eq. 3, and Fig. 3(b) for the auxiliary task.
     """
@@ -46,9 +47,27 @@ class DNI(TruncatedBPTT):
         *,
         discount: float = 1.0,
         penalty: StatePenalty | None = None,
+        trace: int = 0,
+        trace_decay: float = 1.0,
     ) -> None:
-        super().__init__(penalty)
+        super().__init__(penalty, trace, trace_decay)
         self.aux, self.aux_weight, self.discount = aux, aux_weight, discount
+        self._sender: list[Interface] = []  # in a list: it is a part of the model
+
+    def begin(self, model: SequenceModel, batch_size: int) -> None:
+        super().begin(model, batch_size)
+        self._sender = [_interface(model)]
+
+    def memory(self) -> dict[str, Tensor]:
+        sent = self._sender[0].sent if self._sender else None
+        own = {f"sent.{number}": leaf for number, leaf in enumerate(sent or ())}
+        return super().memory() | own
+
+    def load_memory(self, tensors: dict[str, Tensor]) -> None:
+        super().load_memory({name: t for name, t in tensors.items() if name.startswith("trace.")})
+        for interface in self._sender:
+            sent = [t for name, t in tensors.items() if name.startswith("sent.")]
+            interface.sent = [t.to(interface.target_square.device).clone() for t in sent] or None
 
     def enter(self, model: SequenceModel, state: Tree, start: Boundary) -> Tree:
         return _interface(model).receive(state, start.context, start.done)

@@ -25,7 +25,7 @@ class FullBPTT(Estimator):
         self.penalty = penalty
 
     def forward(
-        self, model: SequenceModel, windows: Sequence[Window], state: Tree, weight: float, memory: Tree = ()
+        self, model: SequenceModel, windows: Sequence[Window], state: Tree, weight: float
     ) -> Estimate:
         state = detach(state) if self.penalty is None else self.penalty.measure(state, windows[0].start.done)
         losses, penalties = [], []

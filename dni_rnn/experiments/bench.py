@@ -215,7 +215,7 @@ def matmul_rate(size: Size) -> float:
 
 
 def floor(size: Size) -> float:
-    """Milliseconds of 2 T products that wait for one another, (B, H) times (H, 4 H)."""
+    """Milliseconds of 2 T matrix multiplications that wait for one another, (B, H) times (H, 4 H)."""
     torch.set_num_threads(size.threads)
     weight = torch.randn(size.hidden, 4 * size.hidden, device=size.device) * 1e-3
     start_from = torch.randn(size.batch_size, size.hidden, device=size.device)
@@ -355,15 +355,15 @@ def report(
 
 
 COLUMNS = [
-    "hidden", "T", "method", "ms", "ratio to plain", "of the processes", "characters/s", "MB", "products",
+    "hidden", "T", "method", "ms", "ratio to plain", "of the processes", "characters/s", "MB", "matmul",
 ]  # fmt: skip
 
 NOTES = """
 *Ratio*: medians over rounds, then over processes; the range is that of the processes. *MB*: the most that a
-process needs beyond what a tiny model needs. *Products*: multiply-adds of the net, forward and backward,
-without the synthesizer's, as a share of what the large product does in that time (above 1 where oneDNN, which
-computes an LSTM on a CPU, is faster than the library of other products). Alone, 2 T products of the
-state with the recurrent weights, one after the other, take {floors}.
+process needs beyond what a tiny model needs. *Matmul*: multiply-adds of the net, forward and backward,
+without the synthesizer's, as a share of what the large multiplication does in that time (above 1 where
+oneDNN, which computes an LSTM on a CPU, is faster than the library of other multiplications). Alone, 2 T
+multiplications of the state with the recurrent weights, one after the other, take {floors}.
 
 Where the time of an update with `--dni` goes:
 

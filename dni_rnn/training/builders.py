@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 
 from dni_rnn.config import RecurrentConfig
@@ -44,19 +46,30 @@ def build_core(config: RecurrentConfig) -> Core:
 
 
 def build_estimator(config: RecurrentConfig, model: SequenceModel, data: Data) -> Estimator:
-    """The estimator that `config` describes, for a model that `build_model` has made."""
+    """The estimator that `config` describes, for a model that `build_model` has made.
+
+    Raises:
+      UsageError: it does not take the options that were given, or `penalty` where --restore is given.
+    """
     restore = config.resolved.restore
     penalty = StatePenalty(restore) if restore else None
+    trace = {"trace": config.trace, "trace_decay": config.trace_decay} if config.trace else {}
     if not config.dni:
         name, options = config.estimator_spec
-        return find("estimators", name)(**options, penalty=penalty)
+        kind, given = find("estimators", name), {"penalty": penalty} if penalty else {}
+        options = options | given | trace
+        try:
+            inspect.signature(kind).bind(**options)
+        except TypeError as error:
+            raise UsageError(f"--estimator {config.estimator}: {error}") from None
+        return kind(**options)
     aux = None
     if config.aux:
         state = model.core.initial_state(1)
         width = model.core.rnn.output_size
         hidden = units(config.synthesizer_hidden, width)
         aux = ContextMLP(width, hidden, flatten_rows(state).shape[1], _context_encoder(config, data))
-    return DNI(aux, config.aux_weight, discount=config.discount, penalty=penalty)
+    return DNI(aux, config.aux_weight, discount=config.discount, penalty=penalty, **trace)
 
 
 def build_synthesizer(config: RecurrentConfig, rnn: Core, data: Data) -> nn.Module:

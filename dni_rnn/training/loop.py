@@ -208,7 +208,8 @@ class _Loop:
             elif not learner.ended:
                 if learner.counters.step > self.saved_step and self._due():
                     self._save()
-                continue
+                if not self._finished():  # minutes pass while nothing comes
+                    continue
             last = self._finished()
             if learner.counters.updates and (learner.counters.step % config.log_every == 0 or last):
                 self._log()

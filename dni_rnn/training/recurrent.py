@@ -35,7 +35,6 @@ class RecurrentLearner(Learner):
 
     Attributes:
       state: of the model, rows of the batch, where the last window has left it.
-      memory: of the estimator.
     """
 
     model: SequenceModel
@@ -62,7 +61,7 @@ class RecurrentLearner(Learner):
     def begin_rows(self, rows: int) -> None:
         """Put so many rows to the initial state."""
         self.state = self.model.initial_state(rows)
-        self.memory = self.estimator.init_memory(self.model, rows)
+        self.estimator.begin(self.model, rows)
 
     @staticmethod
     def build(config: Any, data: Any) -> SequenceModel:
@@ -110,19 +109,20 @@ class RecurrentLearner(Learner):
         windows = [Window(*each, scored=0) for each in tensors]
         record.optimizer.zero_grad()
         with self.autocast():
-            estimate = self.estimator(self.model, windows, self.state, config.weight, self.memory)
+            estimate = self.estimator(self.model, windows, self.state, config.weight)
         loss = self.all_reduce(estimate.loss)
         if config.clip:
             record.averages["norm"].add_(nn.utils.clip_grad_norm_(record.net, config.clip))
         record.optimizer.step()
-        for kept, new in zip(self._carried(), flatten([estimate.state, estimate.memory])[0], strict=True):
+        for kept, new in zip(flatten(self.state)[0], flatten(estimate.state)[0], strict=True):
             kept.copy_(new)
         self.window_loss.copy_(loss)
         record.averages["loss"].add_(loss)
 
-    def _carried(self) -> list[Tensor]:
-        """Everything that goes from window to window, row by row."""
-        return flatten([self.state, self.memory])[0]
+    def by_row(self) -> dict[str, Tensor]:
+        """Everything that goes from window to window, row by row; rows in dimension -2."""
+        state = {f"state.{i}": leaf for i, leaf in enumerate(flatten(self.state)[0])}
+        return state | checkpoint.nest("memory", self.estimator.memory())
 
     def all_reduce(self, loss: Tensor) -> Tensor:
         """The loss of all rows, once `.grad` is the gradient of all; here there are no others."""
@@ -187,14 +187,13 @@ class RecurrentLearner(Learner):
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = super().state_dict()
-        tensors |= {f"state.{i}": leaf for i, leaf in enumerate(self._carried())}
-        return tensors, values | {"stream": self.stream.state_dict()}
+        return tensors | self.by_row(), values | {"stream": self.stream.state_dict()}
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         super().load_state_dict(tensors, values)
-        leaves = checkpoint.under("state", tensors)
-        for number, leaf in enumerate(self._carried()):
-            leaf.copy_(leaves[str(number)])
+        for number, leaf in enumerate(flatten(self.state)[0]):
+            leaf.copy_(tensors[f"state.{number}"])
+        self.estimator.load_memory(checkpoint.under("memory", tensors))
         self.stream.load_state_dict(values["stream"])
 
 

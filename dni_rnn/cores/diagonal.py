@@ -1,0 +1,141 @@
+"""`--core diagonal`: complex diagonal recurrences (LRU), with a non-linearity behind each."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dni_rnn.cores._scan import scan
+from dni_rnn.traces.rules import Record, Term, Window
+
+
+class DiagonalState(NamedTuple):
+    """What a `Diagonal` carries: a complex number for each cell.
+
+    Attributes:
+      real, imaginary: each (layers, B, H).
+    """
+
+    real: Tensor
+    imaginary: Tensor
+
+
+class _Layer(nn.Module):
+    def __init__(self, input_size: int, hidden_size: int, ring: tuple[float, float], phase: float) -> None:
+        super().__init__()
+        inner, outer = ring
+        square = torch.rand(hidden_size) * (outer**2 - inner**2) + inner**2
+        self.log_decay = nn.Parameter(torch.log(-0.5 * torch.log(square)))
+        self.log_phase = nn.Parameter(torch.log(phase * torch.rand(hidden_size).clamp_min(1e-4)))
+        self.log_scale = nn.Parameter(0.5 * torch.log1p(-square))
+        self.weight_real = nn.Parameter(torch.randn(hidden_size, input_size) / math.sqrt(2 * input_size))
+        self.weight_imaginary = nn.Parameter(torch.randn(hidden_size, input_size) / math.sqrt(2 * input_size))
+        self.mix = nn.Linear(2 * hidden_size, hidden_size)
+        self.skip = nn.Linear(input_size, hidden_size, bias=False)
+
+    def multiplier(self) -> Tensor:
+        """λ, (H,)."""
+        return torch.exp(torch.complex(-self.log_decay.exp(), self.log_phase.exp()))
+
+
+class Diagonal(nn.Module):
+    """Complex diagonal recurrences, each behind the other:
+
+        s_t = λ ⊙ s_{t−1} + γ ⊙ (B x_t),     λ = exp(−exp(ν) + i·exp(φ)),  γ = exp(log γ),  B complex
+        y_t = GELU(C [Re s_t, Im s_t] + c + D x_t)
+
+    y is the input of the next layer, and the top one the output. |λ| < 1 whatever ν. Initially λ lies evenly
+    in the ring `ring` with phases up to `phase`, and γ = √(1 − |λ|²).
+
+    A window of T steps is a scan of log₂ T passes, both ways. Its trace (`dni_rnn.traces.Traced`) is exact
+    in one layer: strictly online it is full BPTT. In a stack each layer's is exact within itself.
+
+    Args:
+      input_size, hidden_size, num_layers: as in torch.
+      ring: the initial |λ|, least and greatest.
+      phase: the initial phase of λ, greatest.
+
+    Attributes:
+      output_size: `hidden_size`.
+      output_leaf: None: no leaf of the state is the output.
+
+    Sources: Orvieto et al. 2023, arXiv:2303.06349 (LRU); online: Zucchet et al. 2023, arXiv:2305.15947;
+    Elelimy et al. 2024, arXiv:2409.01449 (real form, a non-linearity behind a linear recurrence).
+    """
+
+    output_leaf = None
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        ring: tuple[float, float] = (0.8, 0.999),
+        phase: float = math.pi,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= ring[0] <= ring[1] < 1.0:
+            raise ValueError(f"the ring must lie in [0, 1), not {ring}")
+        self.hidden_size = self.output_size = hidden_size
+        sizes = [input_size] + [hidden_size] * (num_layers - 1)
+        self.layers = nn.ModuleList(_Layer(size, hidden_size, ring, phase) for size in sizes)
+
+    def initial_state(self, batch: int) -> DiagonalState:
+        """Zeros, on the device and in the dtype of the weights."""
+        zeros = next(self.parameters()).new_zeros(len(self.layers), batch, self.hidden_size)
+        return DiagonalState(zeros, zeros.clone())
+
+    def forward(self, inputs: Tensor, state: DiagonalState) -> tuple[Tensor, DiagonalState]:
+        """inputs (T, B, I) -> outputs (T, B, H), and the state after them."""
+        return self.run(inputs, state)[:2]
+
+    def run(self, inputs: Tensor, state: DiagonalState) -> tuple[Tensor, DiagonalState, list[Record]]:
+        """`forward`, and a record of each layer for its trace."""
+        x, ends, records = inputs, [], []
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, _Layer)
+            start = torch.complex(state[0][number], state[1][number])
+            multiplier, scale = layer.multiplier(), layer.log_scale.exp()
+            dtype = scale.dtype
+            weight = torch.cat([layer.weight_real, layer.weight_imaginary])
+            real, imaginary = F.linear(x, weight).to(dtype).chunk(2, -1)
+            s = scan(multiplier.expand(1, 1, -1), torch.complex(scale * real, scale * imaginary), start)
+            records.append(self._record(number, layer, x.detach(), start.detach(), s.detach()))
+            ends.append(s[-1])
+            x = F.gelu(layer.mix(torch.cat([s.real, s.imag], -1)) + layer.skip(x))
+        end = torch.stack(ends)
+        return x, DiagonalState(end.real, end.imag), records
+
+    def _record(self, number: int, layer: _Layer, x: Tensor, start: Tensor, s: Tensor) -> Record:
+        hidden, name = self.hidden_size, f"layers.{number}."
+
+        def window() -> Window:
+            multiplier, scale = layer.multiplier(), layer.log_scale.exp()
+            before = torch.cat([start.unsqueeze(0), s[:-1]])
+            factors = s.new_empty(*s.shape[:-1], 4 * hidden)
+            by_decay, by_phase, by_scale, by_input = factors.chunk(4, -1)
+            carried = multiplier * before
+            torch.mul(carried, -layer.log_decay.exp(), out=by_decay)
+            torch.mul(carried, 1j * layer.log_phase.exp(), out=by_phase)
+            torch.sub(s, carried, out=by_scale)
+            by_input.copy_(scale.expand_as(s))
+            return Window(multiplier.expand_as(s), factors, (x.to(scale.dtype),), (1.0, 1j))
+
+        vectors = [
+            Term(name + parameter, (group * hidden, (group + 1) * hidden))
+            for group, parameter in enumerate(("log_decay", "log_phase", "log_scale"))
+        ]
+        columns = (3 * hidden, 4 * hidden)
+        matrices = [
+            Term(name + "weight_real", columns, 0),
+            Term(name + "weight_imaginary", columns, 0, part="imaginary"),
+        ]
+        return Record([*vectors, *matrices], window)
+
+
+CORE = Diagonal

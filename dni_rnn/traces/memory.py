@@ -1,0 +1,367 @@
+"""Where traces wait: deferred, step by step, or carried as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dni_rnn.traces.rules import Term, Window
+
+
+class Plan:
+    """What is known of the sums before there are any: which parameters, and whether their terms cover them.
+
+    Args:
+      parameters: by name; those that are frozen get no gradient.
+      terms: all that will be added.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], terms: Iterable[Term]) -> None:
+        spans: dict[str, set[tuple[int, int]]] = {}
+        for term in terms:
+            spans.setdefault(term.parameter, set()).add(_rows(term, parameters[term.parameter]))
+        self.full = {
+            name: sum(behind - first for first, behind in each) == len(parameters[name])
+            for name, each in spans.items()
+            if parameters[name].requires_grad
+        }
+        self.zeroed = {
+            (name, first) for name, full in self.full.items() if not full for first, _ in spans[name]
+        }
+
+
+class Gradients:
+    """Sums the parts of `.grad` that terms give.
+
+    Args:
+      parameters: by name.
+      plan: of these and of all terms that are added.
+      embedding: of the symbols that are input 0 of the first layer; None when inputs are vectors.
+      factor: on everything (a loss scale); None: 1.
+      sorts: sum by symbol before all products, less work where symbols are fewer than rows and steps.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        plan: Plan,
+        embedding: nn.Embedding | None,
+        factor: Tensor | float | None,
+        sorts: bool,
+    ) -> None:
+        self.parameters, self.embedding, self.factor, self.sorts = parameters, embedding, factor, sorts
+        self.table = None if embedding is None else embedding.weight
+        self.sums = {
+            name: torch.empty_like(parameters[name]) if full else torch.zeros_like(parameters[name])
+            for name, full in plan.full.items()
+        }
+        self.by_symbol: dict[str, Tensor] = {}
+        self.of_table: Tensor | None = None
+        self._touched = set(plan.zeroed)
+
+    def matrix(self, term: Term, left: Tensor, right: Tensor) -> None:
+        """∂/∂W += leftᵀ right; left (N, rows of W), right (N, columns of W)."""
+        if term.parameter not in self.sums:
+            return
+        out, first = self._place(term)
+        if first:
+            torch.mm(left.t(), right, out=out)
+        else:
+            out.addmm_(left.t(), right)
+
+    def add(self, term: Term, values: Tensor) -> None:
+        """∂/∂w += values, of the shape of those rows of w."""
+        if term.parameter not in self.sums:
+            return
+        out, first = self._place(term)
+        if first:
+            out.copy_(values)
+        else:
+            out.add_(values)
+
+    def _place(self, term: Term) -> tuple[Tensor, bool]:
+        """The rows of the sum, and whether nothing was written there."""
+        out = self.sums[term.parameter]
+        first, behind = _rows(term, out)
+        new = (term.parameter, first) not in self._touched
+        self._touched.add((term.parameter, first))
+        return out if term.rows is None else out[first:behind], new
+
+    def terms(self, terms: Sequence[Term], delta: Tensor, inputs: Sequence[Tensor], bottom: bool) -> None:
+        """Of delta (N, C), the gradients at the pre-activations, and inputs (N, I), or symbols (N,)."""
+        sums = delta.sum(0)
+        for term in terms:
+            if term.input is None:
+                self.add(term, _part(sums[slice(*term.columns)], term))
+                continue
+            whole = term.columns == (0, delta.shape[1])
+            here = _part(delta if whole else delta[:, slice(*term.columns)], term)
+            if not (bottom and term.input == 0 and self.table is not None):
+                self.matrix(term, here, inputs[term.input])
+            elif self.sorts:
+                self.symbols(term, _sum_by(inputs[0], here, len(self.table)))
+            else:
+                self.matrix(term, here, F.embedding(inputs[0], self.table))
+                if self.table.requires_grad:
+                    weight = self.parameters[term.parameter]
+                    onward = here @ weight[slice(*_rows(term, weight))]
+                    self._onward(_sum_by(inputs[0], onward, len(self.table)))
+
+    def symbols(self, term: Term, summed: Tensor) -> None:
+        """From delta summed by symbol (V, C): ∂/∂W = deltaᵀ table, ∂/∂table = delta W, both in `finish`."""
+        weight = self.parameters[term.parameter]
+        if term.parameter not in self.by_symbol:
+            self.by_symbol[term.parameter] = summed.new_zeros(len(summed), len(weight))
+        self.by_symbol[term.parameter][:, slice(*_rows(term, weight))] += summed
+
+    def _onward(self, gradient: Tensor) -> None:
+        self.of_table = gradient if self.of_table is None else self.of_table.add_(gradient)
+
+    def finish(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        """By name, and of the embedding's table."""
+        for name, summed in self.by_symbol.items():
+            assert self.table is not None
+            if name in self.sums:
+                torch.mm(summed.t(), self.table, out=self.sums[name])
+            if self.table.requires_grad:
+                self._onward(summed @ self.parameters[name])
+        of_table = self.of_table
+        if of_table is not None and self.embedding is not None and self.embedding.padding_idx is not None:
+            of_table[self.embedding.padding_idx] = 0.0
+        if self.factor is not None:
+            for gradient in (*self.sums.values(), *([] if of_table is None else [of_table])):
+                gradient.mul_(self.factor)
+        return self.sums, of_table
+
+
+def _rows(term: Term, parameter: Tensor) -> tuple[int, int]:
+    return (0, len(parameter)) if term.rows is None else term.rows
+
+
+def _part(values: Tensor, term: Term) -> Tensor:
+    if not values.is_complex():
+        return values
+    return values.real if term.part == "real" else values.imag
+
+
+def _sum_by(symbols: Tensor, values: Tensor, count: int) -> Tensor:
+    """(count, F): the rows of values (N, F) summed by symbol (N,)."""
+    return torch.ops.aten.embedding_dense_backward(values.contiguous(), symbols, count, -1, False)
+
+
+def _wide(values: Tensor, groups: int) -> Tensor:
+    """(..., D) -> (..., groups·D), repeated."""
+    return values if groups == 1 else values.repeat(*[1] * (values.dim() - 1), groups)
+
+
+def _within(path: Tensor, decay: float, out: Tensor) -> Tensor:
+    """out_t = decayᵀ⁻ᵗ⁻¹ · path_{t+1} ⋯ path_{T−1}, from step t to the end. Returns that from the start."""
+    steps = len(path)
+    out[-1] = 1.0
+    if steps > 16:
+        scaled = path if decay == 1.0 else path * decay
+        out[:-1] = scaled.flip(0).cumprod(0)[:-1].flip(0)
+        return out[0] * scaled[0]
+    for t in range(steps - 1, 0, -1):
+        torch.mul(out[t], path[t], out=out[t - 1])
+        if decay != 1.0:
+            out[t - 1].mul_(decay)
+    total = out[0] * path[0]
+    return total if decay == 1.0 else total.mul_(decay)
+
+
+def _loaded(mine: Tensor, kept: Tensor) -> Tensor:
+    """In place where the shape is the same."""
+    return mine.copy_(kept) if mine.shape == kept.shape else kept.to(mine.device).clone()
+
+
+class Deferred:
+    """A trace whose steps wait for what is still to come back, and enter one product each.
+
+    Keeps the last `count` windows. With r the residual at a boundary, for each of them
+
+        ρ += path · r,     path *= (path through the window that followed)
+
+    and a window that has seen `count` boundaries leaves with (A·path within the window·ρ)ᵀ u, as in backprop.
+    So the sum is that of the carried form, cut to the boundaries within `count` windows of a step, and a
+    correction comes by up to `count` windows late. All is in place and static in shape.
+    """
+
+    def __init__(self, count: int, window: Window, decay: float, on_device: bool) -> None:
+        steps, rows, cells = window.path.shape
+        self.count, self.decay, self.cells = count, decay, cells
+        state = window.path
+        self.path, self.rho = (state.new_zeros(count, rows, cells) for _ in range(2))
+        self.within = state.new_ones(count, steps, rows, cells)
+        self.factors = window.factors.new_zeros(count, *window.factors.shape)
+        self.inputs = [u.new_zeros(count, *u.shape) for u in window.inputs]
+        self.slot = 0
+        # On a device that records graphs the place is a number of the device's, not of the recording.
+        self.index = torch.zeros(1, dtype=torch.long, device=state.device) if on_device else None
+
+    def correct(self, residual: Tensor, gradients: Gradients, terms: Sequence[Term], bottom: bool) -> None:
+        """The residual (B, D) at the boundary behind the newest window. The oldest window leaves."""
+        self.rho.addcmul_(self.path, residual)
+        self._leave(gradients, terms, bottom)
+
+    def _leave(self, gradients: Gradients, terms: Sequence[Term], bottom: bool) -> None:
+        factors = self._take(self.factors)
+        weight = self._take(self.within) * self._take(self.rho)
+        groups = factors.shape[-1] // self.cells
+        delta = factors.unflatten(-1, (groups, self.cells)) * weight.unsqueeze(-2)
+        inputs = [self._take(u).flatten(0, 1) for u in self.inputs]
+        gradients.terms(terms, delta.view(-1, factors.shape[-1]), inputs, bottom)
+
+    def push(self, window: Window) -> None:
+        """The newest window takes the oldest one's place."""
+        steps = len(window.path)
+        if steps > self.factors.shape[1]:
+            self._grow(steps)
+        conjugate = window.path.is_complex()
+        path = window.path.conj() if conjugate else window.path
+        factors = window.factors.conj() if window.factors.is_complex() else window.factors
+        if self.index is None:
+            total = _within(path, self.decay, self.within[self.slot, :steps])
+            self.factors[self.slot, :steps].copy_(factors)
+            self.factors[self.slot, steps:].zero_()
+            for kept, u in zip(self.inputs, window.inputs, strict=True):
+                kept[self.slot, :steps].copy_(u)
+            self.path.mul_(total)
+            self.path[self.slot].fill_(1.0)
+            self.rho[self.slot].zero_()
+            self.slot = (self.slot + 1) % self.count
+            return
+        within = torch.empty_like(path).resolve_conj()
+        self.path.mul_(_within(path, self.decay, within))
+        for kept, new in zip(
+            (self.within, self.factors, *self.inputs), (within, factors, *window.inputs), strict=True
+        ):
+            missing = kept.shape[1] - steps
+            if missing:
+                new = torch.cat([new, new.new_zeros(missing, *new.shape[1:])])
+            kept.index_copy_(0, self.index, new.resolve_conj().unsqueeze(0))
+        self.path.index_fill_(0, self.index, 1.0)
+        self.rho.index_fill_(0, self.index, 0.0)
+        self.index.add_(1).remainder_(self.count)
+
+    def _take(self, kept: Tensor) -> Tensor:
+        return kept[self.slot] if self.index is None else kept.index_select(0, self.index).squeeze(0)
+
+    def _grow(self, steps: int) -> None:
+        def longer(kept: Tensor) -> Tensor:
+            more = kept.new_zeros(kept.shape[0], steps - kept.shape[1], *kept.shape[2:])
+            return torch.cat([kept, more], 1)
+
+        self.within, self.factors = longer(self.within), longer(self.factors)
+        self.inputs = [longer(u) for u in self.inputs]
+
+    def end(self, done: Tensor | None) -> None:
+        """Rows of `done` (B,), or all: nothing that comes now is theirs any more."""
+        if done is None:
+            self.path.zero_()
+        else:
+            self.path.masked_fill_(done.unsqueeze(-1), 0.0)
+
+    def flush(self, gradients: Gradients, terms: Sequence[Term], bottom: bool) -> None:
+        """What waits leaves now. Later residuals are still gathered."""
+        for _ in range(self.count):
+            self._leave(gradients, terms, bottom)
+            self.slot = (self.slot + 1) % self.count
+            if self.index is not None:
+                self.index.add_(1).remainder_(self.count)
+        self.rho.zero_()
+
+    def tensors(self) -> list[Tensor]:
+        """All of it, rows along dimension −2, the oldest window first."""
+        first = self.slot if self.index is None else int(self.index)
+        kept = [self.path, self.rho, self.within, self.factors, *self.inputs]
+        ordered = [tensor.roll(-first, 0) for tensor in kept]
+        return [
+            tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.unsqueeze(-1)
+            for tensor in ordered
+        ]
+
+    def load(self, tensors: Sequence[Tensor]) -> None:
+        symbols = [not (t.is_floating_point() or t.is_complex()) for t in tensors]
+        kept = [t.squeeze(-1).clone() if s else t.clone() for t, s in zip(tensors, symbols, strict=True)]
+        mine = [self.path, self.rho, self.within, self.factors, *self.inputs]
+        new = [_loaded(a, b) for a, b in zip(mine, kept, strict=True)]
+        self.path, self.rho, self.within, self.factors, *self.inputs = new
+        self.slot = 0
+        if self.index is not None:
+            self.index.zero_()
+
+
+class Carried:
+    """A trace as it stands in the equation, one matrix for each row and parameter:
+
+        E  ←  (path through the window) · E + Σ_t (path from t to its end · A_t) ⊗ u_t
+        gradient = Σ_rows r · E
+
+    Any horizon, nothing late, memory rows × (size of the parameters). With an embedding u_t is the symbol.
+    """
+
+    def __init__(self, window: Window, terms: Sequence[Term], decay: float, symbols: int | None) -> None:
+        self.decay, self.cells = decay, window.path.shape[-1]
+        self.symbols = symbols
+        rows = window.path.shape[1]
+        self.traces: dict[tuple[tuple[int, int], int | None], Tensor] = {}
+        for term in terms:
+            width: list[int] = []
+            if term.input is not None:
+                vectors = symbols is None or term.input != 0
+                width = [window.inputs[term.input].shape[-1] if vectors else int(symbols or 0)]
+            columns = term.columns[1] - term.columns[0]
+            self.traces[term.columns, term.input] = window.factors.new_zeros(rows, columns, *width)
+
+    def correct(self, residual: Tensor, gradients: Gradients, terms: Sequence[Term], bottom: bool) -> None:
+        summed: dict[tuple[tuple[int, int], int | None], Tensor] = {}
+        for key, trace in self.traces.items():
+            wide = _wide(residual, trace.shape[1] // self.cells)
+            summed[key] = torch.einsum("bc...,bc->c...", trace, wide)
+        for term in terms:
+            gradient = _part(summed[term.columns, term.input], term)
+            if term.input == 0 and self.symbols is not None:
+                gradients.symbols(term, gradient.t())
+            else:
+                gradients.add(term, gradient)
+
+    def push(self, window: Window) -> None:
+        path = window.path.conj().resolve_conj() if window.path.is_complex() else window.path
+        within = torch.empty_like(path)
+        total = _within(path, self.decay, within)
+        factors = window.factors.conj() if window.factors.is_complex() else window.factors
+        groups = factors.shape[-1] // self.cells
+        factors = (factors.unflatten(-1, (groups, self.cells)) * within.unsqueeze(-2)).flatten(-2)
+        for (columns, number), trace in self.traces.items():
+            wide = _wide(total, trace.shape[1] // self.cells)
+            local = factors[..., slice(*columns)]
+            if number is None:
+                trace.mul_(wide).add_(local.sum(0))
+                continue
+            u = window.inputs[number]
+            if number == 0 and self.symbols is not None:
+                u = F.one_hot(u, self.symbols)
+            trace.mul_(wide.unsqueeze(-1)).add_(torch.einsum("tbc,tbi->bci", local, u.to(local.dtype)))
+
+    def end(self, done: Tensor | None) -> None:
+        for trace in self.traces.values():
+            if done is None:
+                trace.zero_()
+            else:
+                trace.masked_fill_(done.reshape(-1, *[1] * (trace.dim() - 1)), 0.0)
+
+    def flush(self, gradients: Gradients, terms: Sequence[Term], bottom: bool) -> None:
+        """Nothing waits: every part is zero."""
+        zero = next(iter(self.traces.values()))
+        self.correct(zero.new_zeros(zero.shape[0], self.cells), gradients, terms, bottom)
+
+    def tensors(self) -> list[Tensor]:
+        return [t.transpose(0, 1).clone() if t.dim() == 3 else t.clone() for t in self.traces.values()]
+
+    def load(self, tensors: Sequence[Tensor]) -> None:
+        for key, kept in zip(list(self.traces), tensors, strict=True):
+            self.traces[key] = _loaded(self.traces[key], kept.transpose(0, 1) if kept.dim() == 3 else kept)

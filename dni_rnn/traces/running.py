@@ -1,0 +1,202 @@
+"""One window of a core that is traced: what it returns, and a record of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dni_rnn.pytree import LSTMState, Tree, flatten
+from dni_rnn.traces.lstm import steps as steps_of_lstm
+from dni_rnn.traces.rules import (
+    KINDS,
+    Record,
+    Traceable,
+    Weights,
+    Window,
+    lstm_terms,
+    lstm_window_kept,
+    project,
+)
+
+Ran = tuple[Any, Tree, list[Record]]
+"""Outputs (None of a cell), the state after them, records of the layers."""
+
+FUSED: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.LSTM: torch._VF.lstm,  # type: ignore[attr-defined]
+    nn.GRU: torch._VF.gru,  # type: ignore[attr-defined]
+    nn.RNN: torch._VF.rnn_tanh,  # type: ignore[attr-defined]
+}
+
+
+def check(core: nn.Module) -> None:
+    """Refuse what has no trace.
+
+    Raises:
+      ValueError, TypeError: see `Traced`.
+    """
+    if isinstance(core, nn.RNNBase):
+        if core.bidirectional:
+            raise ValueError("a trace looks back along time: a bidirectional core has none")
+        if core.proj_size:
+            raise ValueError("the own path of an LSTM with proj_size is not known")
+    if isinstance(core, nn.RNN | nn.RNNCell) and core.nonlinearity != "tanh":
+        raise ValueError("the own path of an RNN is that of tanh, not of relu")
+    if not isinstance(core, tuple(KINDS)) and not isinstance(core, Traceable):
+        raise TypeError(
+            f"{type(core).__name__} does not say how it is traced: it needs run(inputs, state) and "
+            "initial_state(batch) as in dni_rnn.traces.Traceable"
+        )
+
+
+def run_untraced(core: nn.Module, vectors: Tensor, state: Tree) -> Any:
+    """The core as it is; the state of an LSTM named, as `run` names it."""
+    returned = core(vectors, state)
+    if isinstance(core, nn.LSTMCell):
+        return LSTMState(*returned)
+    return (returned[0], LSTMState(*returned[1])) if isinstance(core, nn.LSTM) else returned
+
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Nothing is cast inside."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def run(
+    core: nn.Module, inputs: Tensor, state: Tree, embedding: nn.Embedding | None, fused: bool | None
+) -> Ran:
+    """One window.
+
+    Args:
+      core: one that `check` lets pass.
+      inputs: as the core takes them; with `embedding` symbols.
+      state: the core's, its tensors as `flatten` orders them (h, c of an LSTM).
+      fused: see `Traced`.
+    """
+    keeps = not (fused if fused is not None else inputs.device.type != "cpu")
+    if isinstance(core, nn.LSTM) and keeps:
+        return _run_kept(core, inputs, flatten(state)[0], embedding)
+    x = inputs if embedding is None else embedding(inputs)
+    symbols = None if embedding is None else inputs
+    if isinstance(core, nn.RNNCellBase):
+        end = core(x, state)
+        end = LSTMState(*end) if isinstance(core, nn.LSTMCell) else end
+        seen = (x if symbols is None else symbols).detach().unsqueeze(0)
+        starts, ends = ([leaf.detach() for leaf in flatten(s)[0]] for s in (state, end))
+        return None, end, [_record(core, "", seen, embedding, None, starts, ends)]
+    if isinstance(core, nn.RNNBase):
+        return _run_fused(core, x, flatten(state)[0], embedding, symbols)
+    output, end, records = core.run(x, state)  # type: ignore[operator]
+    if symbols is not None:
+        records = [_with_symbols(records[0], symbols), *records[1:]]
+    return output, end, records
+
+
+def _run_fused(
+    core: nn.RNNBase, x: Tensor, leaves: list[Tensor], embedding: nn.Embedding | None, symbols: Tensor | None
+) -> Ran:
+    """Layer by layer, since torch's stack does not say what its lower layers put out."""
+    lstm = isinstance(core, nn.LSTM)
+    if core.batch_first:
+        x, symbols = x.transpose(0, 1), None if symbols is None else symbols.transpose(0, 1)
+    ends: list[list[Tensor]] = []
+    records: list[Record] = []
+    for layer in range(core.num_layers):
+        if layer and core.dropout:
+            x = F.dropout(x, core.dropout, core.training)
+        start = [leaf[layer : layer + 1] for leaf in leaves]
+        hidden: Any = (start[0], start[1]) if lstm else start[0]
+        table = embedding if layer == 0 else None
+        seen = symbols if table is not None and symbols is not None else x.detach()
+        if core.num_layers == 1 and not core.batch_first:
+            x, after = core(x, hidden)
+            end: list[Tensor] = list(after) if lstm else [after]
+        else:
+            weights = [getattr(core, name) for name in core._all_weights[layer]]
+            x, *end = FUSED[type(core)](x, hidden, weights, core.bias, 1, 0.0, core.training, False, False)
+        before, behind = ([leaf.detach()[0] for leaf in s] for s in (start, end))
+        records.append(_record(core, f"_l{layer}", seen, table, x.detach(), before, behind))
+        ends.append(end)
+    out = [_stacked(list(leaf)) for leaf in zip(*ends, strict=True)]
+    return x.transpose(0, 1) if core.batch_first else x, LSTMState(*out) if lstm else out[0], records
+
+
+def _run_kept(core: nn.LSTM, inputs: Tensor, leaves: list[Tensor], embedding: nn.Embedding | None) -> Ran:
+    """An LSTM that keeps its gates (`dni_rnn.traces.lstm`)."""
+    x = inputs.transpose(0, 1) if core.batch_first else inputs
+    seen, table = x, None
+    if embedding is not None:
+        if embedding.padding_idx is None:
+            table = embedding.weight
+        else:
+            x = embedding(x)
+    hiddens, cells, records = [], [], []
+    for layer in range(core.num_layers):
+        if layer and core.dropout:
+            x = F.dropout(x, core.dropout, core.training)
+        suffix = f"_l{layer}"
+        w = _weights(core, suffix)
+        if layer or embedding is None:
+            seen = x.detach().to(w.w_hh.dtype)
+        of_x = project(x, w.w_ih, w.bias(slice(None)), None if layer else table).to(w.w_hh.dtype)
+        with no_autocast(of_x.device.type):
+            x, cell, kept = steps_of_lstm(of_x, leaves[0][layer], leaves[1][layer], w.w_hh)
+        terms, instant = lstm_terms(lambda name, end=suffix: name + end, core.hidden_size, core.bias)
+        records.append(Record(terms, partial(lstm_window_kept, kept, seen), instant))
+        hiddens.append(x[-1:])
+        cells.append(cell.unsqueeze(0))
+    return (
+        x.transpose(0, 1) if core.batch_first else x,
+        LSTMState(_stacked(hiddens), _stacked(cells)),
+        records,
+    )
+
+
+def _stacked(leaves: list[Tensor]) -> Tensor:
+    return leaves[0] if len(leaves) == 1 else torch.cat(leaves)
+
+
+def _weights(core: nn.Module, suffix: str) -> Weights:
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    return Weights(*(getattr(core, name + suffix, None) for name in names))  # type: ignore[arg-type]
+
+
+def _record(
+    core: Any,
+    suffix: str,
+    seen: Tensor,
+    embedding: nn.Embedding | None,
+    output: Tensor | None,
+    starts: list[Tensor],
+    ends: list[Tensor],
+) -> Record:
+    """Of a layer of torch's, whose gates are computed anew. `seen`: symbols where there is an embedding."""
+    terms_of, window_of = KINDS[next(kind for kind in KINDS if isinstance(core, kind))]
+    terms, instant = terms_of(lambda name: name + suffix, core.hidden_size, bool(core.bias))
+
+    def window() -> Window:
+        w = _weights(core, suffix)
+        dtype = w.w_hh.dtype
+        first = starts[0].unsqueeze(0).to(dtype)
+        h = first if output is None else torch.cat([first, output[:-1].to(dtype)])
+        table = None if embedding is None else embedding.weight
+        x = seen.to(dtype) if embedding is None else seen
+        before, after = ([leaf.to(dtype) for leaf in state] for state in (starts, ends))
+        return window_of(w, x, table, h, before, after)
+
+    return Record(terms, window, instant)
+
+
+def _with_symbols(record: Record, symbols: Tensor) -> Record:
+    """Its first input replaced by the symbols that were embedded."""
+
+    def window() -> Window:
+        window = record.window()
+        return window._replace(inputs=(symbols, *window.inputs[1:]))
+
+    return record._replace(window=window)

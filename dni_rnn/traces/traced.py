@@ -1,0 +1,386 @@
+"""A recurrent core with a trace: an edge of the autograd graph, as an interface is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dni_rnn.interface import RECEIVED_BY, Interface
+from dni_rnn.pytree import LSTMState, Tree, flatten, unflatten
+from dni_rnn.traces.layer import Layer
+from dni_rnn.traces.memory import Gradients, Plan
+from dni_rnn.traces.rules import KINDS, Record
+from dni_rnn.traces.running import check, no_autocast, run, run_untraced
+
+EMBEDDING = "embedding.weight"
+_END = "_ends_a_traced_window"
+
+
+class _Passage:
+    """What one window leaves for its backward: filled by the forward pass, read once."""
+
+    def __init__(
+        self, done: Tensor | None, anew: bool, sent: list[Tensor] | None, parameters: dict[str, Tensor]
+    ) -> None:
+        self.done, self.anew, self.sent, self.parameters = done, anew, sent, parameters
+        self.records: list[Record] = []
+        self.absorbed = False
+
+
+class _Trace(torch.autograd.Function):
+    """Identity on the state that a window receives. Backward: the trace's part, for the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, traced: Traced, passage: _Passage, count: int, *tensors: Tensor) -> Any:
+        ctx.traced, ctx.passage, ctx.count = traced, passage, count
+        return tuple(leaf.view_as(leaf) for leaf in tensors[:count])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        onward = [g if asks else None for g, asks in zip(gradients, ctx.needs_input_grad[3:], strict=False)]
+        return None, None, None, *onward, *ctx.traced._backward(ctx.passage, gradients)
+
+
+class Traced(nn.Module):
+    """A recurrent core whose truncated gradient is completed by a trace of the past.
+
+    In a truncated-BPTT loop one line changes:
+
+        core = Traced(lstm)                       # once
+        output, state = core(x, state)            # was: output, state = lstm(x, detach(state))
+
+    One `loss.backward()` for each window, before the next window; `.grad` of the core's own parameters then
+    holds, with g what arrives at the state that window k received and E = ds/dθ through all before it,
+
+        (truncated gradient)  +  (g − ĝ) · E
+
+    ĝ is what an `Interface` injected there one window earlier, 0 without one. The sum is full BPTT, whatever
+    ĝ is, where E is exact and the weights hold still: in a layer whose recurrence is element-wise
+    (`dni_rnn.cores`). Of an LSTM, GRU or tanh RNN E keeps the own path of each cell (c through the forget
+    gate; h through the update gate; h through R_jj), which needs nothing learnt and nothing told. In a stack
+    each layer has a trace of its own state; what goes from layer to layer across time is in none.
+
+    With an interface in the loop nothing else changes: the state that `Interface.receive` returned is
+    recognized, and what `Interface.send` injected into it is taken back:
+
+        state = interface.receive(state)
+        output, state = core(x, state)
+        loss = criterion(output, y) + interface.send(state)
+
+    Any other state is detached. A penalty on the end state, the user's or `Interface.restore`, is a loss like
+    another and stays. A state that was replaced must be told, by `done`, None or `reset`.
+
+    Sums and means: the trace's part is in the units of the scalar that is differentiated. Accumulation over
+    windows, clipping, autocast, data parallelism and checkpoints of weights need nothing. Where no gradients
+    are recorded, and in eval mode, it is the core and nothing else, and the trace stays as it is.
+
+    Steps that the trace is of are gone from the graph, so what produced their inputs gets nothing from it,
+    with one exception: with `embedding` the module is called with symbols (T, B), embeds them, and the
+    gradient goes on into the embedding exactly. It is also faster where symbols are fewer than B·T.
+
+    A stack of torch's layers runs layer by layer. All of the trace is kept in place, so an update can be
+    recorded as a CUDA graph once the first has run; `reset`, other shapes and other devices end that.
+
+    Args:
+      core: `nn.LSTM`, `nn.GRU`, `nn.RNN` (tanh), one of the cells of these (one step a window), or a
+        `Traceable`.
+      steps: how long a step waits for what comes back; rounded up to whole windows (of the first one's
+        length). The sum is cut to these, and a correction comes up to so many steps late: see
+        `dni_rnn.traces.memory.Deferred`. None: carried instead, any horizon, nothing late, memory
+        rows × (size of the parameters): for small nets.
+      decay: factor on E per step, as λ of TD(λ). 0 is not truncated BPTT: it leaves the last step.
+      interface: the one whose `receive` the state comes from, where that cannot be seen: when the state was
+        changed after it. The state is then not detached if it has a graph.
+      embedding: see above. Plain: neither sparse, nor max_norm, nor scale_grad_by_freq.
+      fused: run an `nn.LSTM` by torch's own kernel and compute its gates anew for the trace, as on
+        accelerators; False: by one that keeps them (`dni_rnn.traces.lstm`), faster on a CPU. None: by device.
+        Results are the same to rounding. All others are run as they are.
+
+    Attributes:
+      loss_scale: as `Interface.loss_scale`; set both alike.
+
+    Raises:
+      ValueError: `steps` < 1, `decay` outside [0, 1], a core that cannot be traced (bidirectional, proj_size,
+        relu), an embedding that is not plain; when called, another number of rows than before, or a state
+        that was changed after `Interface.receive`.
+      TypeError: `core` is none of the above.
+      RuntimeError: backward twice through a window, or after the next one began.
+
+    Sources: Williams & Zipser 1989, Neural Computation 1; Bellec et al. 2020, Nature Communications 11;
+    Murray 2019, eLife 8; Menick et al. 2021, arXiv:2006.07232; Zucchet et al. 2023, arXiv:2305.15947; exact
+    traces of other element-wise cores: Irie et al. 2023, arXiv:2305.19044.
+    """
+
+    loss_scale: Tensor | float | None
+
+    def __init__(
+        self,
+        core: nn.Module,
+        steps: int | None = 32,
+        decay: float = 1.0,
+        *,
+        interface: Interface | None = None,
+        embedding: nn.Embedding | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps must be at least 1, or None to carry the trace, not {steps}")
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decay must lie in [0, 1], not {decay}")
+        check(core)
+        if embedding is not None and (
+            embedding.sparse or embedding.max_norm is not None or embedding.scale_grad_by_freq
+        ):
+            raise ValueError(
+                "the embedding of a trace must be plain: no sparse, max_norm or scale_grad_by_freq"
+            )
+        self.core, self.steps, self.decay = core, steps, decay
+        self.embedding = embedding
+        self._interface = (interface,)  # not a part of this module
+        self.loss_scale, self.fused = None, fused
+        self._layers: list[Layer] | None = None
+        self._plan: Plan | None = None
+        self._loading: list[list[Tensor]] | None = None
+        self._latest: _Passage | None = None
+        self._rows: int | None = None
+
+    def initial_state(self, batch: int) -> Tree:
+        """Zeros as torch takes them for None, or the core's own initial state."""
+        if not isinstance(self.core, nn.RNNBase | nn.RNNCellBase):
+            return self.core.initial_state(batch)  # type: ignore[operator]
+        weight = next(self.core.parameters())
+        shape = (self.core.num_layers, batch) if isinstance(self.core, nn.RNNBase) else (batch,)
+        zeros = weight.new_zeros(*shape, self.core.hidden_size)
+        return LSTMState(zeros, zeros.clone()) if isinstance(self.core, nn.LSTM | nn.LSTMCell) else zeros
+
+    @property
+    def output_size(self) -> int:
+        """Width of the outputs."""
+        core: Any = self.core
+        torch_s = isinstance(self.core, tuple(KINDS))
+        return core.hidden_size if torch_s else core.output_size
+
+    @property
+    def output_leaf(self) -> Any:
+        """Which leaf of the state is the last output; None where no other is."""
+        if isinstance(self.core, tuple(KINDS)):
+            return "hidden" if isinstance(self.core, nn.LSTM | nn.LSTMCell) else None
+        return getattr(self.core, "output_leaf", None)
+
+    def forward(self, inputs: Tensor, state: Tree = None, done: Tensor | None = None) -> Any:
+        """What the core returns for one window; the state of an LSTM is an `LSTMState`, (h, c) with names.
+
+        Args:
+          inputs: as the core takes them: (T, B, I), with `batch_first` (B, T, I), for a cell (B, I); with
+            `embedding` symbols, without the last dimension.
+          state: the last window's, detached or not, or what `Interface.receive` returned. None: the
+            initial one in all rows, whose traces end.
+          done: boolean (B,). Rows that start anew here: their traces end. The caller has put an initial
+            state there, and has told the interface, if there is one.
+        """
+        anew = state is None
+        cell = isinstance(self.core, nn.RNNCellBase)
+        batch_dim = 0 if cell or getattr(self.core, "batch_first", False) else 1
+        if inputs.dim() + (self.embedding is not None) < (2 if cell else 3):
+            raise ValueError(f"inputs must have rows: got {tuple(inputs.shape)}")
+        if anew:
+            state = self.initial_state(inputs.shape[batch_dim])
+        leaves, spec = flatten(state)
+        if not (torch.is_grad_enabled() and self.training):
+            vectors = inputs if self.embedding is None else self.embedding(inputs)
+            return run_untraced(self.core, vectors, unflatten([leaf.detach() for leaf in leaves], spec))
+        interface = self._find(leaves)
+        if interface is not None:
+            interface.keeps_sent = True
+        leaves = [leaf if interface is not None and leaf.requires_grad else leaf.detach() for leaf in leaves]
+        self._check_rows(inputs.shape[batch_dim])
+        if self._latest is not None and not self._latest.absorbed:
+            self._absorb(self._latest)
+        sent = None if interface is None or interface.sent is None else [s.clone() for s in interface.sent]
+        parameters = self._parameters_traced()
+        passage = self._latest = _Passage(done, anew, None if anew else sent, parameters)
+        leaves = list(_Trace.apply(self, passage, len(leaves), *leaves, *parameters.values()))  # type: ignore
+        received = unflatten(leaves, spec)
+        output, end, passage.records = run(self.core, inputs, received, self.embedding, self.fused)
+        for leaf in flatten(end)[0]:
+            setattr(leaf, _END, True)
+        return end if cell else (output, end)
+
+    def _parameters_traced(self) -> dict[str, Tensor]:
+        parameters: dict[str, Tensor] = dict(self.core.named_parameters())
+        if self.embedding is not None:
+            parameters[EMBEDDING] = self.embedding.weight
+        return parameters
+
+    def _check_rows(self, rows: int) -> None:
+        if self._rows is not None and self._rows != rows:
+            raise ValueError(f"the trace is of {self._rows} rows, not {rows}: call reset() before other rows")
+        self._rows = rows
+
+    def _find(self, leaves: list[Tensor]) -> Interface | None:
+        """The interface that a state was received from."""
+        if self._interface[0] is not None:
+            return self._interface[0]
+        for leaf in leaves:
+            found = getattr(leaf, RECEIVED_BY, None)
+            if found is not None:
+                return found
+        for leaf in leaves:
+            if leaf.grad_fn is not None and not hasattr(leaf, _END) and _hides_interface(leaf.grad_fn):
+                raise ValueError(
+                    "the state was changed after Interface.receive, so what was sent into it cannot be told: "
+                    "change it before, or give Traced the interface (or detach it, if it was not received)"
+                )
+        return None
+
+    # Backward.
+
+    @torch.no_grad()
+    def _absorb(self, passage: _Passage, gradients: Sequence[Tensor] | None = None) -> list[Tensor | None]:
+        """The window joins the trace; before it, what came back at its start meets the trace."""
+        passage.absorbed = True
+        device = next(self.core.parameters()).device
+        windows = [record.window() for record in passage.records]
+        if self._layers is None:
+            symbols = None if self.embedding is None else self.embedding.num_embeddings
+            self._layers = [
+                Layer(record, window, number, self.steps, self.decay, symbols, device.type != "cpu")
+                for number, (record, window) in enumerate(zip(passage.records, windows, strict=True))
+            ]
+            if self._loading is not None:
+                for layer, tensors in zip(self._layers, self._loading, strict=True):
+                    layer.load(tensors)
+                self._loading = None
+        if passage.anew or passage.done is not None:
+            for layer in self._layers:
+                layer.end(None if passage.anew else passage.done)
+        found: list[Tensor | None] = []
+        if gradients is not None:
+            residuals = self._residuals(gradients, passage.sent, windows[0].path)
+            sums = self._gradients(self._plan, passage.parameters, windows[0].path[..., 0].numel())
+            for number, layer in enumerate(self._layers):
+                here = [r[number] if r.dim() == 3 else r for r in residuals]
+                layer.correct(here, sums)
+            found = _by_parameter(sums, passage.parameters)
+        for layer, window in zip(self._layers, windows, strict=True):
+            layer.push(window)
+        passage.records, passage.sent, passage.parameters = [], None, {}
+        return found
+
+    def _gradients(self, plan: Plan | None, parameters: dict[str, Tensor], count: int) -> Gradients:
+        if plan is None:
+            layers = self._layers or []
+            plan = Plan(parameters, [t for layer in layers for t in (*layer.terms, *layer.instant_terms)])
+            self._plan = plan
+        few = self.embedding is not None and self.embedding.num_embeddings < count
+        return Gradients(parameters, plan, self.embedding, self.loss_scale, few or self.steps is None)
+
+    def _residuals(
+        self, gradients: Sequence[Tensor], sent: list[Tensor] | None, like: Tensor
+    ) -> list[Tensor]:
+        """g − ĝ of each leaf, in units of the loss without its scale."""
+        dtype = like.real.dtype if like.is_complex() else like.dtype
+        residuals = [g.to(dtype) for g in gradients]
+        if self.loss_scale is not None:
+            residuals = [(r / self.loss_scale).to(dtype) for r in residuals]
+            # A loss scaler lets a non-finite gradient through now and then; the trace would keep it.
+            finite = torch.stack([torch.isfinite(r).all() for r in residuals]).all()
+            residuals = [torch.where(finite, r, 0.0) for r in residuals]
+        if sent is not None:
+            residuals = [r - s.to(dtype) for r, s in zip(residuals, sent, strict=True)]
+        return residuals
+
+    def _backward(self, passage: _Passage, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+        if passage is not self._latest or passage.absorbed:
+            raise RuntimeError(
+                "a trace needs one backward pass for each window, before the next window begins: this was "
+                + ("followed by another" if passage is not self._latest else "differentiated before")
+            )
+        device = gradients[0].device.type
+        with no_autocast(device):
+            return self._absorb(passage, gradients)
+
+    # What outlives the process.
+
+    def trace_state(self) -> dict[str, list[Tensor]]:
+        """The trace, rows along dimension −2 of every tensor: for a checkpoint, or to share rows out.
+
+        Empty before the first window. With an interface `Interface.sent` belongs to it. Waits for the device.
+        """
+        if self._latest is not None and not self._latest.absorbed:
+            self._absorb(self._latest)
+        kept = (self._loading or []) if self._layers is None else [layer.tensors() for layer in self._layers]
+        return {f"layer{number}": tensors for number, tensors in enumerate(kept)}
+
+    def load_trace_state(self, tree: dict[str, list[Tensor]]) -> None:
+        """The inverse of `trace_state`, for a module built alike."""
+        layers = self._layers
+        loaded = [[t.clone() for t in tree[f"layer{number}"]] for number in range(len(tree))]
+        rows = loaded[0][0].shape[-2] if loaded else None
+        if layers is None or rows != self._rows:
+            self.reset()
+            self._loading, self._rows = loaded or None, rows
+            return
+        self._latest = None
+        for layer, tensors in zip(layers, loaded, strict=True):
+            layer.load(tensors)  # in place, for what is recorded
+
+    def named_state(self) -> dict[str, Tensor]:
+        """`trace_state` as tensors by name."""
+        state = self.trace_state()
+        return {f"{layer}.{i}": t for layer, tensors in state.items() for i, t in enumerate(tensors)}
+
+    def load_named_state(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `named_state`."""
+        state: dict[str, list[Tensor]] = {}
+        for name, tensor in tensors.items():
+            state.setdefault(name.partition(".")[0], []).append(tensor)
+        self.load_trace_state(state)
+
+    def reset(self) -> None:
+        """Forget all: as before the first window."""
+        self._layers, self._plan, self._loading, self._latest, self._rows = None, None, None, None, None
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Add to `.grad` what still waits, and forget it: at the end of a text, before the last update.
+
+        Afterwards `.grad` holds everything that came back within `steps`. Nothing waits in the carried form.
+        """
+        if self._latest is not None and not self._latest.absorbed:
+            self._absorb(self._latest)
+        if self._layers is None:
+            return
+        terms = [term for layer in self._layers for term in layer.terms]
+        parameters = self._parameters_traced()
+        sums = self._gradients(Plan(parameters, terms), parameters, 0)
+        for layer in self._layers:
+            layer.flush(sums)
+        found = _by_parameter(sums, parameters)
+        for parameter, gradient in zip(parameters.values(), found, strict=True):
+            if gradient is not None and parameter.requires_grad:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+def _by_parameter(sums: Gradients, parameters: dict[str, Tensor]) -> list[Tensor | None]:
+    by_name, of_table = sums.finish()
+    return [of_table if name == EMBEDDING else by_name.get(name) for name in parameters]
+
+
+def _hides_interface(node: Any, most: int = 32) -> bool:
+    """Whether a few operations lie between a state and `Interface.receive`."""
+    waiting, seen = [node], 0
+    while waiting and seen < most:
+        node, seen = waiting.pop(0), seen + 1
+        if isinstance(getattr(node, "traced", None), Traced):
+            continue  # the last window, not this one
+        if isinstance(getattr(node, "interface", None), Interface) and not node.passes_on:
+            return True
+        waiting.extend(before for before, _ in node.next_functions if before is not None)
+    return False
