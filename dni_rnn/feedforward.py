@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn.agreement import Agreement, agreement_of, frozen
-from dni_rnn.interface import Interface, attach
+from dni_rnn.edges import attach
+from dni_rnn.interface import Interface
 from dni_rnn.synthesizers import ContextMLP, Critic, OneHotTokens, Rows, units
 
 Method = Literal["bprop", "none", "dni", "cdni", "critic"]

@@ -6,9 +6,13 @@ For a stretch of S steps of held-out text, read by B rows from a carried state, 
     g_full      = ∂/∂θ  weight · Σ losses of the stretch           θ: the core's recurrent weights
     g           = what an estimator with windows of T adds up to over the same stretch
     cosine      = g·g_full / (|g| |g_full|),      relative error = |g − g_full| / |g_full|
+    bias        = √(e_1·e_2 / g_full,1·g_full,2),  e_i = g_i − g_full,i on either half of the rows
 
-and at a boundary, with s the true gradient of the loss to come (of the next n windows, or of the rest of
-the stretch) with respect to the state there, and ĝ = target RMS · M (M's estimate of it, before `scale`):
+The error of one sample mostly asks whether sampling noise was reproduced; in the product of two independent
+errors the noise averages out and what is common to all rows stays (negative products count as 0).
+
+At a boundary, with s the true gradient of the loss to come (of the next n windows, or of the rest of the
+stretch) with respect to the state there, and ĝ = target RMS · M (M's estimate of it, before `scale`):
 
     cosine      = ĝ·s / (|ĝ| |s|),      explained = 1 − |ĝ − s|² / |s|²     over all rows and features
 
@@ -18,8 +22,12 @@ that of training, 1 / (T·accumulate·B), because that is the unit M has learnt.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +37,15 @@ from dni_rnn.estimators import Estimator
 from dni_rnn.estimators.bptt import TruncatedBPTT
 from dni_rnn.estimators.dni import DNI
 from dni_rnn.estimators.full import FullBPTT, state_gradients
-from dni_rnn.pytree import Tree, flatten_rows
+from dni_rnn.pytree import Tree, flatten_rows, map_tree
 from dni_rnn.recurrent import SequenceModel
-from dni_rnn.window import Window
+from dni_rnn.traces import why_not_traced
+from dni_rnn.window import Boundary, Window
 
 HORIZONS = (1, 2, 4, 8, 16)
 BOUNDARIES = 8
+TRACE = 120
+"""Steps of the trace that is measured: a whole stretch."""
 
 Stretches = Callable[[int], Sequence[tuple[Sequence[Window], Tree]]]
 """T -> stretches of held-out data cut into windows of T steps, each with the state carried to its start."""
@@ -42,18 +53,24 @@ Stretches = Callable[[int], Sequence[tuple[Sequence[Window], Tree]]]
 
 @dataclass(frozen=True)
 class Quality:
-    """One estimator at one T: means over the stretches.
+    """One estimator at one T, on the core's parameter gradient (see the module): means over the stretches.
 
     Attributes:
-      estimator: "truncated" or "synthetic".
+      estimator: "truncated", "trace", "synthetic" or "synthetic+trace".
       bptt: T.
-      cosine, relative_error: of the core's parameter gradient (see the module).
+      cosine, relative_error: of one sample against full BPTT on the same sample.
+      bias: of the expected gradient, relative: what no larger batch would mend.
+      gain: how much of the true gradient is in the estimate, g·g_full / |g_full|²; 1 is right.
+      cost: seconds, as a multiple of those of truncated BPTT at this T.
     """
 
     estimator: str
     bptt: int
     cosine: float
     relative_error: float
+    bias: float
+    gain: float
+    cost: float
 
 
 @dataclass(frozen=True)
@@ -102,7 +119,7 @@ def core_gradient(
 def diagnose(
     model: SequenceModel, stretches: Stretches, weight: float, bptts: Sequence[int], discount: float = 1.0
 ) -> Diagnosis:
-    """Measure a model: truncated BPTT at each T, and its own synthesizer where it has one.
+    """Measure a model: truncated BPTT at each T, a trace, and its own synthesizer where it has one.
 
     The yardstick is full BPTT over each stretch; means over the stretches.
 
@@ -113,23 +130,77 @@ def diagnose(
       discount: of the future per step, as in training (`DNI`).
     """
     estimators: dict[str, Estimator] = {"truncated": TruncatedBPTT()}
+    traced = why_not_traced(model.core.rnn) is None
+    if traced:
+        estimators["trace"] = TruncatedBPTT(trace=TRACE)
     if model.core.interface is not None:
         estimators["synthetic"] = DNI(discount=discount)
+        if traced:
+            estimators["synthetic+trace"] = DNI(discount=discount, trace=TRACE)
     parameters, boundaries = [], []
     for bptt in bptts:
-        agreements: dict[str, list[tuple[float, float]]] = {name: [] for name in estimators}
+        samples: dict[str, list[_Sample]] = {name: [] for name in estimators}
         at_boundaries: dict[int, list[tuple[float, float]]] = {}
         for windows, state in stretches(bptt):
-            full = core_gradient(model, FullBPTT(), windows, state, weight)
+            halves = _halves(windows, state)
+            full = [core_gradient(model, FullBPTT(), *half, weight) for half in halves]
             for name, estimator in estimators.items():
-                estimate = core_gradient(model, estimator, windows, state, weight)
-                error = float((estimate - full).norm() / full.norm())
-                agreements[name].append((cosine_similarity(estimate, full), error))
+                start = time.perf_counter()
+                estimates = [core_gradient(model, estimator, *half, weight) for half in halves]
+                samples[name].append(_Sample(estimates, full, time.perf_counter() - start))
             if "synthetic" in estimators:
                 _measure_boundaries(model, windows, state, weight, at_boundaries)
-        parameters += [Quality(name, bptt, *_means(values)) for name, values in agreements.items()]
+        once = fmean(sample.seconds for sample in samples["truncated"])
+        parameters += [_quality(name, bptt, found, once) for name, found in samples.items()]
         boundaries += [BoundaryQuality(bptt, n, *_means(values)) for n, values in at_boundaries.items()]
     return Diagnosis(parameters, boundaries)
+
+
+class _Sample(NamedTuple):
+    """Of one stretch: gradients of two halves of the rows, estimated and true."""
+
+    estimates: list[Tensor]
+    full: list[Tensor]
+    seconds: float
+
+
+def _halves(windows: Sequence[Window], state: Tree) -> list[tuple[list[Window], Tree]]:
+    """The stretch of either half of the rows; of one row, twice that row."""
+    rows = windows[0].inputs.shape[1]
+    cuts = [slice(0, max(rows // 2, 1)), slice(rows // 2, rows)]
+    return [
+        ([_of_rows(w, cut) for w in windows], map_tree(lambda leaf, cut=cut: leaf[..., cut, :], state))
+        for cut in cuts
+    ]
+
+
+def _of_rows(window: Window, rows: slice) -> Window:
+    def boundary(whole: Boundary) -> Boundary:
+        return Boundary(*(None if values is None else values[..., rows] for values in whole))
+
+    inputs, targets = window.inputs[:, rows], window.targets[:, rows]
+    return window._replace(
+        inputs=inputs, targets=targets, start=boundary(window.start), end=boundary(window.end)
+    )
+
+
+def _quality(name: str, bptt: int, samples: Sequence[_Sample], once: float) -> Quality:
+    """Means over stretches; the bias from sums over them, as its terms have both signs."""
+    cosines, errors, gains = [], [], []
+    product, power = 0.0, 0.0
+    for sample in samples:
+        estimate, full = sum(sample.estimates), sum(sample.full)
+        assert isinstance(estimate, Tensor)
+        assert isinstance(full, Tensor)
+        cosines.append(cosine_similarity(estimate, full))
+        errors.append(float((estimate - full).norm() / full.norm()))
+        gains.append(float(estimate @ full / full.square().sum()))
+        first, second = (e - f for e, f in zip(sample.estimates, sample.full, strict=True))
+        product += float(first @ second)
+        power += float(sample.full[0] @ sample.full[1])
+    bias = math.sqrt(max(product, 0.0) / power) if power > 0 else math.nan
+    cost = fmean(sample.seconds for sample in samples) / once
+    return Quality(name, bptt, fmean(cosines), fmean(errors), bias, fmean(gains), cost)
 
 
 def _measure_boundaries(

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dni_rnn.agreement import trust_of
+from dni_rnn.edges import Edge, Send, times, without
 from dni_rnn.pytree import Spec, Tree, flatten, flatten_rows, unflatten, unflatten_rows
 from dni_rnn.running_rms import AllReduce, follow, sum_of_squares
 
@@ -43,60 +43,6 @@ class Critique(NamedTuple):
 
     gradient: Tree
     losses: Tensor
-
-
-class _Edge(torch.autograd.Function):
-    """Identity forward. Backward: trains M on what arrives, and hands ĝ to a message that asks for it.
-
-    A detached message asks for nothing: then the edge is `receive`, and the graph ends here. The tensors are
-    the `count` of the message, what M predicts for it (B, features), and M's losses where it has such.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, interface: Interface, done: Tensor | None, count: int, *tensors: Tensor) -> Any:
-        messages, predicted = tensors[:count], tensors[count:]
-        ctx.interface, ctx.done = interface, done
-        ctx.passes_on = any(ctx.needs_input_grad[3 : 3 + count])
-        # The target RMS as it is now: backward moves it.
-        ctx.factor = (
-            interface._factor(len(predicted) > 1, 1.0, interface.loss_scale) if ctx.passes_on else None
-        )
-        ctx.save_for_backward(*predicted)
-        return tuple(message.view_as(message) for message in messages)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        predicted, *losses = ctx.saved_tensors
-        interface = ctx.interface
-        onward: list[Tensor | None] = [None] * len(gradients)
-        if ctx.passes_on:
-            onward = interface._like(_times(ctx.factor, predicted), gradients)
-        trained = interface._regress(predicted, gradients, ctx.done, losses[0] if losses else None)
-        return None, None, None, *onward, *trained
-
-
-class _Send(torch.autograd.Function):
-    """Zero forward. Backward: the synthetic gradients, as the gradients of the messages."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors[:count])
-        return tensors[0].new_zeros(())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> Any:
-        # The incoming factor is left out on purpose. `receive` sees gradients of whatever the user
-        # calls backward on, so M already speaks in those units: with (loss + sent) / 4, g comes
-        # divided by 4, M learns it so, and dividing ĝ once more would be wrong.
-        synthetic = ctx.saved_tensors
-        return None, *[None] * len(synthetic), *synthetic
-
-
-def attach(loss: Tensor) -> Tensor:
-    """A scalar of value 0 whose gradient with respect to the scalar `loss` is 1, whatever it is added to."""
-    return _Send.apply(1, torch.ones_like(loss), loss)  # type: ignore[return-value]
 
 
 class Interface(nn.Module):
@@ -257,7 +203,7 @@ class Interface(nn.Module):
         if self.keeps_sent:
             self._keep(rows, leaves)
         synthetic = self._like(rows, leaves)
-        return _Send.apply(len(leaves), *synthetic, *leaves)  # type: ignore[return-value]
+        return Send.apply(len(leaves), *synthetic, *leaves)  # type: ignore[return-value]
 
     def _keep(self, rows: Tensor, leaves: list[Tensor]) -> None:
         """In place where it can be: what is recorded on a device must find it again."""
@@ -310,7 +256,7 @@ class Interface(nn.Module):
         """
         leaves, spec = flatten(message)
         predicted, critique = self._centred(leaves, spec, context, done)
-        synthetic = _times(self._untrusted_factor(critique, discount), predicted).to(self.audited.dtype)
+        synthetic = times(self._untrusted_factor(critique, discount), predicted).to(self.audited.dtype)
         true = self._rows(flatten(real)[0])
         self.audited.mul_(AUDIT_DECAY)
         self.audited += self._summed(torch.stack([(synthetic * true).sum(), synthetic.square().sum()]))
@@ -321,7 +267,7 @@ class Interface(nn.Module):
         leaves, spec = flatten(message)
         predicted, critique = self._predict(leaves, spec, context, done)
         if critique:
-            predicted = _times(_inverse(self.target_rms()), predicted)
+            predicted = times(_inverse(self.target_rms()), predicted)
         return unflatten(self._like(predicted, leaves), spec)
 
     # Below, a message and what goes with it is its rows: one tensor (B, features), its tensors side by side.
@@ -357,7 +303,7 @@ class Interface(nn.Module):
     ) -> Tensor:
         """ĝ, in a dtype in which what a loss scaler is there to save does not underflow."""
         predicted, critique = self._centred(leaves, spec, context, done)
-        return _times(self._factor(critique, discount, loss_scale), predicted)
+        return times(self._factor(critique, discount, loss_scale), predicted)
 
     @torch.no_grad()
     def _centred(
@@ -384,7 +330,7 @@ class Interface(nn.Module):
 
     def _edge(self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None) -> Tree:
         tensors = (*leaves, *self._call(leaves, spec, context))
-        return unflatten(_Edge.apply(self, done, len(leaves), *tensors), spec)  # type: ignore[arg-type]
+        return unflatten(Edge.apply(self, done, len(leaves), *tensors), spec)  # type: ignore[arg-type]
 
     def _call(self, leaves: list[Tensor], spec: Spec, context: Any) -> list[Tensor]:
         """What M predicts for a message, checked and as rows; and behind it its losses if it has them."""
@@ -435,16 +381,6 @@ class Interface(nn.Module):
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, normalize={self.normalize}, batch_dim={self.batch_dim}"
-
-
-def without(done: Tensor | None, rows: Tensor) -> Tensor:
-    """Zero in the rows of `done`."""
-    return rows if done is None else rows.masked_fill(done.unsqueeze(1), 0.0)
-
-
-def _times(factor: Tensor, tensor: Tensor) -> Tensor:
-    """A scalar tensor times another, in the wider dtype: a small factor would underflow in float16."""
-    return factor * tensor.to(torch.promote_types(tensor.dtype, factor.dtype))
 
 
 def _inverse(rms: Tensor) -> Tensor:

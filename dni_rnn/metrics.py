@@ -105,7 +105,7 @@ def metrics_of(row: Mapping[str, Any]) -> tuple[Metric, ...]:
     return COUNTS_OF_EACH if metric is COUNTS else (metric,)
 
 
-TRACES: Mapping[str, str] = {
+LOGGED: Mapping[str, str] = {
     "trust": "trust: coefficient of the true on the synthetic gradient",
     "cosine": "cosine similarity with the true gradient",
     "explained": "explained variance of the true gradient",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dni_rnn.interface import without
+from dni_rnn.edges import without
 from dni_rnn.pytree import Tree, detach, flatten, flatten_rows, unflatten
 from dni_rnn.running_rms import AllReduce, follow, sum_of_squares
 

@@ -51,6 +51,8 @@ def find(kind: Kind, name: str) -> Any:
 def is_import(text: str) -> bool:
     """Whether an option is `package.module:Name`."""
     module, colon, name = text.partition(":")
+    if module == "mlp":  # `mlp:WIDTH`
+        return False
     return bool(colon) and all(part.isidentifier() for part in [*module.split("."), *name.split(".")])
 
 

@@ -33,11 +33,11 @@ from dni_rnn.experiments.report import (
     amount_to,
     by_cell,
     curves_of,
+    logged_of,
     mean_sd,
     render_csv,
     render_table,
     report_sweep,
-    traces_of,
 )
 from dni_rnn.experiments.results_page import render_index, result_folders
 from dni_rnn.experiments.sweep import read_failures, read_rows, read_sweep
@@ -153,8 +153,8 @@ def test_committed_tables_are_what_their_rows_say(folder):
     assert (folder / "table.csv").read_text(encoding="utf-8") == render_csv(cells, rows), stale(folder)
     groups = by_cell(cells, about.timed(rows))
     pictures = {metric.key: fingerprint(curves_of(groups, metric), metric) for metric in metrics}
-    if traces_of(groups):
-        pictures[INSIDE] = fingerprint(curves_of(groups, metrics[0]), traces_of(groups))
+    if logged_of(groups):
+        pictures[INSIDE] = fingerprint(curves_of(groups, metrics[0]), logged_of(groups))
     for name, content in pictures.items():
         for ending in ("png", "svg"):
             assert fingerprint_of(folder / f"{name}.{ending}") == content, stale(folder)
@@ -463,14 +463,14 @@ def test_a_page_needs_nothing_else(folder):
 def test_what_went_on_inside(folder):
     rows = with_insides(folder)
     groups = by_cell(read_sweep(folder), rows)
-    assert traces_of(groups) == {
+    assert logged_of(groups) == {
         "trust: coefficient of the true on the synthetic gradient": {
             name: [(1, 0.5), (9, 0.25)] for name in ("bptt T=2", "bptt T=20", "dni T=2")
         }
     }
     for cut in (1, 2):
         groups["dni T=2"][0]["traces"][f"cosine_{cut}"] = [[5, 0.2 * cut], [10, 0.5]]
-    assert traces_of(groups)["cosine similarity with the true gradient"] == {
+    assert logged_of(groups)["cosine similarity with the true gradient"] == {
         "dni T=2": [(5, pytest.approx(0.3)), (10, 0.5)]
     }
 

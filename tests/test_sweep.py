@@ -18,18 +18,11 @@ import pytest
 
 from dni_rnn.cli import main, parse_train
 from dni_rnn.errors import UsageError
-from dni_rnn.experiments import sweep
-from dni_rnn.experiments.sweep import (
-    Cell,
-    pack_runs,
-    parse_duration,
-    read_failures,
-    read_rows,
-    read_sweep,
-    run_sweep,
-    unpack_runs,
-)
+from dni_rnn.experiments import carry, sweep_runner
+from dni_rnn.experiments.carry import pack_runs, unpack_runs
+from dni_rnn.experiments.sweep import Cell, read_failures, read_rows, read_sweep
 from dni_rnn.experiments.sweep_progress import duration
+from dni_rnn.experiments.sweep_runner import parse_duration, run_sweep
 from dni_rnn.training.checkpoint import load_checkpoint
 from dni_rnn.training.run_directory import machine_name
 
@@ -41,7 +34,7 @@ NOISE = ("seconds", "symbols_per_second", "peak_memory_mb", "commit")
 
 @pytest.fixture(autouse=True)
 def short_polls(monkeypatch):
-    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sweep_runner, "POLL_SECONDS", 0.02)
 
 
 def write_sweep(folder, train, seeds, cells):
@@ -145,7 +138,7 @@ def test_the_command_of_a_row_gives_the_row_again(finished, tmp_path, monkeypatc
 def test_a_finished_sweep_runs_nothing(finished, monkeypatch, capsys):
     folder, work = finished
     before = (folder / "rows.jsonl").read_bytes()
-    monkeypatch.setattr(sweep, "_start", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setattr(sweep_runner, "_start", lambda *_: pytest.fail("a process was started"))
     assert main(["sweep", str(folder), "--work", str(work)]) == 0
     assert "4 rows there, 0 to run" in capsys.readouterr().out
     assert (folder / "rows.jsonl").read_bytes() == before
@@ -156,7 +149,7 @@ def test_rows_of_other_seeds_do_not_count(finished, tmp_path, monkeypatch, capsy
     shutil.copytree(finished[0], folder)
     text = (folder / "sweep.toml").read_text()
     (folder / "sweep.toml").write_text(re.sub(r"^seeds = .*", "seeds = [0]", text, flags=re.M))
-    monkeypatch.setattr(sweep, "_start", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setattr(sweep_runner, "_start", lambda *_: pytest.fail("a process was started"))
     assert run_sweep(folder, tmp_path / "work") == 0
     assert "2 rows there, 0 to run" in capsys.readouterr().out
     assert len(read_rows(folder)) == 4
@@ -204,8 +197,8 @@ def test_a_row_that_a_crash_cut_short_is_run_again(finished, tmp_path, monkeypat
     row = json.dumps(made(Cell("a", 0, ())))
     (folder / "rows.jsonl").write_text(row + "\n" + row.replace('"a"', '"b"')[:-5])
     started = []
-    monkeypatch.setattr(sweep, "_start", lambda cell, *_: started.append(cell.name) or Finished(0))
-    monkeypatch.setattr(sweep, "make_row", lambda cell, run: made(cell))
+    monkeypatch.setattr(sweep_runner, "_start", lambda cell, *_: started.append(cell.name) or Finished(0))
+    monkeypatch.setattr(sweep_runner, "make_row", lambda cell, run: made(cell))
     assert run_sweep(folder, tmp_path / "work", 1) == 0
     assert started == ["b"]
     assert [row["cell"] for row in read_rows(folder)] == ["a", "b"]
@@ -252,8 +245,8 @@ def pretend(monkeypatch, start):
         (work / f"{cell.folder}.log").touch()
         return start(cell, work, device)
 
-    monkeypatch.setattr(sweep, "_start", begin)
-    monkeypatch.setattr(sweep, "make_row", lambda cell, run: made(cell))
+    monkeypatch.setattr(sweep_runner, "_start", begin)
+    monkeypatch.setattr(sweep_runner, "make_row", lambda cell, run: made(cell))
 
 
 def test_a_failing_cell_is_tried_once_more_and_recorded(tmp_path, capsys, monkeypatch):
@@ -351,7 +344,7 @@ def test_a_run_is_asked_to_stop_once(tmp_path, monkeypatch, capsys):
 def test_a_budget_is_shared_in_rounds(parallel, tmp_path, monkeypatch):
     folder = write_sweep(tmp_path / "grid", "recall", [0], dict.fromkeys("abcde", ""))
     work, started = tmp_path / "work", []
-    monkeypatch.setattr(sweep, "LEAST_TURN", 0.1)
+    monkeypatch.setattr(sweep_runner, "LEAST_TURN", 0.1)
 
     def start(cell, *_):
         """It has got as far as it has had turns, but `a` takes less to do."""
@@ -378,7 +371,7 @@ def test_a_budget_is_shared_in_rounds(parallel, tmp_path, monkeypatch):
 def test_time_of_a_run_that_has_not_begun_is_not_over(tmp_path, monkeypatch):
     """A process that is still starting could not make a checkpoint."""
     folder = write_sweep(tmp_path / "grid", "recall", [0], {"a": "", "b": ""})
-    monkeypatch.setattr(sweep, "LEAST_TURN", 0.01)
+    monkeypatch.setattr(sweep_runner, "LEAST_TURN", 0.01)
     processes = {}
 
     def start(cell, work, _):
@@ -454,7 +447,7 @@ def test_what_is_no_duration(text):
 
 
 def test_parts_that_do_not_belong_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "PART_BYTES", 1000)
+    monkeypatch.setattr(carry, "PART_BYTES", 1000)
     run = tmp_path / "work" / "a"
     run.mkdir(parents=True)
     content = {"config.json": b"{}", "checkpoint.safetensors": bytes(range(256)) * 40, "other": b"left out"}
@@ -536,7 +529,7 @@ def test_what_is_not_a_sweep(content, tmp_path, monkeypatch, capsys):
     folder.mkdir()
     if content is not None:
         (folder / "sweep.toml").write_bytes(content)
-    monkeypatch.setattr(sweep, "_start", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setattr(sweep_runner, "_start", lambda *_: pytest.fail("a process was started"))
     assert main(["sweep", str(folder), "--work", str(tmp_path / "work")]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

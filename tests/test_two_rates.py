@@ -249,28 +249,6 @@ def test_a_synthesizer_that_predicts_zero_changes_nothing(generator):
 @pytest.mark.parametrize("dni", [False, True])
 def test_a_penalty_pushes_back_what_is_beyond_its_bound(dni, generator):
     """It is all that trains a message where M predicts zero: strength · RMS · ½ Σ max(|m| − 3, 0)²."""
-    model, block = small(generator, decoupled=True, dni=dni)
-        for interface in model.interfaces().values():
-            randomize(interface.synthesizer, generator)
-            interface.target_square.fill_(1.0)
-        differentiate(model, model.decoupled(block))
-        for name, parameter in model.fast.message.named_parameters():
-            assert (parameter.grad is not None and float(parameter.grad.norm()) > 0) == dni, name
-
-
-def test_a_synthesizer_that_predicts_zero_changes_nothing(generator):
-    model, block = small(generator, dni=True)
-    differentiate(model, model.decoupled(block))
-    silent = net_gradients(model)
-    plain = TwoRates(model.fast, model.slow, {name: Cut() for name in model.cuts}, 3, 3)
-    differentiate(plain, plain.decoupled(block))
-    close(net_gradients(plain), {name: silent[name] for name in net_gradients(plain)})
-    assert relative(silent, truth(model, block).parameters, "fast") > 0.01
-
-
-@pytest.mark.parametrize("dni", [False, True])
-def test_a_penalty_pushes_back_what_is_beyond_its_bound(dni, generator):
-    """It is all that a message is learnt from where M predicts zero: strength · RMS · ½ Σ max(|m| − 3, 0)²."""
     model, block = small(generator, decoupled=True, dni=dni, restore=0.5)
     scale = dict(model.fast.message.named_parameters())["1.weight"]
     with torch.no_grad():

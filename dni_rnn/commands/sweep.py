@@ -28,7 +28,7 @@ class Sweep:
     """Folder to carry unfinished runs elsewhere: read at the start, written at the end, parts below 16 MB."""
 
     def __call__(self) -> None:
-        from dni_rnn.experiments.sweep import parse_duration, run_sweep
+        from dni_rnn.experiments.sweep_runner import parse_duration, run_sweep
 
         failed = run_sweep(
             self.folder,

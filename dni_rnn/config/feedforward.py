@@ -84,6 +84,8 @@ class FeedforwardConfig(RunConfig):
         self._check_decoupled()
         if self.steps is not None and self.minutes is not None:
             raise UsageError("give one of --minutes and --steps, not both")
+        if self.steps is not None and self.epochs != type(self).epochs:
+            raise UsageError("give one of --epochs and --steps, not both")
         if self.layers < 2:
             raise UsageError(f"--layers must be at least 2, not {self.layers}: one layer has no boundary")
         if self.model == "vgg":

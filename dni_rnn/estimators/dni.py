@@ -57,6 +57,7 @@ class DNI(TruncatedBPTT):
     def begin(self, model: SequenceModel, batch_size: int) -> None:
         super().begin(model, batch_size)
         self._sender = [_interface(model)]
+        self._sender[0].sent = None
 
     def memory(self) -> dict[str, Tensor]:
         sent = self._sender[0].sent if self._sender else None

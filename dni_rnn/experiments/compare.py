@@ -13,7 +13,7 @@ from dni_rnn.data.task import config_of, installed_tasks
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.plots import Curve, Panel, check_format, save_curves, save_lines
 from dni_rnn.experiments.report import markdown_table
-from dni_rnn.metrics import BPC, TRACES, Metric, Point
+from dni_rnn.metrics import BPC, LOGGED, Metric, Point
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def plot_layers(path: Path) -> bool:
                 if key.startswith(f"{name}_"):
                     cut = f"cut {key.removeprefix(f'{name}_')}"
                     lines.setdefault(cut, []).append((float(row["step"]), value))
-        panels.append(Panel("updates", TRACES[name], lines))
+        panels.append(Panel("updates", LOGGED[name], lines))
     if not all(panel.lines for panel in panels):
         return False
     save_lines(path / "layers.svg", panels)
@@ -137,7 +137,7 @@ def plot_layers(path: Path) -> bool:
 
 
 LAYERED = ("cosine", "explained", "trust", "synthesizer_loss")
-"""What is logged per cut (`TRACES`)."""
+"""What is logged per cut (`LOGGED`)."""
 
 
 def compare_runs(paths: Sequence[Path], out: Path) -> None:

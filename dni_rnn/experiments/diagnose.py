@@ -99,15 +99,17 @@ def diagnose_run(path: Path, bptts: str, device: torch.device, data_dir: Path | 
         run.model, run.data, config.context_window, config.weight, lengths, config.discount
     )
     print(f"{path}: {run.data.name}, {config.method}, trained with T={config.bptt}, validation split")
-    print(
-        markdown_table(
-            ["core gradient against full BPTT", "T", "cosine", "relative error"],
-            (
-                [q.estimator, str(q.bptt), f"{q.cosine:.3f}", f"{q.relative_error:.3f}"]
-                for q in found.parameters
-            ),
-        )
-    )
+    columns = ["core gradient against full BPTT", "T", "cosine", "relative error", "bias", "gain", "cost"]
+    lines = [
+        [
+            q.estimator,
+            str(q.bptt),
+            *(f"{value:.3f}" for value in (q.cosine, q.relative_error, q.bias, q.gain)),
+            f"{q.cost:.1f}",
+        ]
+        for q in found.parameters
+    ]
+    print(markdown_table(columns, lines))
     if found.boundaries:
         print(
             markdown_table(

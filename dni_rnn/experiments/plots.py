@@ -145,22 +145,22 @@ def save_curves(paths: Sequence[Path], curves: Sequence[Curve], metric: Metric) 
     _save(paths, lambda: _draw(drawn, metric), fingerprint(curves, metric))
 
 
-def save_traces(paths: Sequence[Path], curves: Sequence[Curve], traces: Traces) -> None:
+def save_logged(paths: Sequence[Path], curves: Sequence[Curve], logged: Traces) -> None:
     """Draw what went on inside, a panel for each quantity, against updates (see `save_curves`).
 
     Args:
       paths: png, svg or pdf by their ending.
       curves: label, method and depth of the lines.
-      traces: by quantity and label, pairs (updates, value).
+      logged: by quantity and label, pairs (updates, value).
     """
 
     def draw() -> Figure:
-        columns = min(len(traces), 3)
-        rows = -(-len(traces) // columns)
+        columns = min(len(logged), 3)
+        rows = -(-len(logged) // columns)
         figure = Figure(figsize=(4.6 * columns, 3.8 * rows + 0.8), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).flat
         handles = {}
-        for axes, (quantity, lines) in zip(grid, traces.items(), strict=False):
+        for axes, (quantity, lines) in zip(grid, logged.items(), strict=False):
             for curve, style in zip(curves, _styles(curves), strict=True):
                 if curve.label in lines:
                     x, y = zip(*lines[curve.label], strict=True)
@@ -168,12 +168,12 @@ def save_traces(paths: Sequence[Path], curves: Sequence[Curve], traces: Traces) 
                     handles[curve.label] = axes.plot(x, y, **style)[0]
             axes.set(xlabel="updates", title=quantity)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        for axes in [*grid][len(traces) :]:
+        for axes in [*grid][len(logged) :]:
             axes.remove()
         _legend(figure, handles)
         return figure
 
-    _save(paths, draw, fingerprint(curves, traces))
+    _save(paths, draw, fingerprint(curves, logged))
 
 
 Traces = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]

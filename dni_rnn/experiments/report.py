@@ -18,10 +18,10 @@ from dni_rnn.atomic_files import write_atomically
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.about import About, read_about
 from dni_rnn.experiments.html_page import render_page
-from dni_rnn.experiments.plots import Curve, save_curves, save_traces
+from dni_rnn.experiments.plots import Curve, save_curves, save_logged
 from dni_rnn.experiments.provenance import commands_of, failed_runs, machines, samples, versions_of
 from dni_rnn.experiments.sweep import Cell, read_failures, read_rows, read_sweep
-from dni_rnn.metrics import BPC, TRACES, Metric, Point, metrics_of
+from dni_rnn.metrics import BPC, LOGGED, Metric, Point, metrics_of
 
 
 def mean_sd(values: Sequence[float], digits: int) -> str:
@@ -103,7 +103,7 @@ def render_table(
     for metric in metrics:
         parts += _section(groups, planned, about, metric)
     parts += [f"{text}\n" for text in (failed_runs(failures), machines(rows), about.shows.strip()) if text]
-    if traces_of(groups):
+    if logged_of(groups):
         parts.append(f"![What went on inside]({INSIDE}.svg)\n")
         parts.append("What went on inside, of the first seed of each cell; mean over cuts.\n")
     parts.append(samples(groups))
@@ -163,7 +163,7 @@ def _section(
 
 
 INSIDE = "inside"
-"""What the plot of `traces_of` is called."""
+"""What the plot of `logged_of` is called."""
 
 
 def curves_of(groups: Mapping[str, Sequence[dict[str, Any]]], metric: Metric) -> list[Curve]:
@@ -175,7 +175,7 @@ def curves_of(groups: Mapping[str, Sequence[dict[str, Any]]], metric: Metric) ->
     ]
 
 
-def traces_of(
+def logged_of(
     groups: Mapping[str, Sequence[dict[str, Any]]],
 ) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """What went on inside the first run of each cell, by quantity and cell: pairs (updates, mean over cuts).
@@ -183,7 +183,7 @@ def traces_of(
     Quantities that no such run has logged are left out; so are all of rows made before they were kept.
     """
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for quantity, label in TRACES.items():
+    for quantity, label in LOGGED.items():
         for name, rows in groups.items():
             traces = rows[0].get("traces", {}) if rows else {}
             alike = [points for key, points in traces.items() if re.fullmatch(rf"{quantity}(_\d+)?", key)]
@@ -282,10 +282,10 @@ def report_sweep(folder: Path) -> None:
         paths = [folder / f"{metric.key}.png", folder / f"{metric.key}.svg"]
         save_curves(paths, curves_of(groups, metric), metric)
         plots += paths
-    traces = traces_of(groups)
-    if traces:
+    logged = logged_of(groups)
+    if logged:
         paths = [folder / f"{INSIDE}.png", folder / f"{INSIDE}.svg"]
-        save_traces(paths, curves_of(groups, metrics[0]), traces)
+        save_logged(paths, curves_of(groups, metrics[0]), logged)
         plots += paths
     write_text(folder / "table.csv", render_csv(cells, rows))
     write_text(folder / "table.md", table)

@@ -34,6 +34,15 @@ FUSED: dict[type[nn.Module], Callable[..., Any]] = {
 }
 
 
+def why_not_traced(core: Any) -> str | None:
+    """Why a core cannot be traced, in words; None if it can."""
+    try:
+        check(core)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
 def check(core: nn.Module) -> None:
     """Refuse what has no trace.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dni_rnn.interface import RECEIVED_BY, Interface
+from dni_rnn.penalty import StatePenalty
 from dni_rnn.pytree import LSTMState, Tree, flatten, unflatten
 from dni_rnn.traces.layer import Layer
 from dni_rnn.traces.memory import Gradients, Plan
@@ -72,8 +73,9 @@ class Traced(nn.Module):
         output, state = core(x, state)
         loss = criterion(output, y) + interface.send(state)
 
-    Any other state is detached. A penalty on the end state, the user's or `Interface.restore`, is a loss like
-    another and stays. A state that was replaced must be told, by `done`, None or `reset`.
+    Any other state is detached, but for one that `StatePenalty.measure` has just returned. A penalty on the
+    end state is a loss like another and stays. A state that was replaced must be told, by `done`, None or
+    `reset`.
 
     Sums and means: the trace's part is in the units of the scalar that is differentiated. Accumulation over
     windows, clipping, autocast, data parallelism and checkpoints of weights need nothing. Where no gradients
@@ -173,7 +175,13 @@ class Traced(nn.Module):
             return "hidden" if isinstance(self.core, nn.LSTM | nn.LSTMCell) else None
         return getattr(self.core, "output_leaf", None)
 
-    def forward(self, inputs: Tensor, state: Tree = None, done: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        inputs: Tensor,
+        state: Tree = None,
+        done: Tensor | None = None,
+        sent: Sequence[Tensor] | None = None,
+    ) -> Any:
         """What the core returns for one window; the state of an LSTM is an `LSTMState`, (h, c) with names.
 
         Args:
@@ -183,6 +191,8 @@ class Traced(nn.Module):
             initial one in all rows, whose traces end.
           done: boolean (B,). Rows that start anew here: their traces end. The caller has put an initial
             state there, and has told the interface, if there is one.
+          sent: ĝ, where it came from no interface: what was injected into the state, a list like its leaves,
+            without `loss_scale`, 0 in rows of `done`.
         """
         anew = state is None
         cell = isinstance(self.core, nn.RNNCellBase)
@@ -198,13 +208,15 @@ class Traced(nn.Module):
         interface = self._find(leaves)
         if interface is not None:
             interface.keeps_sent = True
-        leaves = [leaf if interface is not None and leaf.requires_grad else leaf.detach() for leaf in leaves]
+        leaves = [leaf if interface is not None or _measured(leaf) else leaf.detach() for leaf in leaves]
         self._check_rows(inputs.shape[batch_dim])
         if self._latest is not None and not self._latest.absorbed:
             self._absorb(self._latest)
-        sent = None if interface is None or interface.sent is None else [s.clone() for s in interface.sent]
+        if sent is None and interface is not None:
+            sent = interface.sent
+        known = None if anew or sent is None else [s.clone() for s in sent]  # the next ones take their place
         parameters = self._parameters_traced()
-        passage = self._latest = _Passage(done, anew, None if anew else sent, parameters)
+        passage = self._latest = _Passage(done, anew, known, parameters)
         leaves = list(_Trace.apply(self, passage, len(leaves), *leaves, *parameters.values()))  # type: ignore
         received = unflatten(leaves, spec)
         output, end, passage.records = run(self.core, inputs, received, self.embedding, self.fused)
@@ -371,6 +383,11 @@ class Traced(nn.Module):
 def _by_parameter(sums: Gradients, parameters: dict[str, Tensor]) -> list[Tensor | None]:
     by_name, of_table = sums.finish()
     return [of_table if name == EMBEDDING else by_name.get(name) for name in parameters]
+
+
+def _measured(leaf: Tensor) -> bool:
+    """Whether a penalty waits for the gradient that arrives at it."""
+    return isinstance(getattr(leaf.grad_fn, "penalty", None), StatePenalty)
 
 
 def _hides_interface(node: Any, most: int = 32) -> bool:

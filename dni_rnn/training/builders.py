@@ -18,6 +18,7 @@ from dni_rnn.pytree import flatten_rows
 from dni_rnn.recurrent import RecurrentCore, SequenceModel
 from dni_rnn.registry import find, imported, is_import
 from dni_rnn.synthesizers import ContextEncoder, ContextMLP, Critic, MLPSynthesizer, OneHotTokens, Rows, units
+from dni_rnn.traces import why_not_traced
 
 
 def build_model(config: RecurrentConfig, data: Data) -> SequenceModel:
@@ -53,6 +54,8 @@ def build_estimator(config: RecurrentConfig, model: SequenceModel, data: Data) -
     """
     restore = config.resolved.restore
     penalty = StatePenalty(restore) if restore else None
+    if config.trace and (why_not := why_not_traced(model.core.rnn)):
+        raise UsageError(f"--trace {config.trace} with --core {config.core}: {why_not}")
     trace = {"trace": config.trace, "trace_decay": config.trace_decay} if config.trace else {}
     if not config.dni:
         name, options = config.estimator_spec

@@ -1,0 +1,88 @@
+"""The edges of the autograd graph that an interface puts in: what arrives is learnt from, ĝ is handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Owner(Protocol):
+    """What an edge belongs to: an `Interface`."""
+
+    loss_scale: Tensor | float | None
+
+    def _factor(self, critique: bool, discount: float, loss_scale: Tensor | float | None) -> Tensor: ...
+
+    def _like(self, rows: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]: ...
+
+    def _regress(
+        self, predicted: Tensor, gradients: Sequence[Tensor], done: Tensor | None, losses: Tensor | None
+    ) -> list[Tensor]: ...
+
+
+class Edge(torch.autograd.Function):
+    """Identity forward. Backward: trains M on what arrives, and hands ĝ to a message that asks for it.
+
+    A detached message asks for nothing: then the edge is `receive`, and the graph ends here. The tensors are
+    the `count` of the message, what M predicts for it (B, features), and M's losses where it has such.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, interface: Owner, done: Tensor | None, count: int, *tensors: Tensor) -> Any:
+        messages, predicted = tensors[:count], tensors[count:]
+        ctx.interface, ctx.done = interface, done
+        ctx.passes_on = any(ctx.needs_input_grad[3 : 3 + count])
+        # The target RMS as it is now: backward moves it.
+        ctx.factor = (
+            interface._factor(len(predicted) > 1, 1.0, interface.loss_scale) if ctx.passes_on else None
+        )
+        ctx.save_for_backward(*predicted)
+        return tuple(message.view_as(message) for message in messages)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        predicted, *losses = ctx.saved_tensors
+        interface = ctx.interface
+        onward: list[Tensor | None] = [None] * len(gradients)
+        if ctx.passes_on:
+            onward = interface._like(times(ctx.factor, predicted), gradients)
+        trained = interface._regress(predicted, gradients, ctx.done, losses[0] if losses else None)
+        return None, None, None, *onward, *trained
+
+
+class Send(torch.autograd.Function):
+    """Zero forward. Backward: the synthetic gradients, as the gradients of the messages."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[:count])
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> Any:
+        # The incoming factor is left out on purpose. `receive` sees gradients of whatever the user
+        # calls backward on, so M already speaks in those units: with (loss + sent) / 4, g comes
+        # divided by 4, M learns it so, and dividing ĝ once more would be wrong.
+        synthetic = ctx.saved_tensors
+        return None, *[None] * len(synthetic), *synthetic
+
+
+def attach(loss: Tensor) -> Tensor:
+    """A scalar of value 0 whose gradient with respect to the scalar `loss` is 1, whatever it is added to."""
+    return Send.apply(1, torch.ones_like(loss), loss)  # type: ignore[return-value]
+
+
+def without(done: Tensor | None, rows: Tensor) -> Tensor:
+    """Zero in the rows of `done`."""
+    return rows if done is None else rows.masked_fill(done.unsqueeze(1), 0.0)
+
+
+def times(factor: Tensor, tensor: Tensor) -> Tensor:
+    """A scalar tensor times another, in the wider dtype: a small factor would underflow in float16."""
+    return factor * tensor.to(torch.promote_types(tensor.dtype, factor.dtype))
