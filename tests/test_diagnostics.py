@@ -49,10 +49,10 @@ def windows(generator: torch.Generator, count: int, steps: int) -> list[Window]:
 
 
 def numbered(stretch: list[Window]) -> list[Window]:
-    """The context of every boundary is its number."""
+    """The context of every boundary is its number, and of every row its own."""
 
     def at(number: int) -> Boundary:
-        return Boundary(context=torch.full((1, 3), number))
+        return Boundary(context=torch.stack([torch.full((3,), number), torch.arange(3)]))
 
     return [w._replace(start=at(n), end=at(n + 1)) for n, w in enumerate(stretch)]
 
@@ -147,7 +147,52 @@ class Exact(nn.Module):
         self.trues = trues
 
     def forward(self, message: Tree, context: torch.Tensor) -> Tree:
-        return map_tree(lambda g: 0.5 * g, self.trues[int(context[0, 0])])
+        return map_tree(lambda g: 0.5 * g[:, context[1]], self.trues[int(context[0, 0])])
+
+
+def test_bias_gain_and_error_by_hand(generator: torch.Generator) -> None:
+    """Of truncated BPTT, on halves of one row and of two."""
+    model = make(text(generator))
+    model.core.interface = None
+    stretches = [([_alike(w) for w in windows(generator, 6, 2)], model.initial_state(3)) for _ in range(2)]
+    found = {q.estimator: q for q in diagnose(model, lambda bptt: stretches, 0.5, [2]).parameters}
+    assert set(found) == {"truncated", "trace"}
+    product, power, errors, gains = 0.0, 0.0, [], []
+    for stretch, state in stretches:
+        parts = []
+        for rows in (slice(0, 1), slice(1, 3)):
+            half = [w._replace(inputs=w.inputs[:, rows], targets=w.targets[:, rows]) for w in stretch]
+            at = LSTMState(*(leaf[:, rows] for leaf in state))
+            full = core_gradient(model, FullBPTT(), half, at, 0.5)
+            parts.append((core_gradient(model, TruncatedBPTT(), half, at, 0.5) - full, full))
+        (e1, g1), (e2, g2) = parts
+        product, power = product + float(e1 @ e2), power + float(g1 @ g2)
+        errors.append(float((e1 + e2).norm() / (g1 + g2).norm()))
+        gains.append(1 + float((e1 + e2) @ (g1 + g2) / (g1 + g2).square().sum()))
+    truncated = found["truncated"]
+    assert truncated.relative_error == pytest.approx(sum(errors) / 2)
+    assert sum(errors) > 0.1
+    assert truncated.gain == pytest.approx(sum(gains) / 2)
+    assert truncated.bias == pytest.approx(product**0.5 / power**0.5)
+    assert truncated.bias > 0.05
+    assert truncated.cost == 1.0
+
+
+def _alike(window: Window) -> Window:
+    """Three rows that read the same: what one row errs in, the others do."""
+    return window._replace(inputs=window.inputs[:, [0, 0, 0]], targets=window.targets[:, [0, 0, 1]])
+
+
+def test_an_exact_trace_has_no_error(generator: torch.Generator) -> None:
+    data = text(generator)
+    model = build_model(RecurrentConfig(core="mingru", hidden=6, embedding=3), data).double()
+    for parameter in model.core.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    stretch = windows(generator, 6, 2)
+    found = diagnose(model, lambda bptt: [(stretch, model.initial_state(3))], 0.5, [2])
+    quality = {q.estimator: q for q in found.parameters}
+    assert quality["trace"].relative_error < 1e-9 < 0.05 < quality["truncated"].relative_error
+    assert quality["trace"].gain == pytest.approx(1.0)
 
 
 def test_what_is_measured_at_the_boundaries_by_hand(generator: torch.Generator) -> None:
@@ -209,7 +254,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "relative error" in capsys.readouterr().out
     saved = json.loads((run / "diagnostics.json").read_text())
     assert {(q["estimator"], q["bptt"]) for q in saved["parameters"]} == {
-        (name, bptt) for name in ("truncated", "synthetic") for bptt in (4, 20)
+        (name, bptt) for name in ("truncated", "trace", "synthetic", "synthetic+trace") for bptt in (4, 20)
     }
     assert (run / "diagnostics.png").stat().st_size > 1000
     assert main(["diagnose", str(run), "--bptt", "0,4"]) == 2
