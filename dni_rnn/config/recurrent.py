@@ -56,6 +56,9 @@ class RecurrentConfig(RunConfig):
     (exactly in an element-wise core), with any method; 0: none."""
     trace_decay: float = 1.0
     """Factor on the trace per step."""
+    lookahead: int = 0
+    """Steps behind each window that are backpropagated through as well, and again in their turn: overlapping
+    windows, the bound of a synthesizer that is conditioned on so many symbols. 0: none."""
     dni: bool = False
     """Put a synthetic gradient at each truncation boundary."""
     restore: float | None = None
@@ -115,7 +118,7 @@ class RecurrentConfig(RunConfig):
             raise UsageError(f"--trace-decay must lie between 0 and 1, not {self.trace_decay}")
         if not self.trace and self.trace_decay != type(self).trace_decay:
             raise UsageError("--trace-decay does nothing without --trace; add --trace 32")
-        for name in ("clip", "scale", "restore", "audit", "trace"):
+        for name in ("clip", "scale", "restore", "audit", "trace", "lookahead"):
             if not (getattr(self, name) or 0) >= 0:
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative")
         if not 0 < self.beta2 < 1:
@@ -147,6 +150,9 @@ class RecurrentConfig(RunConfig):
             )
         if self.dni and self.estimator is not None:
             raise UsageError("--dni is an estimator of its own: leave out --estimator or --dni")
+        if self.lookahead and (self.dni or self.estimator is not None):
+            other = "--dni" if self.dni else "--estimator"
+            raise UsageError(f"--lookahead is an estimator of its own: leave out {other} or --lookahead")
         if self.estimator_spec[0] == "dni" and not self.dni:
             raise UsageError("--estimator dni needs a synthesizer: give --dni in its place")
 
@@ -180,8 +186,11 @@ class RecurrentConfig(RunConfig):
     @property
     def estimator_spec(self) -> tuple[str, dict[str, Any]]:
         """Name of the estimator and its keyword arguments."""
-        default = "dni" if self.dni else "bptt"
-        return parse_estimator(default if self.estimator is None else self.estimator)
+        if self.estimator is not None:
+            return parse_estimator(self.estimator)
+        if self.lookahead:
+            return "lookahead", {"steps": self.lookahead}
+        return "dni" if self.dni else "bptt", {}
 
     @property
     def weight(self) -> float:
@@ -192,7 +201,8 @@ class RecurrentConfig(RunConfig):
     def method(self) -> str:
         """What tables call it: `bptt`, `bptt+restore`, `dni-online` (unconditioned), `dni+next-tokens:8`."""
         if not self.dni:
-            name = f"{self.estimator or 'bptt'}{'+restore' if self.restore else ''}"
+            ahead = f"+lookahead:{self.lookahead}" if self.lookahead else ""
+            name = f"{self.estimator or 'bptt'}{ahead}{'+restore' if self.restore else ''}"
         else:
             context = "-online" if self.context == "none" else f"+{self.context}"
             name = f"dni{context}{'+critic' if self.critic else ''}{'+aux' if self.aux else ''}"

@@ -43,7 +43,13 @@ class Estimator(nn.Module):
 
     An estimator may remember something of every row from call to call, besides the model's state: `begin`
     starts it, `memory` and `load_memory` save it, resume it and share it out with the rows.
+
+    Attributes:
+      lookahead: how many steps behind the last window it asks for. If there are any, training calls it as
+        `estimator(model, windows, state, weight, ahead)`, with windows of so many steps.
     """
+
+    lookahead: int = 0
 
     def __init__(self) -> None:
         super().__init__()

@@ -57,7 +57,7 @@ def state_gradients(
     found = {}
     for horizon in horizons:
         coming = torch.stack(losses[: horizon or len(losses)]).sum()
-        gradients = torch.autograd.grad(coming, leaves, retain_graph=True)
+        gradients = torch.autograd.grad(coming, leaves, retain_graph=True, materialize_grads=True)
         found[horizon] = unflatten(list(gradients), spec)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from dni_rnn.config import RecurrentConfig
 from dni_rnn.data.task import Corpus, Data, Split
 from dni_rnn.errors import DivergedError, UsageError
 from dni_rnn.estimators.full import state_gradients
+from dni_rnn.estimators.lookahead import first_steps
 from dni_rnn.metrics import BPC
 from dni_rnn.pytree import flatten, flatten_rows
 from dni_rnn.recurrent import SequenceModel
@@ -55,6 +57,8 @@ class RecurrentLearner(Learner):
         self.stream = data.stream("train", config.batch_size, config.seed).to(device)
         self.begin_rows(config.batch_size)
         self.one_pass = self.stream.size
+        # Fetched before their turn, for an estimator that looks ahead; each with where the stream stood then.
+        self._fetched: deque[tuple[dict[str, Any], Window]] = deque()
         self.window_loss = torch.zeros((), device=device)
         self._run = self.recorded(self._work)
 
@@ -80,11 +84,14 @@ class RecurrentLearner(Learner):
             self._audit()
         if config.anneal:
             self.record.set_rates(self.rate())
-        windows = [self.stream.window(steps, config.context_window) for steps in self._lengths()]
-        self._run([window[:-1] for window in windows])
+        windows, ahead = self._windows()
+        self._run([[window[:-1] for window in each] for each in (windows, ahead)])
         scored, steps = (sum(w.scored for w in windows), sum(len(w.inputs) for w in windows))
         if self.stream.curriculum is not None:
+            level = self.level
             self.stream.curriculum.note(self.window_loss, scored, steps)
+            if self.level != level:
+                self._take_back()
         counters.scored += scored
         counters.advance(steps * config.batch_size)
 
@@ -93,23 +100,51 @@ class RecurrentLearner(Learner):
         unit, amount = self.config.budget or ("symbols", self.one_pass)
         return cosine_schedule((self.counters.step if unit == "steps" else self.counters.symbols) / amount)
 
-    def _lengths(self) -> list[int]:
-        """Of the windows of the coming update; the update's number alone says what was drawn."""
+    def _windows(self) -> tuple[list[Window], list[Window]]:
+        """Those of the coming update, and what the estimator asks for of what comes then."""
+        config, asked = self.config, self.estimator.lookahead
+        if not asked:
+            lengths = self._lengths(self.counters.step)
+            return [self.stream.window(steps, config.context_window) for steps in lengths], []
+        count = config.accumulate
+        while sum(len(window.inputs) for _, window in list(self._fetched)[count:]) < asked:
+            later, number = divmod(len(self._fetched), count)
+            steps, place = self._lengths(self.counters.step + later)[number], self.stream.state_dict()
+            self._fetched.append((place, self.stream.window(steps, config.context_window)))
+        windows = [self._fetched.popleft()[1] for _ in range(count)]
+        return windows, first_steps((window for _, window in self._fetched), asked)
+
+    def _take_back(self) -> None:
+        """Put the stream back to where training stands: what was fetched ahead comes again."""
+        if not self._fetched:
+            return
+        place, _ = self._fetched[0]
+        self._fetched.clear()
+        if self.stream.curriculum is None:
+            self.stream.load_state_dict(place)
+            return
+        learnt = self.stream.curriculum.state_dict()
+        self.stream.load_state_dict(place)
+        self.stream.curriculum.load_state_dict(learnt)
+
+    def _lengths(self, update: int) -> list[int]:
+        """Of the windows of an update; its number alone says what was drawn."""
         config = self.config
         if not config.random_truncation:
             return [config.bptt] * config.accumulate
-        random = np.random.default_rng([config.seed, self.counters.step])
+        random = np.random.default_rng([config.seed, update])
         short = random.integers(1, config.bptt, config.accumulate, endpoint=True)
         early = random.random(config.accumulate) < config.random_truncation
         return np.where(early, short, config.bptt).tolist()
 
     def _work(self, tensors: list[Any]) -> None:
-        """What an update does on the device, in place; the tensors are those of its windows."""
+        """What an update does on the device, in place; the tensors are those of its windows, and ahead."""
         config, record = self.config, self.record
-        windows = [Window(*each, scored=0) for each in tensors]
+        windows, ahead = ([Window(*window, scored=0) for window in each] for each in tensors)
         record.optimizer.zero_grad()
         with self.autocast():
-            estimate = self.estimator(self.model, windows, self.state, config.weight)
+            asked = [ahead] if self.estimator.lookahead else []
+            estimate = self.estimator(self.model, windows, self.state, config.weight, *asked)
         loss = self.all_reduce(estimate.loss)
         if config.clip:
             record.averages["norm"].add_(nn.utils.clip_grad_norm_(record.net, config.clip))
@@ -186,6 +221,7 @@ class RecurrentLearner(Learner):
         return values
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self._take_back()
         tensors, values = super().state_dict()
         return tensors | self.by_row(), values | {"stream": self.stream.state_dict()}
 
@@ -194,6 +230,7 @@ class RecurrentLearner(Learner):
         for number, leaf in enumerate(flatten(self.state)[0]):
             leaf.copy_(tensors[f"state.{number}"])
         self.estimator.load_memory(checkpoint.under("memory", tensors))
+        self._fetched.clear()
         self.stream.load_state_dict(values["stream"])
 
 

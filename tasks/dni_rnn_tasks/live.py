@@ -24,18 +24,22 @@ class LiveConfig(RecurrentConfig):
 
     lag: int | None = None
     """Symbols that training stays behind the newest: the synthesizer is conditioned on these, as --context
-    next-tokens:LAG. 0 is strictly online. The default is what --context reaches."""
+    next-tokens:LAG. 0 is strictly online, with any method. The default is what --context reaches."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.anneal and self.budget is None:
             raise UsageError("--anneal must know the end of a stream: add --chars or --steps")
+        if self.lookahead or self.estimator_spec[0] == "lookahead":
+            raise UsageError(
+                "live: --lookahead reads ahead, which a stream has not got; take --trace or --dni"
+            )
         if self.lag is None:
             return
-        if not self.dni:
-            raise UsageError("--lag does nothing without --dni; add --dni")
         if self.lag < 0:
             raise UsageError(f"--lag must not be negative, not {self.lag}")
+        if self.lag and not self.dni:
+            raise UsageError(f"--lag {self.lag} does nothing without --dni; add --dni")
         if self.context != RecurrentConfig.context and self.context_window != self.lag:
             raise UsageError(
                 f"--lag {self.lag} and --context {self.context} disagree on how much is known; give one"
@@ -49,11 +53,17 @@ class LiveConfig(RecurrentConfig):
     @property
     def resolved(self) -> Self:
         decided = super().resolved
+        if not self.dni:
+            return decided
         if self.lag is None:
-            return dataclasses.replace(decided, lag=self.context_window) if self.dni else decided
+            return dataclasses.replace(decided, lag=self.context_window)
         if self.context_window == self.lag:
             return decided
         return dataclasses.replace(decided, context=f"next-tokens:{self.lag}" if self.lag else "none")
+
+    @property
+    def context_window(self) -> int:
+        return 0 if self.lag == 0 and not self.dni else super().context_window
 
     @property
     def method(self) -> str:
