@@ -290,7 +290,7 @@ class Deferred:
         mine = [self.path, self.rho, self.within, self.factors, *self.inputs]
         new = [_loaded(a, b) for a, b in zip(mine, kept, strict=True)]
         self.path, self.rho, self.within, self.factors, *self.inputs = new
-        self.slot = 0
+        self.count, self.slot = len(self.path), 0  # the window that began this one may have been a short one
         if self.index is not None:
             self.index.zero_()
 

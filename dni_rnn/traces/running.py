@@ -127,7 +127,8 @@ def _run_fused(
             end: list[Tensor] = list(after) if lstm else [after]
         else:
             weights = [getattr(core, name) for name in core._all_weights[layer]]
-            x, *end = FUSED[type(core)](x, hidden, weights, core.bias, 1, 0.0, core.training, False, False)
+            kernel = FUSED[next(kind for kind in FUSED if isinstance(core, kind))]
+            x, *end = kernel(x, hidden, weights, core.bias, 1, 0.0, core.training, False, False)
         before, behind = ([leaf.detach()[0] for leaf in s] for s in (start, end))
         records.append(_record(core, f"_l{layer}", seen, table, x.detach(), before, behind))
         ends.append(end)
