@@ -37,6 +37,7 @@ from dni_rnn.estimators import Estimator
 from dni_rnn.estimators.bptt import TruncatedBPTT
 from dni_rnn.estimators.dni import DNI
 from dni_rnn.estimators.full import FullBPTT, state_gradients
+from dni_rnn.estimators.lookahead import LookaheadBPTT
 from dni_rnn.pytree import Tree, flatten_rows, map_tree
 from dni_rnn.recurrent import SequenceModel
 from dni_rnn.traces import why_not_traced
@@ -47,6 +48,9 @@ BOUNDARIES = 8
 TRACE = 120
 """Steps of the trace that is measured: a whole stretch."""
 
+AHEAD = 8
+"""Steps that `LookaheadBPTT` sees: the bound of an M that is told as many."""
+
 Stretches = Callable[[int], Sequence[tuple[Sequence[Window], Tree]]]
 """T -> stretches of held-out data cut into windows of T steps, each with the state carried to its start."""
 
@@ -56,7 +60,7 @@ class Quality:
     """One estimator at one T, on the core's parameter gradient (see the module): means over the stretches.
 
     Attributes:
-      estimator: "truncated", "trace", "synthetic" or "synthetic+trace".
+      estimator: "truncated", "lookahead:8", "trace", "synthetic" or "synthetic+trace".
       bptt: T.
       cosine, relative_error: of one sample against full BPTT on the same sample.
       bias: of the expected gradient, relative: what no larger batch would mend.
@@ -119,7 +123,7 @@ def core_gradient(
 def diagnose(
     model: SequenceModel, stretches: Stretches, weight: float, bptts: Sequence[int], discount: float = 1.0
 ) -> Diagnosis:
-    """Measure a model: truncated BPTT at each T, a trace, and its own synthesizer where it has one.
+    """Measure a model: truncated BPTT at each T, overlapping windows, a trace, and its own synthesizer.
 
     The yardstick is full BPTT over each stretch; means over the stretches.
 
@@ -129,7 +133,10 @@ def diagnose(
       bptts: the T to measure.
       discount: of the future per step, as in training (`DNI`).
     """
-    estimators: dict[str, Estimator] = {"truncated": TruncatedBPTT()}
+    estimators: dict[str, Estimator] = {
+        "truncated": TruncatedBPTT(),
+        f"lookahead:{AHEAD}": LookaheadBPTT(AHEAD),
+    }
     traced = why_not_traced(model.core.rnn) is None
     if traced:
         estimators["trace"] = TruncatedBPTT(trace=TRACE)

@@ -156,7 +156,8 @@ def test_bias_gain_and_error_by_hand(generator: torch.Generator) -> None:
     model.core.interface = None
     stretches = [([_alike(w) for w in windows(generator, 6, 2)], model.initial_state(3)) for _ in range(2)]
     found = {q.estimator: q for q in diagnose(model, lambda bptt: stretches, 0.5, [2]).parameters}
-    assert set(found) == {"truncated", "trace"}
+    assert set(found) == {"truncated", "lookahead:8", "trace"}
+    assert found["lookahead:8"].relative_error < found["truncated"].relative_error
     product, power, errors, gains = 0.0, 0.0, [], []
     for stretch, state in stretches:
         parts = []
@@ -254,7 +255,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "relative error" in capsys.readouterr().out
     saved = json.loads((run / "diagnostics.json").read_text())
     assert {(q["estimator"], q["bptt"]) for q in saved["parameters"]} == {
-        (name, bptt) for name in ("truncated", "trace", "synthetic", "synthetic+trace") for bptt in (4, 20)
+        (name, bptt)
+        for name in ("truncated", "lookahead:8", "trace", "synthetic", "synthetic+trace")
+        for bptt in (4, 20)
     }
     assert (run / "diagnostics.png").stat().st_size > 1000
     assert main(["diagnose", str(run), "--bptt", "0,4"]) == 2
