@@ -276,6 +276,7 @@ SYNTHESIZERS = (
     "mlp:",
     "mlp:0",
     "mlp:-1",
+    "mlp:a",
     "mlp:1,2,3",
     "mlp:1,",
     "linear:5",
@@ -325,10 +326,6 @@ MISTAKES = [
     *(
         (["--estimator", t], f"--estimator {t}: not known; give one of {ESTIMATORS}, or package.module:Name")
         for t in ("rtrl", "cells:", "")
-    ),
-    (
-        ["--dni", "--no-critic", "--synthesizer", "mlp:a"],
-        "--synthesizer mlp:a: cannot be imported (No module",
     ),
     (["--estimator", "full,penalty"], "--estimator full,penalty: 'penalty' is not option=value"),
     (["--estimator", "full,a b=1"], "--estimator full,a b=1: 'a b=1' is not option=value"),

@@ -155,6 +155,8 @@ class FeedforwardConfig(RunConfig):
     def resolved(self) -> Self:
         """With the recipe's value where nothing was given."""
         values = {name: value for name, value in self._recipe().items() if getattr(self, name) is None}
+        if self.steps is not None:
+            values.pop("epochs", None)
         return dataclasses.replace(self, **values)
 
     def _recipe(self) -> dict[str, Any]:
