@@ -18,5 +18,6 @@ from .synthesizers import Critic as Critic
 from .synthesizers import MLPSynthesizer as MLPSynthesizer
 from .synthesizers import OneHotTokens as OneHotTokens
 from .synthesizers import Rows as Rows
+from .traces import Traced as Traced
 from .window import Boundary as Boundary
 from .window import Window as Window

@@ -112,7 +112,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     import dni_rnn
 
     reference = "".join(page.read_text() for page in (site / "api").rglob("*.html"))
-    for name in dni_rnn.__all__:
+    for name in vars(dni_rnn)["__all__"]:
         assert re.search(rf'id="dni_rnn\.\w+\.{name}"', reference), f"{name} is on no page of the reference"
 
 
@@ -176,6 +176,41 @@ def test_examples_run(
     bits = [float(b) for b in re.findall(r"([\d.]+) bits", capsys.readouterr().out)]
     assert len(bits) == 2
     assert bits[1] < 0.8 * bits[0], "the example learns"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_word_models_learn(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 600)
+    monkeypatch.setattr(sys, "argv", ["word_model.py", str(text), "--epochs", "2"])
+    runpy.run_path(str(ROOT / "examples" / f"word_model_{when}.py"), run_name="__main__")
+    perplexity = [float(p) for p in re.findall(r"perplexity ([\d.]+)", capsys.readouterr().out)]
+    assert len(perplexity) == 3
+    assert perplexity[0] > 8 > 4 > perplexity[-1]
+
+
+def test_one_line_of_the_word_models_loop_changes() -> None:
+    before, after = (
+        (ROOT / "examples" / f"word_model_{when}.py").read_text().split('"""', 2)[2].splitlines()
+        for when in ("before", "after")
+    )
+    changed = [line for line in difflib.ndiff(before, after) if line[:2] in ("+ ", "- ") and line[2:].strip()]
+    assert [line[0] for line in changed] == ["+", "+", "-", "+"], "the import, the wrap and one line"
+
+
+def test_the_actor_of_the_example_remembers_with_a_trace_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    arguments = f"--delay 6 --trace 16 --updates 600 --plot {tmp_path / 'plot.png'}"
+    monkeypatch.setattr(sys, "argv", ["memory_actor_critic.py", *arguments.split()])
+    runpy.run_path(str(ROOT / "examples" / "memory_actor_critic.py"), run_name="__main__")
+    opened = re.findall(r"(truncated|trace).* (\d+)% of doors", capsys.readouterr().out)
+    last = {name: int(percent) for name, percent in opened}
+    assert last["truncated"] < 45 < 55 < last["trace"]
+    assert (tmp_path / "plot.png").exists()
 
 
 def test_the_net_of_the_addition_example_adds() -> None:
