@@ -5,11 +5,12 @@
 Plain: an `nn.LSTM` whose state is detached at each update. With a trace: the same, wrapped, and the line that
 calls it. Both run one after the other; `memory_actor_critic.png` has both curves.
 
-Doors opened in the last 200 of 3,000 updates, K = 20, seeds 0, 1, 2 (chance 25 %): plain 24, 26, 24 %, level all
-the way; with a trace 99, 99, 98 %, more than half of them after 1,400 to 1,800 updates. Plain 28 to 29 s of one
-core, with the trace 36 to 38 s. The trace must reach the cue (`--trace` at least K), and the cell be able to hold
-it: forget gates begin open here, in both runs. That alone does not help the plain one, whose cell the distractors
-fill, and it is not always enough: K = 50 with `--trace 64` was still at chance after 5,000 updates (seed 0).
+Doors opened in the last 200 of 3,000 updates, K = 20, seeds 0, 1, 2 (chance 25 %): plain 24, 26, 24 %,
+level all the way; with a trace 99, 99, 98 %, more than half of them after 1,400 to 1,800 updates. Plain 28
+to 29 s of one core, with the trace 36 to 38 s. The trace must reach the cue (`--trace` at least K), and the
+cell be able to hold it: forget gates begin open here, in both runs. That alone does not help the plain one,
+whose cell the distractors fill, and it is not always enough: K = 50 with `--trace 64` was still near chance
+after 5,000 updates (seed 0).
 """
 
 import argparse
