@@ -34,7 +34,8 @@ class RecurrentConfig(RunConfig):
     changeable: ClassVar[frozenset[str]] = RunConfig.changeable | {"chars", "steps", "state_limit"}
 
     core: str = "lstm"
-    """Recurrent core: lstm, gru, rnn (tanh), one that a package registers, or package.module:Cell."""
+    """Recurrent core: lstm, gru, rnn (tanh), mingru, diagonal, one that a package registers, or
+    package.module:Cell."""
     hidden: int = 256
     """Units per layer."""
     layers: int = 1
