@@ -3,9 +3,9 @@
     python examples/precision_and_accumulation.py [FILE] [--precision bf16] [--accumulate 2]
 
 bfloat16 needs nothing but autocast, and a processor that has instructions for it (torch's LSTM refuses it
-elsewhere). float16 needs a scaler, which multiplies the loss, and the interface must know by how much. Several
-windows per update need nothing: the state is carried from window to window as always, and only the optimizer
-waits.
+elsewhere). float16 needs a scaler, which multiplies the loss, and the interface must know by how much.
+Several windows per update need nothing: the state is carried from window to window as always, and only the
+optimizer waits.
 """
 
 import argparse

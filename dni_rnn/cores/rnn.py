@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from dni_rnn.cores import zero_layers
+from dni_rnn.cores._torch import OutputIsState
 
 
-class RNN(nn.RNN):
+class RNN(OutputIsState, nn.RNN):
     """`nn.RNN`, fused as it is, as a `Core`; weights go in and out of it as of any `nn.RNN`.
 
     Args:
@@ -15,19 +15,6 @@ class RNN(nn.RNN):
 
     Shapes: state (layers, B, H).
     """
-
-    output_leaf = None
-
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1) -> None:
-        super().__init__(input_size, hidden_size, num_layers)
-
-    @property
-    def output_size(self) -> int:
-        return self.hidden_size
-
-    def initial_state(self, batch_size: int) -> Tensor:
-        """Zeros."""
-        return zero_layers(self, batch_size)
 
 
 CORE = RNN

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from dni_rnn.config import FeedforwardConfig
 from dni_rnn.data.labelled import Batches, Examples
-from dni_rnn.data.task import Split
 from dni_rnn.distributed.part import ProcessPart
 from dni_rnn.distributed.processes import Processes
 from dni_rnn.distributed.transport import GRADIENT, MESSAGE, Incoming, Layout, Outgoing, Packet
-from dni_rnn.feedforward import Decoupled, messages_of, split
+from dni_rnn.feedforward import messages_of, split
 from dni_rnn.training.feedforward import (
+    FeedforwardLearner,
     build_model,
     context_of,
-    error_rate,
     loss_of,
     memory_format,
     planned_updates,
@@ -87,15 +86,8 @@ class ChainPart(ProcessPart):
         self.lost = 0
         self.reset_metrics()
 
-    @staticmethod
-    def build(config: FeedforwardConfig, data: Examples) -> Decoupled:
-        return build_model(config, data)
-
-    @staticmethod
-    def score(
-        model: Decoupled, data: Examples, split: Split, device: torch.device, level: int | None = None
-    ) -> dict[str, float]:
-        return {"error": error_rate(model, data, split, device)}
+    build = staticmethod(FeedforwardLearner.build)
+    score = staticmethod(FeedforwardLearner.score)
 
     @property
     def ended(self) -> bool:

@@ -175,15 +175,8 @@ class SurfacePart(ProcessPart):
         self.gradient = 0.0
         self.reset_metrics()
 
-    @staticmethod
-    def build(config: SurfaceConfig, data: Lumps) -> Decoupled:
-        return build_model(config)
-
-    @staticmethod
-    def score(
-        model: Any, data: Lumps, split: Split, device: torch.device, level: int | None = None
-    ) -> dict[str, float]:
-        return {RMSE.key: grid_error(model, data, split, device)}
+    build = staticmethod(SurfaceLearner.build)
+    score = staticmethod(SurfaceLearner.score)
 
     @property
     def ended(self) -> bool:
