@@ -63,8 +63,9 @@ class Traced(nn.Module):
     ĝ is what an `Interface` injected there one window earlier, 0 without one. The sum is full BPTT, whatever
     ĝ is, where E is exact and the weights hold still: in a layer whose recurrence is element-wise
     (`dni_rnn.cores`). Of an LSTM, GRU or tanh RNN E keeps the own path of each cell (c through the forget
-    gate; h through the update gate; h through R_jj), which needs nothing learnt and nothing told. In a stack
-    each layer has a trace of its own state; what goes from layer to layer across time is in none.
+    gate; h through the update gate; h through R_jj), which needs nothing learnt, and nothing known of
+    what comes. In a stack each layer has a trace of its own state; what goes from layer to layer across
+    time is in none.
 
     With an interface in the loop nothing else changes: the state that `Interface.receive` returned is
     recognized, and what `Interface.send` injected into it is taken back:
@@ -74,8 +75,8 @@ class Traced(nn.Module):
         loss = criterion(output, y) + interface.send(state)
 
     Any other state is detached, but for one that `StatePenalty.measure` has just returned. A penalty on the
-    end state is a loss like another and stays. A state that was replaced must be told, by `done`, None or
-    `reset`.
+    end state is a loss like another and stays. A state that was replaced must be announced, by `done`,
+    None or `reset`.
 
     Sums and means: the trace's part is in the units of the scalar that is differentiated. Accumulation over
     windows, clipping, autocast, data parallelism and checkpoints of weights need nothing. Where no gradients
@@ -190,7 +191,7 @@ class Traced(nn.Module):
           state: the last window's, detached or not, or what `Interface.receive` returned. None: the
             initial one in all rows, whose traces end.
           done: boolean (B,). Rows that start anew here: their traces end. The caller has put an initial
-            state there, and has told the interface, if there is one.
+            state there, and has given `done` to the interface, if there is one.
           sent: ĝ, where it came from no interface: what was injected into the state, a list like its leaves,
             without `loss_scale`, 0 in rows of `done`.
         """
@@ -246,7 +247,7 @@ class Traced(nn.Module):
         for leaf in leaves:
             if leaf.grad_fn is not None and not hasattr(leaf, _END) and _hides_interface(leaf.grad_fn):
                 raise ValueError(
-                    "the state was changed after Interface.receive, so what was sent into it cannot be told: "
+                    "the state was changed after Interface.receive, so what was sent into it is not known: "
                     "change it before, or give Traced the interface (or detach it, if it was not received)"
                 )
         return None
