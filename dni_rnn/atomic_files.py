@@ -59,8 +59,8 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone, by a lock on `folder/.lock` that ends with the process.
+def exclusive(folder: Path) -> Iterator[None]:
+    """`folder` for this process alone, by a lock on `folder/.lock` that ends with the process.
 
     Raises:
       UsageError: another process holds it.

@@ -117,7 +117,7 @@ class ChainPart(ProcessPart):
     def update(self) -> None:
         x, targets = self.batches.batch(self.counters.step)
         self.learn(x, targets)
-        self.watch.beat()
+        self.heartbeat.beat()
         self.counters.advance(len(x))
 
     def take_message(self, packet: Packet) -> None:

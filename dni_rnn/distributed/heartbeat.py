@@ -15,7 +15,7 @@ STOP = "stop"
 STARTER = "what started the processes"
 
 
-class Watch:
+class Heartbeat:
     """Says that this process is alive, and finds out which one is not.
 
     Whoever waits says so too: a process that hangs is the one that says nothing, and not the one that

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dni_rnn.data.task import Split
-from dni_rnn.distributed.heartbeat import BEAT_SECONDS, Watch
+from dni_rnn.distributed.heartbeat import BEAT_SECONDS, Heartbeat
 from dni_rnn.distributed.processes import Processes
 from dni_rnn.distributed.transport import (
     END,
@@ -58,7 +58,7 @@ class ProcessPart(Learner):
         super().__init__(config, data, device)
         begin(config)
         self.run, self.processes, self.rank = run, processes, processes.rank
-        self.watch = Watch(processes, config.timeout)
+        self.heartbeat = Heartbeat(processes, config.timeout)
         self.onward: list[Outgoing] = []
         self.awaited: list[Incoming] = []
         self.back: list[Outgoing] = []
@@ -95,9 +95,9 @@ class ProcessPart(Learner):
         """The next packet, however long it takes, as long as all processes give signs of life."""
         began = time.monotonic()
         while (packet := link.take(BEAT_SECONDS)) is None:
-            self.watch.beat()
-            if time.monotonic() - began > self.watch.timeout:
-                self.watch.check()
+            self.heartbeat.beat()
+            if time.monotonic() - began > self.heartbeat.timeout:
+                self.heartbeat.check()
         self.waited += time.monotonic() - began
         return packet
 
@@ -204,12 +204,12 @@ class ProcessPart(Learner):
                 while True:
                     packet = self.wait(self.source)
                     if stop:
-                        self.watch.ask_to_stop(stop.pop())
+                        self.heartbeat.ask_to_stop(stop.pop())
                     if packet.kind == MESSAGE:
                         self.counters.step = packet.number
                         self.take_message(packet)
                         self.counters.updates += 1
-                        self.watch.beat()
+                        self.heartbeat.beat()
                         if (self.counters.step + 1) % self.config.log_every == 0:
                             row = {
                                 "step": self.counters.step + 1,

@@ -34,7 +34,7 @@ def best_score(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"best {metric.label} {best:.{metric.digits}f} ({cell})"
 
 
-class Overview:
+class SweepProgress:
     """The state of a sweep, for people.
 
     Args:

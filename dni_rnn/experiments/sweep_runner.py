@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dni_rnn.atomic_files import held, write_jsonl
+from dni_rnn.atomic_files import exclusive, write_jsonl
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.carry import pack_runs, unpack_runs
 from dni_rnn.experiments.sweep import (
@@ -30,7 +30,7 @@ from dni_rnn.experiments.sweep import (
     read_rows,
     read_sweep,
 )
-from dni_rnn.experiments.sweep_progress import Overview, best_score
+from dni_rnn.experiments.sweep_progress import SweepProgress, best_score
 from dni_rnn.metrics import metric_of
 
 POLL_SECONDS = 0.5
@@ -79,7 +79,7 @@ def run_sweep(
     if parallel < 1:
         raise UsageError(f"--parallel must be at least 1, not {parallel}")
     cells = read_sweep(folder)
-    with held(folder):
+    with exclusive(folder):
         work.mkdir(parents=True, exist_ok=True)
         if carry is not None:
             unpack_runs(carry, work)
@@ -156,11 +156,11 @@ class _Sweep:
         name = folder.resolve().name
         self.asked = {(cell.name, cell.seed) for cell in cells}
         there = len(self._finished())
-        self.overview = Overview(name, len(cells), min(parallel, len(cells)), there, self.deadline)
-        self.overview.say(f"{folder}: {there} rows there, {len(self.waiting)} to run")
+        self.progress_shown = SweepProgress(name, len(cells), min(parallel, len(cells)), there, self.deadline)
+        self.progress_shown.say(f"{folder}: {there} rows there, {len(self.waiting)} to run")
         for cell in unfinished:
             if cell not in self.waiting:
-                self.overview.say(
+                self.progress_shown.say(
                     f"{cell.name}, seed {cell.seed}: diverged twice and is left out; change its command, "
                     f"or remove its line from {folder / 'failed.jsonl'}"
                 )
@@ -173,7 +173,7 @@ class _Sweep:
                 break
             self._round(share / 2 if share >= 2 * LEAST_TURN else share)
         if self.waiting:
-            self.overview.say(
+            self.progress_shown.say(
                 f"time is up, {len(self.waiting)} unfinished; the same command goes on with them"
             )
 
@@ -202,7 +202,7 @@ class _Sweep:
                 for run in self.running
             }
             rows = self._finished()
-            self.overview.show(len(rows), self.failed, shares, best_score(rows))
+            self.progress_shown.show(len(rows), self.failed, shares, best_score(rows))
             time.sleep(POLL_SECONDS)
 
     def _ended(self, run: _Running) -> bool:
@@ -229,7 +229,7 @@ class _Sweep:
             if not again:
                 self.failed += 1
                 self.waiting.remove(cell)
-        self.overview.say(f"{cell.name}, seed {cell.seed}: {outcome}; {len(self.waiting)} unfinished")
+        self.progress_shown.say(f"{cell.name}, seed {cell.seed}: {outcome}; {len(self.waiting)} unfinished")
         return again
 
     def _record(self, cell: Cell, code: int | None) -> None:
@@ -251,7 +251,7 @@ class _Sweep:
                 run.process.terminate()
         for run in self.running:
             run.process.wait()
-        self.overview.close()
+        self.progress_shown.close()
 
 
 def _start(cell: Cell, work: Path, device: str | None) -> subprocess.Popen[bytes]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from dni_rnn.atomic_files import held
+from dni_rnn.atomic_files import exclusive
 from dni_rnn.errors import DivergedError, UsageError
 from dni_rnn.metrics import Metric
 from dni_rnn.training import checkpoint
@@ -106,7 +106,7 @@ def fit(run: Run, learner: Learner, progress: Progress, *, quiet: bool = False) 
     """The rest of `train`, for a learner that `prepare` has seen."""
     budget = run.config.budget or ("symbols", learner.one_pass)
     with ExitStack() as stack:
-        stack.enter_context(held(run.path))
+        stack.enter_context(exclusive(run.path))
         stop = stack.enter_context(stop_requests())  # first: config.json says that it can be asked to stop
         try:
             run.write_config(learner.data, device_name(learner.device), torch.get_num_threads(), budget)

@@ -222,7 +222,7 @@ class SurfacePart(ProcessPart):
         self.kept[step] = x, self.own_updates
         for link in self.onward:
             link.put(Packet(MESSAGE, step, [h, y]))
-        self.watch.beat()
+        self.heartbeat.beat()
         self.counters.advance(len(x))
 
     def take_message(self, packet: Packet) -> None:
