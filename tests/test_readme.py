@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dni_rnn.cli import _parse, main
+from dni_rnn.experiments import diagnose
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in sorted(ROOT.glob("docs/**/*.md"))}
@@ -46,6 +47,7 @@ def test_commands_of_the_guides_run_in_the_order_given(
     if not (DATA / "ptb").is_dir() or not (DATA / "mnist").is_dir():
         pytest.skip("skipped: the guides' commands, because the Penn Treebank or MNIST files are not there")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(diagnose, "ROWS", 8)  # a sixteenth of what is measured otherwise
     typed = [command for page in GUIDES for command in commands(page)]
     assert len(typed) >= 12
     (grid,) = blocks("toml", PAGES["docs/sweeps.md"])
