@@ -41,7 +41,7 @@ from dni_rnn.estimators.lookahead import LookaheadBPTT
 from dni_rnn.pytree import Tree, flatten_rows, map_tree
 from dni_rnn.recurrent import SequenceModel
 from dni_rnn.traces import why_not_traced
-from dni_rnn.window import Boundary, Window
+from dni_rnn.window import Window
 
 HORIZONS = (1, 2, 4, 8, 16)
 BOUNDARIES = 8
@@ -176,19 +176,9 @@ def _halves(windows: Sequence[Window], state: Tree) -> list[tuple[list[Window], 
     rows = windows[0].inputs.shape[1]
     cuts = [slice(0, max(rows // 2, 1)), slice(rows // 2, rows)]
     return [
-        ([_of_rows(w, cut) for w in windows], map_tree(lambda leaf, cut=cut: leaf[..., cut, :], state))
+        ([w.of_rows(cut) for w in windows], map_tree(lambda leaf, cut=cut: leaf[..., cut, :], state))
         for cut in cuts
     ]
-
-
-def _of_rows(window: Window, rows: slice) -> Window:
-    def boundary(whole: Boundary) -> Boundary:
-        return Boundary(*(None if values is None else values[..., rows] for values in whole))
-
-    inputs, targets = window.inputs[:, rows], window.targets[:, rows]
-    return window._replace(
-        inputs=inputs, targets=targets, start=boundary(window.start), end=boundary(window.end)
-    )
 
 
 def _quality(name: str, bptt: int, samples: Sequence[_Sample], once: float) -> Quality:

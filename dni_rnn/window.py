@@ -23,6 +23,10 @@ class Boundary(NamedTuple):
     context: Tensor | None = None
     done: Tensor | None = None
 
+    def of_rows(self, rows: slice) -> Boundary:
+        """The same for some of the rows."""
+        return Boundary(*(None if values is None else values[..., rows] for values in self))
+
 
 class Window(NamedTuple):
     """T steps of a stream, B rows side by side.
@@ -40,6 +44,15 @@ class Window(NamedTuple):
     start: Boundary
     end: Boundary
     scored: int
+
+    def of_rows(self, rows: slice) -> Window:
+        """The same for some of the rows; `scored` stays that of all."""
+        return self._replace(
+            inputs=self.inputs[:, rows],
+            targets=self.targets[:, rows],
+            start=self.start.of_rows(rows),
+            end=self.end.of_rows(rows),
+        )
 
 
 def window_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -164,6 +164,13 @@ def check_dni(config: Any, *names: str) -> None:
         raise UsageError("--batch-size 1: a mean over one row leaves no synthetic gradient; add --no-centre")
 
 
+def decide_restore(config: Any) -> Any:
+    """The same, with the default of --restore where none was given: 0.1 with --dni and 0 without."""
+    if config.restore is not None:
+        return config
+    return dataclasses.replace(config, restore=0.1 if config.dni else 0.0)
+
+
 def check_critic(config: Any) -> None:
     """Refuse a critic that is conditioned on nothing."""
     if config.critic and config.context == "none":

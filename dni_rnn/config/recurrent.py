@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, Self
 
-from dni_rnn.config.base import RunConfig, check_critic, check_dni
+from dni_rnn.config.base import RunConfig, check_critic, check_dni, decide_restore
 from dni_rnn.config.spelling import parse_context, parse_estimator, parse_synthesizer
 from dni_rnn.errors import UsageError
 from dni_rnn.metrics import BPC, Metric
@@ -19,9 +19,6 @@ PUBLISHED_DNI: Mapping[str, Any] = {
     "context": "none", "synthesizer": "mlp", "scale": 0.1, "centre": False, "restore": 0.0
 }  # fmt: skip
 """The method as published: one hidden layer on the core's output, scaled by 0.1, nothing that grounds it."""
-
-DNI_RESTORE = 0.1
-"""`--restore` with --dni, where none is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +167,7 @@ class RecurrentConfig(RunConfig):
 
     @property
     def resolved(self) -> Self:
-        if self.restore is not None:
-            return self
-        return dataclasses.replace(self, restore=DNI_RESTORE if self.dni else 0.0)
+        return decide_restore(self)
 
     @property
     def synthesizer_hidden(self) -> tuple[int | Fraction, ...]:

@@ -31,7 +31,7 @@ from dni_rnn.pytree import flatten_rows
 from dni_rnn.training.loop import load_data, prepare, resume
 from dni_rnn.training.recurrent import RecurrentLearner
 from dni_rnn.training.run_directory import Run
-from dni_rnn.window import Boundary, Window
+from dni_rnn.window import Window
 
 END, UPDATE, STATE, STATE_RMS = range(4)
 """What all do together."""
@@ -65,16 +65,7 @@ class RowsOf:
         self.state_dict, self.load_state_dict = stream.state_dict, stream.load_state_dict
 
     def window(self, steps: int, context: int) -> Window:
-        whole, rows = self._stream.window(steps, context), self._rows
-        return whole._replace(
-            inputs=whole.inputs[:, rows],
-            targets=whole.targets[:, rows],
-            start=self._boundary(whole.start),
-            end=self._boundary(whole.end),
-        )
-
-    def _boundary(self, whole: Boundary) -> Boundary:
-        return Boundary(*(None if values is None else values[..., self._rows] for values in whole))
+        return self._stream.window(steps, context).of_rows(self._rows)
 
     def to(self, device: torch.device) -> RowsOf:
         self._stream.to(device)

@@ -10,15 +10,13 @@ B's.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from dni_rnn.config import Preset, RunConfig
-from dni_rnn.config.base import check_critic, check_dni
-from dni_rnn.config.recurrent import DNI_RESTORE
+from dni_rnn.config.base import check_critic, check_dni, decide_restore
 from dni_rnn.config.spelling import parse_synthesizer
 from dni_rnn.data.labelled import Examples
 from dni_rnn.errors import UsageError
@@ -101,9 +99,7 @@ class CountingConfig(RunConfig):
 
     @property
     def resolved(self) -> Self:
-        if self.restore is not None:
-            return self
-        return dataclasses.replace(self, restore=DNI_RESTORE if self.dni else 0.0)
+        return decide_restore(self)
 
     @property
     def synthesizer_hidden(self) -> tuple[int | Fraction, ...]:
