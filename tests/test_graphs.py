@@ -5,8 +5,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dni_rnn.config import FeedforwardConfig, RecurrentConfig
+from dni_rnn.cores.diagonal import Diagonal
+from dni_rnn.cores.mingru import MinGRU
 from dni_rnn.data.labelled import Examples
 from dni_rnn.pytree import flatten, map_tree
+from dni_rnn.traces import running
+from dni_rnn.traces import traced as traced_module
+from dni_rnn.traces.layer import Layer
+from dni_rnn.traces.traced import Traced
 from dni_rnn.training.cuda_graph import WARM_UP, Recorded, cuda_graph
 from dni_rnn.training.feedforward import FeedforwardLearner
 from dni_rnn.training.recurrent import RecurrentLearner
@@ -26,6 +32,12 @@ METHODS = {
     "gru, windows cut short": {"bptt": 3, "dni": True, "core": "gru", "random_truncation": 0.5},
     "bptt, restore": {"bptt": 3, "restore": 0.1},
     "full, restore": {"bptt": 2, "accumulate": 3, "estimator": "full", "restore": 0.1},
+    "trace": {"bptt": 2, "trace": 6},
+    "trace, one step, two layers": {"bptt": 1, "trace": 4, "layers": 2, "restore": 0.1},
+    "trace, gru, dni": {"bptt": 3, "trace": 6, "core": "gru", "dni": True},
+    "trace, diagonal": {"bptt": 2, "trace": 6, "core": "diagonal"},
+    "trace, mingru, windows cut short": {"bptt": 3, "trace": 6, "core": "mingru", "random_truncation": 0.5},
+    "lookahead": {"bptt": 2, "lookahead": 4, "restore": 0.1},
 }
 
 
@@ -61,7 +73,39 @@ def with_recordings(learner, record=replayed):
 def kept(learner):
     """Every tensor that an update reads and that the one before it has changed."""
     tensors, _ = learner.state_dict()
-    return {name: t for name, t in tensors.items() if not name.startswith("random")}
+    own = {name: t for name, t in tensors.items() if not name.startswith(("random", "memory.trace"))}
+    return own | {f"{traced}.{name}": t for traced, owner in traces(learner) for name, t in buffers(owner)}
+
+
+def traces(learner):
+    """`Traced` modules with their names."""
+    if not hasattr(learner, "estimator"):
+        return []
+    return [(name, m) for name, m in learner.estimator.named_modules() if isinstance(m, Traced)]
+
+
+def buffers(traced):
+    """The tensors of a trace themselves, of which its state has copies."""
+    for number, layer in enumerate(traced._layers or []):
+        for owner in (layer, layer.memory):
+            for name, value in vars(owner).items():
+                for place, tensor in enumerate(value if isinstance(value, list) else [value]):
+                    if isinstance(tensor, torch.Tensor):
+                        yield f"{number}.{type(owner).__name__}.{name}.{place}", tensor
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    """Traces as they are where graphs are recorded: the place in the ring is a number of the device's."""
+
+    def layer(*arguments):
+        return Layer(*arguments[:-1], True)
+
+    def run(*arguments):
+        return running.run(*arguments[:-1], True)
+
+    monkeypatch.setattr(traced_module, "Layer", layer)
+    monkeypatch.setattr(traced_module, "run", run)
 
 
 def recurrent(task=None, device=CPU, **settings):
@@ -79,6 +123,8 @@ def layered(device=CPU, **settings):
 LEARNERS = {
     **{name: (lambda s: lambda **k: recurrent(**s, **k))(settings) for name, settings in METHODS.items()},
     "episodes": lambda **k: recurrent(Copy(), bptt=3, dni=True, **k),
+    "episodes, trace": lambda **k: recurrent(Copy(), bptt=3, trace=9, **k),
+    "growing, trace": lambda **k: recurrent(Recall(grow=True), bptt=1, trace=8, dni=True, **k),
     "growing, critic": lambda **k: recurrent(Recall(grow=True), bptt=2, dni=True, critic=True, **k),
     "critic": lambda **k: layered(method="critic", **k),
     "layers, bprop": lambda **k: layered(method="bprop", **k),
@@ -86,7 +132,7 @@ LEARNERS = {
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_recordings_train_as_plain_updates_do(name):
+def test_recordings_train_as_plain_updates_do(name, as_on_a_device):
     plain, other = LEARNERS[name](), LEARNERS[name]()
     recorded = with_recordings(other)
     for _ in range(25):
@@ -99,10 +145,11 @@ def test_recordings_train_as_plain_updates_do(name):
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_what_an_update_changes_stays_where_it_is(name):
+def test_what_an_update_changes_stays_where_it_is(name, as_on_a_device):
     """A graph reads and writes the addresses it was recorded with."""
     learner = LEARNERS[name]()
     learner.update()
+    assert all(list(buffers(traced)) for _, traced in traces(learner))
     before = {key: tensor.data_ptr() for key, tensor in kept(learner).items()}
     values = {key: tensor.clone() for key, tensor in kept(learner).items()}
     for _ in range(3):
@@ -113,12 +160,12 @@ def test_what_an_update_changes_stays_where_it_is(name):
     learner.load_state_dict({key: t.clone() for key, t in tensors.items()}, numbers)
     after = kept(learner)
     moved = {key for key in after if after[key].data_ptr() != before[key]}
-    assert not {key for key in moved if not key.startswith("optimizer")}  # loaded before any recording
+    assert not {key for key in moved if not key.startswith(("optimizer", "memory.sent"))}  # loaded before
     assert any(not torch.equal(after[key], values[key]) for key in after if key.startswith("model"))
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_an_update_waits_for_no_value(name):
+def test_an_update_waits_for_no_value(name, as_on_a_device):
     learner = LEARNERS[name]()
     arguments = []
     learner._run = arguments.append
@@ -214,3 +261,70 @@ def test_a_cuda_graph_trains_as_plain_updates_do(name, capsys):
     ours, theirs = kept(plain), kept(other)
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], rtol=2e-3, atol=1e-4)
+
+
+def gradients_of_a_loop(core, device):
+    """Of four windows, in double precision."""
+    torch.manual_seed(0)
+    net = core().double()
+    embedding, width = torch.nn.Embedding(11, 5).double(), 7
+    traced = Traced(net, 6, 0.9, embedding=embedding).to(device)
+    readout = torch.nn.Linear(width, 11).double().to(device)
+    state, found = None, []
+    for number in range(4):
+        symbols = torch.randint(
+            11, (3 if number < 3 else 2, 4), generator=torch.Generator().manual_seed(number)
+        )
+        symbols = symbols.to(device)
+        output, state = traced(symbols, state)
+        torch.nn.functional.cross_entropy(readout(output).flatten(0, 1), symbols.flatten()).backward()
+        found.append([p.grad.cpu().clone() for p in traced.parameters() if p.grad is not None])
+    return found
+
+
+CORES = {
+    "lstm": lambda: torch.nn.LSTM(5, 7, num_layers=2),
+    "gru": lambda: torch.nn.GRU(5, 7),
+    "rnn": lambda: torch.nn.RNN(5, 7),
+    "mingru": lambda: MinGRU(5, 7),
+    "diagonal": lambda: Diagonal(5, 7),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", CORES)
+def test_a_trace_on_a_gpu_is_that_of_a_cpu(name):
+    ours, theirs = (gradients_of_a_loop(CORES[name], torch.device(d)) for d in ("cuda", "cpu"))
+    for after, wanted in zip(ours, theirs, strict=True):
+        for a, b in zip(after, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_trace_in_half_precision_with_a_loss_scaler():
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    traced = Traced(torch.nn.LSTM(5, 7), 8).to(device)
+    exact = Traced(torch.nn.LSTM(5, 7), 8).to(device)
+    exact.load_state_dict(traced.state_dict())
+    scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
+    optimizer = torch.optim.SGD(traced.parameters(), 0.0)
+    state = other = None
+    for number in range(5):
+        x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(number)).to(device)
+        traced.zero_grad()
+        exact.zero_grad()
+        traced.loss_scale = scaler.get_scale()
+        with torch.autocast("cuda", torch.float16):
+            output, state = traced(x, state)
+            loss = output.square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        wanted, other = exact(x, other)
+        wanted.square().mean().backward()
+        for p, q in zip(traced.parameters(), exact.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=0.05, atol=1e-4)

@@ -368,6 +368,24 @@ def test_a_budget_is_shared_in_rounds(parallel, tmp_path, monkeypatch):
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
+def test_a_budget_goes_to_the_first_cells_where_the_order_says_what_they_are_worth(tmp_path, monkeypatch):
+    folder = write_sweep(tmp_path / "grid", "recall", [0], dict.fromkeys("abc", ""))
+    path = folder / "sweep.toml"
+    path.write_text("in_order = true\n" + path.read_text())
+    started = []
+    monkeypatch.setattr(sweep_runner, "LEAST_TURN", 0.1)
+
+    def start(cell, work, _):
+        started.append(cell.name)
+        (work / cell.folder).mkdir()
+        (work / cell.folder / "config.json").write_text("{}")
+        return Endless()
+
+    pretend(monkeypatch, start)
+    assert run_sweep(folder, tmp_path / "work", 2, budget=2.0) == 0
+    assert started == ["a", "b"]
+
+
 def test_time_of_a_run_that_has_not_begun_is_not_over(tmp_path, monkeypatch):
     """A process that is still starting could not make a checkpoint."""
     folder = write_sweep(tmp_path / "grid", "recall", [0], {"a": "", "b": ""})

@@ -19,7 +19,8 @@ class Sweep:
     work: Path = Path("runs/sweeps")
     """Where the run directories go, in a folder named after the sweep's."""
     budget: str | None = None
-    """Stop after this long (90s, 9m, 1h30m), with checkpoints; all cells share the time, in rounds."""
+    """Stop after this long (90s, 9m, 1h30m), with checkpoints; all cells share the time, in rounds, or, in a
+    sweep that is in_order, the first ones have it."""
     parallel: int = 1
     """Processes at a time."""
     device: Literal["auto", "cpu", "cuda"] | None = None

@@ -41,9 +41,11 @@ PLAIN = "plain `nn.LSTM`, truncated BPTT"
 DEFAULT = "dni"
 METHODS: dict[str, dict[str, Any]] = {
     "bptt": {},
+    "bptt+trace": {"trace": 32},
     "dni, linear, context none": {"dni": True, "synthesizer": "linear", "context": "none"},
     "dni, context none": {"dni": True, "context": "none"},
     DEFAULT: {"dni": True},
+    "dni+trace": {"dni": True, "trace": 32},
     "dni, as wide as the core": {"dni": True, "synthesizer": "mlp"},
 }
 """Rows besides the plain one, and their settings. `dni` alone: the defaults of `--dni`."""

@@ -4,6 +4,7 @@ A sweep is a folder with a `sweep.toml`:
 
     train = "ptb --hidden 256 --threads 1"     # what every cell shares
     seeds = [0, 1, 2]
+    in_order = true                            # a time budget goes to the first ones first; else to all alike
 
     [cells]                                    # a name, and what the cell adds
     "bptt T=2" = "--bptt 2"
@@ -93,6 +94,12 @@ def read_sweep(folder: Path) -> list[Cell]:
         if times > 1:
             raise UsageError(f"{path}: {times} runs would share the folder {folder_name}; rename a cell")
     return found
+
+
+def runs_in_order(folder: Path) -> bool:
+    """Whether a sweep that `read_sweep` has read gives a time budget to its first cells first."""
+    values = tomllib.loads((folder / "sweep.toml").read_text(encoding="utf-8"))
+    return values.get("in_order", False) is True
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 A time budget is shared in rounds. In each of them every unfinished run has a turn of the same length, those
 that have got least far first. A round takes half of the time that is left, and all of it when turns would be
 shorter than `LEAST_TURN`. So every run soon has a checkpoint, and most of the time goes into long turns.
+A sweep that is `in_order` runs its first cells to their ends instead.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from dni_rnn.experiments.sweep import (
     read_failures,
     read_rows,
     read_sweep,
+    runs_in_order,
 )
 from dni_rnn.experiments.sweep_progress import SweepProgress, best_score
 from dni_rnn.metrics import metric_of
@@ -70,7 +72,8 @@ def run_sweep(
       folder: with the sweep.toml.
       work: where the run directories go.
       parallel: processes at a time.
-      budget: seconds to share between the runs; None runs each to its end, one after the other.
+      budget: seconds to share between the runs, or for the first ones of a sweep that is `in_order`; None
+        runs each to its end, one after the other.
       device: `--device` of every run that does not say its own.
       carry: folder of `unpack_runs`, read before and written after.
     Raises:
@@ -83,7 +86,7 @@ def run_sweep(
         work.mkdir(parents=True, exist_ok=True)
         if carry is not None:
             unpack_runs(carry, work)
-        sweep = _Sweep(folder, work, cells, parallel, budget, device)
+        sweep = _Sweep(folder, work, cells, parallel, budget, device, runs_in_order(folder))
         before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             sweep.run()
@@ -136,7 +139,9 @@ class _Sweep:
         parallel: int,
         budget: float | None,
         device: str | None,
+        in_order: bool,
     ) -> None:
+        self.in_order = in_order
         self.folder, self.work, self.parallel, self.device = folder, work, parallel, device
         self.rows = read_rows(folder)
         rows = {(row["cell"], row["seed"]) for row in self.rows}
@@ -171,7 +176,8 @@ class _Sweep:
             share = (self.deadline - time.monotonic()) * self.parallel / max(len(self.waiting), self.parallel)
             if self.begun and share < LEAST_TURN:
                 break
-            self._round(share / 2 if share >= 2 * LEAST_TURN else share)
+            turn = share / 2 if share >= 2 * LEAST_TURN else share
+            self._round(float("inf") if self.in_order else turn)
         if self.waiting:
             self.progress_shown.say(
                 f"time is up, {len(self.waiting)} unfinished; the same command goes on with them"
