@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -128,12 +129,21 @@ def _run_fused(
         else:
             weights = [getattr(core, name) for name in core._all_weights[layer]]
             kernel = FUSED[next(kind for kind in FUSED if isinstance(core, kind))]
-            x, *end = kernel(x, hidden, weights, core.bias, 1, 0.0, core.training, False, False)
+            with _one_layer_of_a_stack():
+                x, *end = kernel(x, hidden, weights, core.bias, 1, 0.0, core.training, False, False)
         before, behind = ([leaf.detach()[0] for leaf in s] for s in (start, end))
         records.append(_record(core, f"_l{layer}", seen, table, x.detach(), before, behind))
         ends.append(end)
     out = [_stacked(list(leaf)) for leaf in zip(*ends, strict=True)]
     return x.transpose(0, 1) if core.batch_first else x, LSTMState(*out) if lstm else out[0], records
+
+
+@contextmanager
+def _one_layer_of_a_stack() -> Iterator[None]:
+    """cuDNN says of one layer's weights that they are not the whole stack's, and copies them: as it must."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        yield
 
 
 def _run_kept(core: nn.LSTM, inputs: Tensor, leaves: list[Tensor], embedding: nn.Embedding | None) -> Ran:
