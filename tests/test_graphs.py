@@ -98,11 +98,11 @@ def buffers(traced):
 def as_on_a_device(monkeypatch):
     """Traces as they are where graphs are recorded: the place in the ring is a number of the device's."""
 
-    def layer(*arguments):
-        return Layer(*arguments[:-1], True)
+    def layer(record, window, number, steps, decay, symbols, _):
+        return Layer(record, window, number, steps, decay, symbols, True)
 
-    def run(*arguments):
-        return running.run(*arguments[:-1], True)
+    def run(core, inputs, state, embedding, _):
+        return running.run(core, inputs, state, embedding, True)
 
     monkeypatch.setattr(traced_module, "Layer", layer)
     monkeypatch.setattr(traced_module, "run", run)
