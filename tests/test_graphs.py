@@ -79,9 +79,8 @@ def kept(learner):
 
 def traces(learner):
     """`Traced` modules with their names."""
-    if not hasattr(learner, "estimator"):
-        return []
-    return [(name, m) for name, m in learner.estimator.named_modules() if isinstance(m, Traced)]
+    found = getattr(getattr(learner, "estimator", None), "_traced", [])
+    return [(f"traced{number}", traced) for number, traced in enumerate(found)]
 
 
 def buffers(traced):
@@ -149,7 +148,9 @@ def test_what_an_update_changes_stays_where_it_is(name, as_on_a_device):
     """A graph reads and writes the addresses it was recorded with."""
     learner = LEARNERS[name]()
     learner.update()
-    assert all(list(buffers(traced)) for _, traced in traces(learner))
+    if "trace" in name:
+        assert all(len(list(buffers(traced))) > 4 for _, traced in traces(learner))
+        assert len(traces(learner)) == 1
     before = {key: tensor.data_ptr() for key, tensor in kept(learner).items()}
     values = {key: tensor.clone() for key, tensor in kept(learner).items()}
     for _ in range(3):
