@@ -48,6 +48,8 @@ CASES: dict[str, dict[str, Any]] = {
     "tanh": {"task": "recall", "core": "rnn", "layers": 2},
     "episodes": {"task": "copy", "accumulate": 2},
     "drawn": {"task": "copy", "random_truncation": 0.6, "bptt": 5, "core": "mingru", "layers": 2},
+    "all steps, diagonal": {"task": "text", "core": "diagonal", "trace": "all"},
+    "all steps, dni": {"task": "text", "trace": "all", "dni": True, "context": "next-tokens:2"},
     "one step": {"task": "text", "bptt": 1, "trace": 1, "restore": 0.5},
     "dni": {"task": "text", **DNI},
     "dni, no penalty": {"task": "text", **DNI, "restore": 0.0, "centre": False},
@@ -88,7 +90,8 @@ def test_a_run_has_the_gradients_of_a_loop_by_hand(case, tasks):
     trained = learner(tasks, case)
     config, model = trained.config, copy.deepcopy(trained.model)
     core: Any = model.core.rnn
-    traced = Traced(core, config.trace, config.trace_decay, embedding=model.embedding)
+    steps = None if config.trace == "all" else config.trace
+    traced = Traced(core, steps, config.trace_decay, embedding=model.embedding)
     interface, restore = model.core.interface, config.resolved.restore
     penalty = StatePenalty(restore) if restore else None
     state = model.initial_state(config.batch_size)

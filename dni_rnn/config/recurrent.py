@@ -49,9 +49,10 @@ class RecurrentConfig(RunConfig):
     estimator: str | None = None
     """How windows become gradients: bptt (truncated, the default), full (through all --accumulate windows),
     or package.module:Estimator. Arguments behind commas: NAME,option=value."""
-    trace: int = 0
+    trace: int | Literal["all"] = 0
     """Steps before a window that what comes back at its start still reaches, along the own path of each cell
-    (exactly in an element-wise core), with any method; 0: none."""
+    (exactly in an element-wise core), with any method; 0: none. all: every one, in a memory of rows × weights
+    of the core, for small or element-wise cores."""
     trace_decay: float = 1.0
     """Factor on the trace per step."""
     lookahead: int = 0
@@ -117,7 +118,8 @@ class RecurrentConfig(RunConfig):
         if not self.trace and self.trace_decay != type(self).trace_decay:
             raise UsageError("--trace-decay does nothing without --trace; add --trace 32")
         for name in ("clip", "scale", "restore", "audit", "trace", "lookahead"):
-            if not (getattr(self, name) or 0) >= 0:
+            value = getattr(self, name)
+            if value != "all" and not (value or 0) >= 0:
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative")
         if not 0 < self.beta2 < 1:
             raise UsageError(f"--beta2 must lie between 0 and 1, not {self.beta2}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from dni_rnn.recurrent import SequenceModel
 from dni_rnn.traces import Traced
 from dni_rnn.window import Boundary, Window, window_loss
 
+TraceSteps = int | Literal["all"]
+
 
 class TruncatedBPTT(Estimator):
     """Backpropagation within each window; nothing crosses a boundary.
@@ -24,7 +26,8 @@ class TruncatedBPTT(Estimator):
 
     Args:
       penalty: on the state that ends each window, a term of the objective.
-      trace: steps that a trace (`dni_rnn.traces.Traced`) keeps of what came before the window; 0 is none.
+      trace: steps that a trace (`dni_rnn.traces.Traced`) keeps of what came before the window; 0 is none,
+        "all" the carried form.
         With it, what comes back at the start of a window reaches the steps before it, along the own path of
         each cell (exactly in an element-wise core), the embedding included.
       trace_decay: factor on the trace per step.
@@ -33,7 +36,9 @@ class TruncatedBPTT(Estimator):
     recurrent network trajectories".
     """
 
-    def __init__(self, penalty: StatePenalty | None = None, trace: int = 0, trace_decay: float = 1.0) -> None:
+    def __init__(
+        self, penalty: StatePenalty | None = None, trace: TraceSteps = 0, trace_decay: float = 1.0
+    ) -> None:
         super().__init__()
         self.penalty, self.trace, self.trace_decay = penalty, trace, trace_decay
         self._traced: list[Traced] = []  # in a list: its core is the model's, not a part of this module
@@ -41,7 +46,8 @@ class TruncatedBPTT(Estimator):
     def begin(self, model: SequenceModel, batch_size: int) -> None:
         if self.trace:
             core: Any = model.core.rnn
-            self._traced = [Traced(core, self.trace, self.trace_decay, embedding=model.embedding)]
+            steps = None if isinstance(self.trace, str) else self.trace
+            self._traced = [Traced(core, steps, self.trace_decay, embedding=model.embedding)]
 
     def memory(self) -> dict[str, Tensor]:
         return {f"trace.{name}": t for traced in self._traced for name, t in traced.named_state().items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rnn.estimators.bptt import TruncatedBPTT
+from dni_rnn.estimators.bptt import TraceSteps, TruncatedBPTT
 from dni_rnn.interface import Interface
 from dni_rnn.penalty import StatePenalty
 from dni_rnn.pytree import Tree, flatten_rows
@@ -47,7 +47,7 @@ class DNI(TruncatedBPTT):
         *,
         discount: float = 1.0,
         penalty: StatePenalty | None = None,
-        trace: int = 0,
+        trace: TraceSteps = 0,
         trace_decay: float = 1.0,
     ) -> None:
         super().__init__(penalty, trace, trace_decay)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dni_rnn.estimators import Estimate
-from dni_rnn.estimators.bptt import TruncatedBPTT
+from dni_rnn.estimators.bptt import TraceSteps, TruncatedBPTT
 from dni_rnn.estimators.full import state_gradients
 from dni_rnn.penalty import StatePenalty
 from dni_rnn.pytree import Tree, flatten
@@ -45,7 +45,7 @@ class LookaheadBPTT(TruncatedBPTT):
         self,
         steps: int,
         penalty: StatePenalty | None = None,
-        trace: int = 0,
+        trace: TraceSteps = 0,
         trace_decay: float = 1.0,
     ) -> None:
         super().__init__(penalty, trace, trace_decay)

@@ -344,7 +344,7 @@ class Carried:
                 continue
             u = window.inputs[number]
             if number == 0 and self.symbols is not None:
-                u = F.one_hot(u, self.symbols)
+                u = u.unsqueeze(-1) == torch.arange(self.symbols, device=u.device)  # one_hot waits for values
             trace.mul_(wide.unsqueeze(-1)).add_(torch.einsum("tbc,tbi->bci", local, u.to(local.dtype)))
 
     def end(self, done: Tensor | None) -> None:
