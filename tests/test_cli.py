@@ -26,7 +26,7 @@ import torch
 from dni_rnn import cli
 from dni_rnn.cli import main, parse_train
 from dni_rnn.config import PUBLISHED_DNI, FeedforwardConfig, RecurrentConfig, from_json, to_json
-from dni_rnn.config.spelling import parse_context, parse_estimator, parse_synthesizer
+from dni_rnn.config.spelling import parse_call, parse_context, parse_synthesizer
 from dni_rnn.data import task
 from dni_rnn.data.labelled import Examples
 from dni_rnn.data.task import Corpus, config_of, installed_tasks
@@ -152,10 +152,12 @@ def test_options_with_a_grammar_of_their_own():
     assert [parse_context(text) for text in ("none", "next-tokens:1", "next-tokens:12")] == [0, 1, 12]
     assert {"lstm", "gru", "rnn"} <= set(names("cores"))
     assert {"bptt", "dni", "full"} <= set(names("estimators"))
-    assert parse_estimator("full") == ("full", {})
-    assert parse_estimator("my.place:Mine,a=1,b=0.5,c=no,d=True") == (
+    assert parse_call("--estimator", "full") == ("full", {})
+    assert parse_call("--estimator", "my.place:Mine,a=1,b=0.5,c=no,d=True") == (
         "my.place:Mine", {"a": 1, "b": 0.5, "c": "no", "d": True},
     )  # fmt: skip
+    with pytest.raises(UsageError, match="diagonal,0[.]9: '0[.]9' is not argument=value"):
+        parse_call("--core", "diagonal,0.9")
 
 
 def test_no_torch_for_help():
@@ -327,8 +329,8 @@ MISTAKES = [
         (["--estimator", t], f"--estimator {t}: not known; give one of {ESTIMATORS}, or package.module:Name")
         for t in ("rtrl", "cells:", "")
     ),
-    (["--estimator", "full,penalty"], "--estimator full,penalty: 'penalty' is not option=value"),
-    (["--estimator", "full,a b=1"], "--estimator full,a b=1: 'a b=1' is not option=value"),
+    (["--estimator", "full,penalty"], "--estimator full,penalty: 'penalty' is not argument=value"),
+    (["--estimator", "full,a b=1"], "--estimator full,a b=1: 'a b=1' is not argument=value"),
     (["--dni", "--estimator", "full"], "--dni is an estimator of its own: leave out --estimator or --dni"),
     (
         ["--dni", "--critic", "--context", "none"],

@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tanh": {"task": "recall", "core": "rnn", "layers": 2},
     "episodes": {"task": "copy", "accumulate": 2},
     "drawn": {"task": "copy", "random_truncation": 0.6, "bptt": 5, "core": "mingru", "layers": 2},
-    "all steps, diagonal": {"task": "text", "core": "diagonal", "trace": "all"},
+    "all steps, diagonal": {"task": "text", "core": "diagonal,inner=0.9", "trace": "all"},
     "all steps, dni": {"task": "text", "trace": "all", "dni": True, "context": "next-tokens:2"},
     "one step": {"task": "text", "bptt": 1, "trace": 1, "restore": 0.5},
     "dni": {"task": "text", **DNI},
@@ -345,6 +345,11 @@ def test_two_processes_are_one(tasks, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["--core", "diagonal,inner=0.9,outer=0.5"],
+            "--core diagonal,inner=0.9,outer=0.5: inner and outer must",
+        ),
+        (["--core", "diagonal,radius=0.9"], "--core diagonal,radius=0.9: got an unexpected keyword argument"),
         (["--trace", "-1"], "--trace must not be negative"),
         (["--trace", "8", "--trace-decay", "2"], "--trace-decay must lie between 0 and 1, not 2.0"),
         (["--trace-decay", "0.5"], "--trace-decay does nothing without --trace; add --trace 32"),

@@ -669,7 +669,7 @@ def test_a_core_is_its_loop_over_steps(kind, generator):
 
 
 def test_a_diagonal_core_starts_in_its_ring():
-    core = Diagonal(3, 500, ring=(0.5, 0.9), phase=1.0)
+    core = Diagonal(3, 500, inner=0.5, outer=0.9, phase=1.0)
     first: Any = core.layers[0]
     multiplier = first.multiplier()
     size, turn = multiplier.detach().abs(), multiplier.detach().angle()
@@ -677,8 +677,8 @@ def test_a_diagonal_core_starts_in_its_ring():
     assert 0.88 <= float(size.max()) <= 0.9
     assert float(turn.min()) >= 0.0
     assert float(turn.max()) <= 1.0
-    with pytest.raises(ValueError, match="ring"):
-        Diagonal(3, 4, ring=(0.5, 1.0))
+    with pytest.raises(ValueError, match="inner and outer must lie in"):
+        Diagonal(3, 4, inner=0.5, outer=1.0)
 
 
 @pytest.mark.parametrize("kind", OWN + EXACT)

@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any, ClassVar, Literal, Self
 
 from dni_rnn.config.base import RunConfig, check_critic, check_dni, decide_restore
-from dni_rnn.config.spelling import parse_context, parse_estimator, parse_synthesizer
+from dni_rnn.config.spelling import parse_call, parse_context, parse_synthesizer
 from dni_rnn.errors import UsageError
 from dni_rnn.metrics import BPC, Metric
 from dni_rnn.registry import check, is_import
@@ -32,7 +32,7 @@ class RecurrentConfig(RunConfig):
 
     core: str = "lstm"
     """Recurrent core: lstm, gru, rnn (tanh), mingru, diagonal, one that a package registers, or
-    package.module:Cell."""
+    package.module:Cell. Arguments behind commas: NAME,argument=value."""
     hidden: int = 256
     """Units per layer."""
     layers: int = 1
@@ -48,7 +48,7 @@ class RecurrentConfig(RunConfig):
     """Windows per update. Methods with equal bptt × accumulate update after the same number of symbols."""
     estimator: str | None = None
     """How windows become gradients: bptt (truncated, the default), full (through all --accumulate windows),
-    or package.module:Estimator. Arguments behind commas: NAME,option=value."""
+    or package.module:Estimator. Arguments behind commas: NAME,argument=value."""
     trace: int | Literal["all"] = 0
     """Steps before a window that what comes back at its start still reaches, along the own path of each cell
     (exactly in an element-wise core), with any method; 0: none. all: every one, in a memory of rows × weights
@@ -142,7 +142,7 @@ class RecurrentConfig(RunConfig):
         if not is_import(self.synthesizer):
             parse_synthesizer(self.synthesizer)
         parse_context(self.context)
-        check("cores", self.core)
+        check("cores", self.core_spec[0])
         check("estimators", self.estimator_spec[0])
         if self.critic and is_import(self.synthesizer):
             raise UsageError(
@@ -182,10 +182,15 @@ class RecurrentConfig(RunConfig):
         return parse_context(self.context)
 
     @property
+    def core_spec(self) -> tuple[str, dict[str, Any]]:
+        """Name of the core and its keyword arguments."""
+        return parse_call("--core", self.core)
+
+    @property
     def estimator_spec(self) -> tuple[str, dict[str, Any]]:
         """Name of the estimator and its keyword arguments."""
         if self.estimator is not None:
-            return parse_estimator(self.estimator)
+            return parse_call("--estimator", self.estimator)
         if self.lookahead:
             return "lookahead", {"steps": self.lookahead}
         return "dni" if self.dni else "bptt", {}

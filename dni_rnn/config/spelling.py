@@ -38,16 +38,16 @@ def parse_context(text: str) -> int:
     return int(found[1] or 0)
 
 
-def parse_estimator(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and keyword arguments of `--estimator NAME,option=value,...`; values are Python's, or text."""
+def parse_call(option: str, text: str) -> tuple[str, dict[str, Any]]:
+    """Name and keyword arguments of `NAME,argument=value,...`; values are Python's, or text."""
     name, *given = text.split(",")
     options: dict[str, Any] = {}
     for each in given:
-        option, equals, value = each.partition("=")
-        if not (equals and option.isidentifier()):
-            raise UsageError(f"--estimator {text}: {each!r} is not option=value")
+        argument, equals, value = each.partition("=")
+        if not (equals and argument.isidentifier()):
+            raise UsageError(f"{option} {text}: {each!r} is not argument=value")
         try:
-            options[option] = ast.literal_eval(value)
+            options[argument] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            options[option] = value
+            options[argument] = value
     return name, options

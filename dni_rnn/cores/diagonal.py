@@ -49,14 +49,15 @@ class Diagonal(nn.Module):
         y_t = GELU(C [Re s_t, Im s_t] + c + D x_t)
 
     y is the input of the next layer, and the top one the output. |λ| < 1 whatever ν. Initially λ lies evenly
-    in the ring `ring` with phases up to `phase`, and γ = √(1 − |λ|²).
+    between `inner` and `outer` with phases up to `phase`, and γ = √(1 − |λ|²).
 
     A window of T steps is a scan of log₂ T passes, both ways. Its trace (`dni_rnn.traces.Traced`) is exact
     in one layer: strictly online it is full BPTT. In a stack each layer's is exact within itself.
 
     Args:
       input_size, hidden_size, num_layers: as in torch.
-      ring: the initial |λ|, least and greatest.
+      inner, outer: the initial |λ|, least and greatest. After K steps |λ|^K is left: lags of K want most of
+        them at 1 − 1/K or above.
       phase: the initial phase of λ, greatest.
 
     Attributes:
@@ -75,15 +76,16 @@ class Diagonal(nn.Module):
         hidden_size: int,
         num_layers: int = 1,
         *,
-        ring: tuple[float, float] = (0.8, 0.999),
+        inner: float = 0.8,
+        outer: float = 0.999,
         phase: float = math.pi,
     ) -> None:
         super().__init__()
-        if not 0.0 <= ring[0] <= ring[1] < 1.0:
-            raise ValueError(f"the ring must lie in [0, 1), not {ring}")
+        if not 0.0 <= inner <= outer < 1.0:
+            raise ValueError(f"inner and outer must lie in [0, 1), inner first, not {inner} and {outer}")
         self.hidden_size = self.output_size = hidden_size
         sizes = [input_size] + [hidden_size] * (num_layers - 1)
-        self.layers = nn.ModuleList(_Layer(size, hidden_size, ring, phase) for size in sizes)
+        self.layers = nn.ModuleList(_Layer(size, hidden_size, (inner, outer), phase) for size in sizes)
 
     def initial_state(self, batch: int) -> DiagonalState:
         """Zeros, on the device and in the dtype of the weights."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -31,13 +33,27 @@ def build_model(config: RecurrentConfig, data: Data) -> SequenceModel:
     return SequenceModel(data.input_symbols, data.target_symbols, config.embedding, core)
 
 
+def _call(kind: Callable[..., Any], *arguments: Any, option: str, **options: Any) -> Any:
+    """`kind` of what was given as `option`; what it does not take is refused in one line."""
+    try:
+        inspect.signature(kind).bind(*arguments, **options)
+    except TypeError as error:
+        raise UsageError(f"{option}: {error}") from None
+    try:
+        return kind(*arguments, **options)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from None
+
+
 def build_core(config: RecurrentConfig) -> Core:
     """`--core`, called as `Cell(input_size, hidden_size, num_layers)`.
 
     Raises:
       UsageError: it is not a `Core`.
     """
-    core = find("cores", config.core)(config.embedding, config.hidden, config.layers)
+    name, options = config.core_spec
+    sizes = (config.embedding, config.hidden, config.layers)
+    core = _call(find("cores", name), *sizes, option=f"--core {config.core}", **options)
     if not (isinstance(core, nn.Module) and isinstance(core, Core)):
         raise UsageError(
             f"--core {config.core}: not a core; it must be an nn.Module with initial_state, output_size and "
@@ -61,11 +77,7 @@ def build_estimator(config: RecurrentConfig, model: SequenceModel, data: Data) -
         name, options = config.estimator_spec
         kind, given = find("estimators", name), {"penalty": penalty} if penalty else {}
         options = options | given | trace
-        try:
-            inspect.signature(kind).bind(**options)
-        except TypeError as error:
-            raise UsageError(f"--estimator {config.estimator}: {error}") from None
-        return kind(**options)
+        return _call(kind, option=f"--estimator {config.estimator}", **options)
     aux = None
     if config.aux:
         state = model.core.initial_state(1)
