@@ -156,7 +156,7 @@ def test_options_with_a_grammar_of_their_own():
     assert parse_call("--estimator", "my.place:Mine,a=1,b=0.5,c=no,d=True") == (
         "my.place:Mine", {"a": 1, "b": 0.5, "c": "no", "d": True},
     )  # fmt: skip
-    with pytest.raises(UsageError, match="diagonal,0[.]9: '0[.]9' is not argument=value"):
+    with pytest.raises(UsageError, match="is not argument=value"):
         parse_call("--core", "diagonal,0.9")
 
 
