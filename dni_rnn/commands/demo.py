@@ -9,9 +9,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Demo:
-    """Train short truncation without and with synthetic gradients, and a longer one, and compare them.
+    """Train with short windows, without and with a trace, and with longer ones, and compare them.
 
-    Three small models on the text that comes with Python, on the CPU, in about three minutes.
+    Small models on recall and on the text that comes with Python, on the CPU, in about three minutes.
     """
 
     out: Path = Path("runs/demo")

@@ -1,7 +1,7 @@
-"""The demo: what truncation costs, and what synthetic gradients give back, in a few minutes on a CPU.
+"""The demo: what truncation costs, and what a trace and synthetic gradients give back, in minutes on a CPU.
 
 It opens with recall, where truncation is the limit and one step of backpropagation either learns or does
-not; then it trains on text, where the difference is small and has a price.
+not; then it trains on text, where a trace is what helps, and has a price.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ RECALL = RecurrentConfig(
 DELAY, CHANCE = 5, 2.0
 RECALL_METHODS = {
     "recall-bptt-T1": RECALL,
+    "recall-trace-T1": dataclasses.replace(RECALL, trace=8, restore=0.1),
     "recall-dni-T1": dataclasses.replace(
         RECALL, dni=True, critic=True, context=f"next-tokens:{DELAY}", synthesizer="linear",
         synthesizer_reads="state", synthesizer_lr=5e-3, scale=1.0, discount=0.97,
@@ -37,12 +38,14 @@ RECALL_METHODS = {
 
 TASK = "text"
 
-SHARED = RecurrentConfig(hidden=128, batch_size=32, lr=3e-3, device="cpu", threads=1, log_every=20)
+SHARED = RecurrentConfig(
+    hidden=128, batch_size=32, lr=3e-3, restore=0.1, device="cpu", threads=1, log_every=20
+)
 
-# Every update is made of 20 steps of text, so that only the length of backpropagation differs.
+# Every update is made of 20 steps of text, and all have the state penalty: what reaches back differs.
 METHODS = {
     "bptt-T2": dataclasses.replace(SHARED, bptt=2, accumulate=10),
-    "dni-T2": dataclasses.replace(SHARED, bptt=2, accumulate=10, dni=True),
+    "trace-T2": dataclasses.replace(SHARED, bptt=2, accumulate=10, trace=32),
     "bptt-T20": dataclasses.replace(SHARED, bptt=20, accumulate=1),
 }
 
@@ -56,7 +59,7 @@ PROMPT, SAMPLED = "The value of ", 300
 
 
 def run_demo(out: Path, chars: int) -> None:
-    """Train two models on recall and three on text, compare them, and let the best write.
+    """Train three models on recall and three on text, compare them, and let the best write.
 
     Args:
       out: folder for their runs and the plots; runs of an earlier demo in it are replaced.
@@ -66,8 +69,7 @@ def run_demo(out: Path, chars: int) -> None:
       Interrupted: SIGINT or SIGTERM during training.
     """
     print(f"One step of backpropagation, and a symbol to be recalled after {DELAY}:", flush=True)
-    without, synthetic = _train("recall", {"delay": DELAY}, RECALL_METHODS, out, "recall.png")
-    print(recall_verdict(without, synthetic))
+    print(recall_verdict(*_train("recall", {"delay": DELAY}, RECALL_METHODS, out, "recall.png")))
     print(f"\nText, {chars:,} characters for each of {len(METHODS)} models:", flush=True)
     methods = {
         name: dataclasses.replace(method, chars=chars, eval_every=max(chars // VALIDATIONS, 1))
@@ -99,26 +101,27 @@ def _train(
     return records
 
 
-def recall_verdict(without: Record, synthetic: Record) -> str:
-    """One sentence on what either learnt; chance is 2 bits."""
-    learnt = ["has learnt it" if (record.test or 0.0) < 0.1 else "has not" for record in (without, synthetic)]
+def recall_verdict(without: Record, trace: Record, synthetic: Record) -> str:
+    """One sentence on what each learnt; chance is 2 bits."""
+    left = [record.test or 0.0 for record in (without, trace, synthetic)]
     return (
-        f"In these runs, one seed each, truncated BPTT {learnt[0]} ({without.test:.3f} bits, chance is "
-        f"{CHANCE:.0f}); with synthetic gradients it {learnt[1]} ({synthetic.test:.3f} bits)."
+        f"In these runs, one seed each, of {CHANCE:.0f} bits that are chance truncated BPTT leaves "
+        f"{left[0]:.2f}, a trace, which knows nothing of what comes, {left[1]:.2f}, and a synthetic gradient, "
+        f"conditioned on what is still to be recalled, {left[2]:.2f}."
     )
 
 
-def verdict(short: Record, synthetic: Record, long: Record) -> str:
-    """One sentence on test BPC: short truncation without and with synthetic gradients, and a longer one."""
+def verdict(short: Record, trace: Record, long: Record) -> str:
+    """One sentence on test BPC: short truncation without and with a trace, and a longer one."""
     assert short.test is not None
-    assert synthetic.test is not None
+    assert trace.test is not None
     assert long.test is not None
-    change, goal = synthetic.test - short.test, long.test - short.test
+    change, goal = trace.test - short.test, long.test - short.test
     what = f"the test BPC of T={short.depth}"
     if change <= -CLEAR:
         effect = f"lowered {what} by {-change:.3f}"
     elif change >= CLEAR:
-        effect = f"did not help: they raised {what} by {change:.3f}"
+        effect = f"did not help: it raised {what} by {change:.3f}"
     else:
         effect = f"made no clear difference to {what} ({change:+.3f})"
     if goal > -CLEAR:
@@ -128,6 +131,6 @@ def verdict(short: Record, synthetic: Record, long: Record) -> str:
     else:
         comparison = f"T={long.depth} lowered it by {-goal:.3f}"
     return (
-        f"In these runs, one seed each, synthetic gradients {effect}, "
-        f"at {synthetic.seconds / short.seconds:.1f} times its training time; {comparison}."
+        f"In these runs, one seed each, a trace {effect}, "
+        f"at {trace.seconds / short.seconds:.1f} times its training time; {comparison}."
     )
