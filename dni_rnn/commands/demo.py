@@ -16,7 +16,7 @@ class Demo:
 
     out: Path = Path("runs/demo")
     """Where the runs and the plot go; those of an earlier demo are replaced."""
-    chars: int = 1_200_000
+    chars: int = 500_000
     """Characters that each model trains on."""
 
     def __call__(self) -> None:
