@@ -52,14 +52,15 @@ class RecurrentConfig(RunConfig):
     trace: int | Literal["all"] = 0
     """Steps before a window that what comes back at its start still reaches, along the own path of each cell
     (exactly in an element-wise core), with any method; 0: none. all: every one, in a memory of rows × weights
-    of the core, for small or element-wise cores."""
+    of the core, for small or element-wise cores. On text 32 with --restore 0.1 was ahead of truncated BPTT at
+    T = 1, 2, 8 and 20 (results/ptb-published, ptb-trace)."""
     trace_decay: float = 1.0
     """Factor on the trace per step."""
     lookahead: int = 0
     """Steps behind each window that are backpropagated through as well, and again in their turn: overlapping
     windows, the bound of a synthesizer that is conditioned on so many symbols. 0: none."""
     dni: bool = False
-    """Put a synthetic gradient at each truncation boundary."""
+    """Put a synthetic gradient at each truncation boundary. On text a trace gains more."""
     restore: float | None = None
     """Penalty on a state beyond ±3, in units of usual gradients, with any method; stops it from running away.
     The default is 0.1 with --dni and 0 without."""
