@@ -106,8 +106,8 @@ def recall_verdict(without: Record, trace: Record, synthetic: Record) -> str:
     left = [record.test or 0.0 for record in (without, trace, synthetic)]
     return (
         f"In these runs, one seed each, of {CHANCE:.0f} bits that are chance truncated BPTT leaves "
-        f"{left[0]:.2f}, a trace, which knows nothing of what comes, {left[1]:.2f}, and a synthetic gradient, "
-        f"conditioned on what is still to be recalled, {left[2]:.2f}."
+        f"{left[0]:.2f}, a trace, which knows nothing of what comes, {left[1]:.2f}, and a synthetic "
+        f"gradient, conditioned on what is still to be recalled, {left[2]:.2f}."
     )
 
 
