@@ -40,6 +40,7 @@ from dni_rnn.experiments.report import (
     report_sweep,
 )
 from dni_rnn.experiments.results_page import render_index, result_folders
+from dni_rnn.experiments.sources import sources_of, sources_text
 from dni_rnn.experiments.sweep import read_failures, read_rows, read_sweep
 from dni_rnn.metrics import BPC, Metric, metrics_of
 
@@ -671,3 +672,17 @@ def test_a_task_that_grows_is_judged_by_what_it_solved(folder):
         reached = mean_sd(times, 0) if len(times) == len(found) else "not reached"
         assert reached in line
     assert "Best valid" not in text
+
+
+def test_what_a_method_has_beside_truncated_bptt_is_said_under_its_table():
+    plain = {"bptt": 2, "dni": False, "context": "next-tokens:8"}
+    told = {**plain, "dni": True, "lookahead": 0, "trace": 32}
+    assert sources_of({"layers": 3}) is None
+    assert sources_of(plain) == "nothing"
+    assert sources_of(told) == "M, conditioned on the next 8 symbols, is learnt and 32 steps are remembered"
+    assert sources_of({**told, "context": "none", "trace": 0}) == "M, unconditioned, is learnt"
+    assert sources_of({**plain, "lookahead": 4}) == "the next 4 symbols are known"
+    assert sources_of({**plain, "trace": "all"}) == "all steps before are remembered"
+    groups = {name: [{"config": config}] for name, config in (("a", plain), ("b", told), ("c", plain))}
+    assert "— nothing: `a`, `c`; M, conditioned" in sources_text({**groups, "none yet": []})
+    assert sources_text({"cnn": [{"config": {"layers": 3}}]}) == ""

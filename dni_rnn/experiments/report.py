@@ -20,6 +20,7 @@ from dni_rnn.experiments.about import About, read_about
 from dni_rnn.experiments.html_page import render_page
 from dni_rnn.experiments.plots import Curve, save_curves, save_logged
 from dni_rnn.experiments.provenance import commands_of, failed_runs, machines, samples, versions_of
+from dni_rnn.experiments.sources import sources_text
 from dni_rnn.experiments.sweep import Cell, read_failures, read_rows, read_sweep
 from dni_rnn.metrics import BPC, LOGGED, Metric, Point, metrics_of
 
@@ -102,6 +103,7 @@ def render_table(
         parts.append(about.note.strip() + "\n")
     for metric in metrics:
         parts += _section(groups, planned, about, metric)
+    parts.append(sources_text(groups))
     parts += [f"{text}\n" for text in (failed_runs(failures), machines(rows), about.shows.strip()) if text]
     if logged_of(groups):
         parts.append(f"![What went on inside]({INSIDE}.svg)\n")
