@@ -41,7 +41,8 @@ class Edge(torch.autograd.Function):
             interface._factor(len(predicted) > 1, 1.0, interface.loss_scale) if ctx.passes_on else None
         )
         ctx.save_for_backward(*predicted)
-        return tuple(message.view_as(message) for message in messages)
+        # Not views: what is received may be changed in place, and M has to find what it was told.
+        return tuple(message.clone() for message in messages)
 
     @staticmethod
     @once_differentiable
@@ -56,7 +57,10 @@ class Edge(torch.autograd.Function):
 
 
 class Send(torch.autograd.Function):
-    """Zero forward. Backward: the synthetic gradients, as the gradients of the messages."""
+    """Zero forward. Backward: the synthetic gradients, as the gradients of the messages.
+
+    The tensors are `count` gradients, as many messages, and others that backward reaches with no gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> Tensor:
@@ -70,7 +74,8 @@ class Send(torch.autograd.Function):
         # calls backward on, so M already speaks in those units: with (loss + sent) / 4, g comes
         # divided by 4, M learns it so, and dividing ĝ once more would be wrong.
         synthetic = ctx.saved_tensors
-        return None, *[None] * len(synthetic), *synthetic
+        others = len(ctx.needs_input_grad) - 1 - 2 * len(synthetic)
+        return None, *[None] * len(synthetic), *synthetic, *[None] * others
 
 
 def attach(loss: Tensor) -> Tensor:

@@ -12,16 +12,21 @@ arXiv:1608.05343.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dni_rnn.agreement import trust_of
+from dni_rnn.asking import Critique, ask, batch_dim_of, dtype_of
+from dni_rnn.checks import Done, Layout, alike
 from dni_rnn.edges import Edge, Send, times, without
-from dni_rnn.pytree import Spec, Tree, flatten, flatten_rows, unflatten, unflatten_rows
-from dni_rnn.running_rms import AllReduce, follow, sum_of_squares
+from dni_rnn.pytree import Spec, Tree, flatten, has_rows, unflatten
+from dni_rnn.running_rms import AllReduce, Running, follow, sum_of_squares
+
+__all__ = ["Critique", "Interface"]
 
 RECEIVED_BY = "_received_by"
 """The attribute by which a tensor that `Interface.receive` returned tells whose it is (to a trace)."""
@@ -30,22 +35,7 @@ AUDIT_DECAY = 0.8
 """Of an audit's weight when the next one comes."""
 
 
-class Critique(NamedTuple):
-    """What M returns when it predicts the loss to come, and its gradient as the derivative of that.
-
-    Attributes:
-      gradient: like the message, as any M's answer (see `Interface`), but in units of the loss, not of
-        `Interface.target_rms`; while gradients are recorded, with its graph, through which its match
-        trains M (a second derivative).
-      losses: (B,), what M is trained on besides the match: row by row, weighted as M sees fit against a
-        match loss of 1 for predicting zero.
-    """
-
-    gradient: Tree
-    losses: Tensor
-
-
-class Interface(nn.Module):
+class Interface(Running):
     """A decoupled neural interface with its synthesizer M.
 
     In a truncated-BPTT loop, two lines change:
@@ -70,9 +60,13 @@ class Interface(nn.Module):
 
     so a first term of 1 is what predicting zero gives, and 0 is a perfect prediction. g is in the units
     of the scalar on which backward is called (for a loss that is a mean over a batch, it shrinks
-    with the batch), and so is ĝ. Keep the interface itself in float32 or float64 (autocast is fine): its
-    running RMS moves by small steps. M is called twice for every message, by `send` and by `receive`, so
-    one with dropout draws twice.
+    with the batch), and so is ĝ. M is told the message in the dtype of its own parameters (under autocast as
+    it is), and ĝ comes back in the message's; the running RMS is kept in float32 or wider. M is called twice
+    for every message, by `send` and by `receive`, so one with dropout draws twice.
+
+    A message is a tensor or a tree of tensors (`dni_rnn.pytree.flatten`), with rows in each. None, numbers,
+    tensors of integers and 0-d tensors in it have no gradient and pass through. A message with nothing
+    else, as the None that `nn.LSTM` takes for its initial state, passes `receive` as it is, and `send` is 0.
 
     The same backward that brings ĝ to the parameters carries it on to the previous boundary, where it
     is part of M's next target. `trust` is 1 unless `audit` is called, which measures how far ĝ can be
@@ -91,12 +85,16 @@ class Interface(nn.Module):
       synthesizer: M, any module.
       centre: subtract from what `send` injects its mean over the rows that are not done. What is the same in
         every row of a batch is mostly M's own bias, and a consistent push is what drives a cell state
-        away: Adam turns it into full steps, and the bootstrapped target then confirms it.
+        away: Adam turns it into full steps, and the bootstrapped target then confirms it. A row that is
+        alone has nothing to be compared with, and is sent as it is.
       scale: factor on ĝ. 0 makes the interface a plain detach that trains M. Published: 0.1.
       normalize: keep M in units of the running RMS of its target. Without it that is 1.
       decay: of the running RMS, per backward pass (`dni_rnn.running_rms.follow`).
       batch_dim: where the rows of a message lie: -2 for the states of recurrent cores, (layers, B, H)
-        or (B, H), and for vectors (B, F); 0 for feature maps (B, C, height, width).
+        or (B, H), and for vectors (B, F); 0 for feature maps (B, C, height, width) and for states
+        (B, layers, H). A tree of such in the shape of the message, `{"lstm": (-2, -2), "memory": 0}`, where
+        leaves differ; a leaf (B,) has its rows where it can. None: where M has them (its `batch_dim`), else
+        -2, for tensors of up to three dimensions.
 
     Attributes:
       loss_scale: see above; a scalar tensor or number that is set from outside, or None.
@@ -111,9 +109,10 @@ class Interface(nn.Module):
         each process's share: the sum over processes is the gradient.
 
     Raises:
-      ValueError: `decay` does not lie in [0, 1); or, when it is called, M does not return tensors of the
-        shapes of the message.
-      TypeError: a message holds something that is neither a tensor nor a tuple, list or dict of such.
+      ValueError: `decay` does not lie in [0, 1); or, when it is called, the tensors of a message differ
+        in the number of their rows or lie elsewhere than the interface, `done` is not one value for each row,
+        or M does not return tensors of the shapes of the message.
+      TypeError: a message holds something that has no place in one (`dni_rnn.pytree.flatten`).
 
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §2.
     """
@@ -127,6 +126,10 @@ class Interface(nn.Module):
     audited: Tensor
     sent: list[Tensor] | None
     keeps_sent: bool
+    batch_dim: Tree
+    _reached: list[
+        bool
+    ]  # whether backward from the next `send` reaches M's parameters, by a `receive` before it
 
     def __init__(
         self,
@@ -136,7 +139,7 @@ class Interface(nn.Module):
         centre: bool = False,
         normalize: bool = True,
         decay: float = 0.99,
-        batch_dim: int = -2,
+        batch_dim: int | Tree | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= decay < 1.0:
@@ -145,20 +148,27 @@ class Interface(nn.Module):
         self.scale, self.centre = scale, centre
         self.normalize = normalize
         self.decay = decay
-        self.batch_dim = batch_dim
+        self.batch_dim = batch_dim_of(synthesizer) if batch_dim is None else batch_dim
+        self._layout = Layout(self.batch_dim)
         self.loss_scale = None
         self.keeps_sent, self.sent = False, None
+        self._reached, self._dtype = [False], dtype_of(synthesizer)
         self.register_buffer("target_square", torch.zeros(()))
         self.register_buffer("target_count", torch.zeros(()))
         self.register_buffer("regression_loss", torch.ones(()))
         self.register_buffer("trust", torch.ones(()))
         self.register_buffer("audited", torch.zeros(2))  # Σ ĝ·s, Σ ĝ·ĝ
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._dtype = dtype_of(self.synthesizer)
+        return self
+
     def target_rms(self) -> Tensor:
         """Running root mean square of M's targets (a scalar); 0 before the first one."""
         return self.target_square.sqrt() if self.normalize else torch.ones_like(self.target_square)
 
-    def receive(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
+    def receive(self, message: Tree, context: Any = None, done: Done = None) -> Tree:
         """Take a message over from its producer: the same values, cut from its history.
 
         Backward, the gradient g that arrives here becomes M's regression target.
@@ -166,23 +176,23 @@ class Interface(nn.Module):
         Args:
           message: what was sent, for example the state at the end of the previous window.
           context: what M may know besides the message; what `send` was given for it.
-          done: boolean (B,). Rows whose sequence ended at this boundary: the caller has put an
-            initial state there, its gradient is not theirs, and M is not trained on it.
+          done: (B,) or (B, 1), booleans or numbers, a tensor, array or list. Rows whose sequence ended at
+            this boundary: the caller has put an initial state there, its gradient is not theirs, and M is
+            not trained on it.
 
-        Where no gradients are recorded it is a detach and nothing else.
+        What it returns may be changed in place, without the message. Where no gradients are recorded it is a
+        detach and nothing else.
         """
-        leaves, spec = flatten(message)
+        leaves, spec, done = self._enter(message, done)
         leaves = [leaf.detach() for leaf in leaves]
-        if not torch.is_grad_enabled():
+        if not (leaves and torch.is_grad_enabled()):
             return unflatten(leaves, spec)
-        received = self._edge(leaves, spec, context, done)
-        for leaf in flatten(received)[0]:
+        leaves = self._edge(leaves, spec, context, done)
+        for leaf in leaves:
             setattr(leaf, RECEIVED_BY, self)
-        return received
+        return unflatten(leaves, spec)
 
-    def send(
-        self, message: Tree, context: Any = None, done: Tensor | None = None, *, discount: float = 1.0
-    ) -> Tensor:
+    def send(self, message: Tree, context: Any = None, done: Done = None, *, discount: float = 1.0) -> Tensor:
         """Hand a message on: a scalar of value 0 whose gradient with respect to the message is ĝ.
 
         Add it to the loss. A factor in front of it changes nothing (ĝ is already in the units of the
@@ -191,24 +201,30 @@ class Interface(nn.Module):
         Args:
           message: for example the state at the end of this window, with its graph.
           context: what M may know besides the message, for example the next symbols.
-          done: boolean (B,). Rows whose sequence ends here: they have no future, so ĝ is 0.
+          done: as for `receive`. Rows whose sequence ends here: they have no future, so ĝ is 0.
           discount: a factor on ĝ at this boundary alone, such as γ^T behind a window of T steps.
 
         Where no gradients are recorded it is a zero and nothing else.
         """
-        leaves, spec = flatten(message)
+        leaves, spec, done = self._enter(message, done)
         if not torch.is_grad_enabled():
-            return leaves[0].new_zeros(())
-        rows = self._synthesize(leaves, spec, context, done, discount, self.loss_scale)
-        if self.keeps_sent:
-            self._keep(rows, leaves)
-        synthetic = self._like(rows, leaves)
-        return Send.apply(len(leaves), *synthetic, *leaves)  # type: ignore[return-value]
+            return (leaves[0] if leaves else self.target_square).new_zeros(())
+        synthetic: list[Tensor] = []
+        if leaves:
+            rows = self._synthesize(leaves, spec, context, done, discount, self.loss_scale)
+            if self.keeps_sent:
+                self._keep(rows, leaves)
+            synthetic = self._like(rows, leaves)
+        # Data parallelism counts on every parameter in every backward pass; M's come in at `receive`.
+        parameters = [] if self._reached[0] else [p for p in self.synthesizer.parameters() if p.requires_grad]
+        self._reached[0] = False
+        tensors = (*synthetic, *leaves, *parameters)
+        return Send.apply(len(leaves), *tensors) if tensors else self.target_square.new_zeros(())  # type: ignore
 
     def _keep(self, rows: Tensor, leaves: list[Tensor]) -> None:
         """In place where it can be: what is recorded on a device must find it again."""
         unscaled = rows if self.loss_scale is None else (rows / self.loss_scale).to(rows.dtype)
-        sent = unflatten_rows(unscaled, leaves, self.batch_dim)
+        sent = self._layout.like(unscaled, leaves)
         if self.sent is None or [s.shape for s in self.sent] != [s.shape for s in sent]:
             self.sent = [s.clone() for s in sent]
         else:
@@ -223,12 +239,14 @@ class Interface(nn.Module):
         """
         if not torch.is_grad_enabled():
             return message
-        leaves, spec = flatten(message)
-        return self._edge(leaves, spec, context, None)
+        leaves, spec, _ = self._enter(message, None)
+        return unflatten(self._edge(leaves, spec, context, None) if leaves else leaves, spec)
 
-    def synthetic_gradient(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
+    def synthetic_gradient(self, message: Tree, context: Any = None, done: Done = None) -> Tree:
         """ĝ as `send` injects it: a tree like `message`, in the units of the loss, 0 in rows of `done`."""
-        leaves, spec = flatten(message)
+        leaves, spec, done = self._enter(message, done)
+        if not leaves:
+            return unflatten(leaves, spec)
         return unflatten(self._like(self._synthesize(leaves, spec, context, done), leaves), spec)
 
     @torch.no_grad()
@@ -237,7 +255,7 @@ class Interface(nn.Module):
         message: Tree,
         real: Tree,
         context: Any = None,
-        done: Tensor | None = None,
+        done: Done = None,
         *,
         discount: float = 1.0,
     ) -> None:
@@ -254,17 +272,23 @@ class Interface(nn.Module):
           message, context, done, discount: as for `send`.
           real: s, a tree like the message, in units of the loss, 0 in rows of `done`.
         """
-        leaves, spec = flatten(message)
+        leaves, spec, done = self._enter(message, done)
+        if not leaves:
+            return
+        reals = flatten(real, has_rows)[0]
+        alike(reals, leaves, "a real gradient")
         predicted, critique = self._centred(leaves, spec, context, done)
         synthetic = times(self._untrusted_factor(critique, discount), predicted).to(self.audited.dtype)
-        true = self._rows(flatten(real)[0])
+        true = self._layout.rows(reals)
         self.audited.mul_(AUDIT_DECAY)
         self.audited += self._summed(torch.stack([(synthetic * true).sum(), synthetic.square().sum()]))
         self.trust.copy_(trust_of(self.audited[0], self.audited[1]))
 
-    def predict(self, message: Tree, context: Any = None, done: Tensor | None = None) -> Tree:
+    def predict(self, message: Tree, context: Any = None, done: Done = None) -> Tree:
         """M's output in units of the target RMS: like `message`, in its dtypes, 0 in rows of `done`."""
-        leaves, spec = flatten(message)
+        leaves, spec, done = self._enter(message, done)
+        if not leaves:
+            return unflatten(leaves, spec)
         predicted, critique = self._predict(leaves, spec, context, done)
         if critique:
             predicted = times(_inverse(self.target_rms()), predicted)
@@ -273,12 +297,12 @@ class Interface(nn.Module):
     # Below, a message and what goes with it is its rows: one tensor (B, features), its tensors side by side.
     # This runs at every boundary: few and small tensor operations, none that waits for a device.
 
-    def _rows(self, leaves: Sequence[Tensor]) -> Tensor:
-        return flatten_rows(leaves, self.batch_dim)
+    def _enter(self, message: Tree, done: Done) -> tuple[list[Tensor], Spec, Tensor | None]:
+        return self._layout.enter(message, done, self.target_square.device)
 
     def _like(self, rows: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Rows as tensors of the shapes and dtypes of `leaves`."""
-        parts = unflatten_rows(rows, leaves, self.batch_dim)
+        parts = self._layout.like(rows, leaves)
         return [part.to(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
 
     def _untrusted_factor(self, critique: bool, discount: float) -> Tensor:
@@ -313,12 +337,15 @@ class Interface(nn.Module):
         predicted, critique = self._predict(leaves, spec, context, done)
         if not self.centre:
             return predicted, critique
+        if predicted.dtype is not torch.float32:
+            predicted = predicted.to(torch.promote_types(predicted.dtype, self.target_square.dtype))
         if done is None and self.all_reduce is None:
-            return predicted - predicted.mean(0, keepdim=True), critique
+            return predicted - predicted.mean(0, keepdim=True) if len(predicted) > 1 else predicted, critique
         summed = predicted.sum(0)
         rows = len(predicted) if done is None else (~done).sum()
         both = self._summed(torch.cat([summed, summed.new_zeros(1) + rows]))
-        return without(done, predicted - both[:-1] / both[-1].clamp_min(1.0)), critique
+        count = F.threshold(both[-1], 1.0, torch.inf)  # of a row that is alone the mean counts as 0
+        return without(done, predicted - both[:-1] / count), critique
 
     @torch.no_grad()
     def _predict(
@@ -328,28 +355,19 @@ class Interface(nn.Module):
         predicted, *losses = self._call(leaves, spec, context)
         return without(done, predicted), bool(losses)
 
-    def _edge(self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None) -> Tree:
+    def _edge(self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None) -> list[Tensor]:
         tensors = (*leaves, *self._call(leaves, spec, context))
-        return unflatten(Edge.apply(self, done, len(leaves), *tensors), spec)  # type: ignore[arg-type]
+        self._reached[0] = True
+        return list(Edge.apply(self, done, len(leaves), *tensors))  # type: ignore[arg-type]
 
     def _call(self, leaves: list[Tensor], spec: Spec, context: Any) -> list[Tensor]:
-        """What M predicts for a message, checked and as rows; and behind it its losses if it has them."""
-        answer = self.synthesizer(unflatten([leaf.detach() for leaf in leaves], spec), context)
-        answer, losses = (answer.gradient, [answer.losses]) if isinstance(answer, Critique) else (answer, [])
-        rows, features = leaves[0].shape[self.batch_dim], sum(leaf.numel() for leaf in leaves)
-        if isinstance(answer, Tensor) and answer.shape == (rows, features // max(rows, 1)):
-            return [answer, *losses]
-        parts, _ = flatten(answer)
-        if [part.shape for part in parts] != [leaf.shape for leaf in leaves]:
-            got, wanted = [tuple(part.shape) for part in parts], [tuple(leaf.shape) for leaf in leaves]
-            raise ValueError(f"the synthesizer must return tensors like the message, {wanted}, not {got}")
-        return [self._rows(parts), *losses]
+        return ask(self.synthesizer, self._layout, leaves, spec, context, self._dtype)
 
     def _regress(
         self, predicted: Tensor, gradients: Sequence[Tensor], done: Tensor | None, losses: Tensor | None
     ) -> list[Tensor]:
         """The gradient of M's loss with respect to its outputs. Moves the running RMS on the way."""
-        target = self._rows(gradients).to(self.target_square.dtype)
+        target = self._layout.rows(gradients).to(self.target_square.dtype)
         if self.loss_scale is not None:
             target = target / self.loss_scale
         target = without(done, target)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -29,31 +31,92 @@ Spec = Any
 """The structure of a tree without its tensors; what `unflatten` needs."""
 
 
-def flatten(tree: Tree) -> tuple[list[Tensor], Spec]:
-    """The tensors of `tree` in a fixed order (dicts by sorted key), and what puts them back. None is no leaf.
+class Constant(NamedTuple):
+    """What a tree holds besides its leaves: it belongs to the structure and comes back as it is."""
+
+    value: Any
+
+
+def has_rows(tensor: Tensor) -> bool:
+    """Whether a tensor of a message gets a gradient row by row: no integers, and not a lone number."""
+    return tensor.dim() > 0 and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def flatten(tree: Tree, is_leaf: Callable[[Tensor], bool] | None = None) -> tuple[list[Tensor], Spec]:
+    """The tensors of `tree` in a fixed order (dicts by sorted key), and what puts them back.
+
+    A tree is a tensor, or a tuple, named tuple, list, dict, dataclass, or a subclass of these, of trees. None
+    and numbers are no leaves: they come back as they are.
+
+    Args:
+      is_leaf: which tensors are leaves, for example `has_rows`; None: all. The others come back detached.
 
     Raises:
-      TypeError: a leaf is not a tensor.
+      TypeError: something else is in it.
     """
     leaves: list[Tensor] = []
-    return leaves, _flatten(tree, leaves)
+    return leaves, _flatten(tree, leaves, is_leaf)
 
 
-def _flatten(tree: Tree, leaves: list[Tensor]) -> Spec:
+def _flatten(tree: Tree, leaves: list[Tensor], is_leaf: Callable[[Tensor], bool] | None) -> Spec:
     # Written out, because it runs a dozen times per window and torch's own is private and slow.
     if isinstance(tree, Tensor):
-        leaves.append(tree)
-        return LEAF
+        if is_leaf is None or is_leaf(tree):
+            leaves.append(tree)
+            return LEAF
+        return Constant(tree.detach() if tree.requires_grad else tree)
     if tree is None:
         return None
     if isinstance(tree, tuple | list):
-        return type(tree), [_flatten(branch, leaves) for branch in tree]
+        return _kind(tree), [_flatten(branch, leaves, is_leaf) for branch in tree]
     if isinstance(tree, dict):
-        specs = {key: _flatten(tree[key], leaves) for key in sorted(tree)}
-        return dict, specs, list(tree)
+        specs = {key: _flatten(tree[key], leaves, is_leaf) for key in _sorted(tree)}
+        return _kind(tree), specs, list(tree)
+    if isinstance(tree, bool | int | float | complex):
+        return Constant(tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        names = [field.name for field in fields(tree)]
+        specs = {name: _flatten(getattr(tree, name), leaves, is_leaf) for name in names}
+        return Pattern(tree), specs, names
     raise TypeError(
-        f"a message is a tensor or a tuple or dict of tensors; found a {type(tree).__name__} in it"
+        "a message is a tensor or a tuple, list, dict or dataclass of such; "
+        f"found a {type(tree).__name__} in it"
     )
+
+
+def _sorted(tree: dict[Any, Any]) -> list[Any]:
+    try:
+        return sorted(tree)
+    except TypeError:  # keys of several types
+        return sorted(tree, key=lambda key: (type(key).__name__, repr(key)))
+
+
+class Pattern:
+    """A container that is more than its branches: a subclass, whose copy has its attributes too."""
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+
+    def __repr__(self) -> str:
+        return type(self.tree).__qualname__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pattern) and type(self.tree) is type(other.tree)
+
+    def __hash__(self) -> int:
+        return hash(type(self.tree))
+
+
+def _kind(tree: Any) -> Any:
+    """A type that its branches alone make, or a pattern."""
+    kind = type(tree)
+    plain = kind is tuple or kind is list or kind is dict or (hasattr(tree, "_fields") and not vars_of(tree))
+    return kind if plain else Pattern(tree)
+
+
+def vars_of(tree: Any) -> dict[str, Any]:
+    """Its attributes."""
+    return getattr(tree, "__dict__", {})
 
 
 def unflatten(leaves: Iterable[Tensor], spec: Spec) -> Tree:
@@ -66,12 +129,43 @@ def _unflatten(leaves: Iterator[Tensor], spec: Spec) -> Tree:
         return next(leaves)
     if spec is None:
         return None
+    if type(spec) is Constant:
+        return spec.value
     kind, branches, *order = spec
-    if kind is dict:
+    if order:
         values = {key: _unflatten(leaves, branch) for key, branch in branches.items()}
-        return {key: values[key] for key in order[0]}
+        if kind is dict:
+            return {key: values[key] for key in order[0]}
+        return _filled(kind.tree, values)
     values = [_unflatten(leaves, branch) for branch in branches]
-    return kind(*values) if hasattr(kind, "_fields") else kind(values)
+    if isinstance(kind, Pattern):
+        return _refilled(kind.tree, values)
+    return kind._make(values) if hasattr(kind, "_fields") else kind(values)
+
+
+def _filled(tree: Any, values: dict[Any, Any]) -> Any:
+    """A copy of a dict or dataclass with these values; its keys stay in their order."""
+    new = copy.copy(tree)
+    for key, value in values.items():
+        if isinstance(tree, dict):
+            new[key] = value
+        else:
+            object.__setattr__(new, key, value)  # a frozen one too
+    return new
+
+
+def _refilled(tree: Any, values: list[Any]) -> Any:
+    """A copy of a list or tuple with these values."""
+    kind = type(tree)
+    if isinstance(tree, list):
+        new = copy.copy(tree)
+        new[:] = values
+        return new
+    if hasattr(tree, "n_sequence_fields"):  # of torch or Python itself
+        return kind(values)
+    new = tuple.__new__(kind, values)  # a constructor may ask for other arguments
+    vars_of(new).update(vars_of(tree))
+    return new
 
 
 def part(tree: Tree, key: str | int | None) -> Tree:
@@ -92,6 +186,48 @@ def detach(tree: Tree) -> Tree:
     return map_tree(torch.Tensor.detach, tree)
 
 
+BatchDim = int | Sequence[int]
+"""Where rows lie: the dimension, of all leaves or leaf by leaf."""
+
+
+def batch_dims(batch_dim: int | Tree) -> BatchDim:
+    """`batch_dim` as the functions below take it: a number, or a tree of numbers in the shape of a message.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    if isinstance(batch_dim, int):
+        return batch_dim
+    found: list[int] = []
+
+    def collect(spec: Spec) -> None:
+        if isinstance(spec, Constant) and type(spec.value) is int:
+            found.append(spec.value)
+        elif isinstance(spec, tuple) and not isinstance(spec, Constant):
+            for branch in spec[1].values() if isinstance(spec[1], dict) else spec[1]:
+                collect(branch)
+        elif spec is not None:
+            raise TypeError(f"batch_dim is a number, or a tree of such like the message, not {batch_dim!r}")
+
+    collect(flatten(batch_dim)[1])
+    return found
+
+
+def dims_of(leaves: Sequence[Tensor], batch_dim: BatchDim) -> Sequence[int]:
+    """Where the rows of each leaf lie. A leaf (B,) has one feature a row, whatever the number of all.
+
+    Raises:
+      ValueError: `batch_dim` is of other leaves.
+    """
+    if isinstance(batch_dim, int):
+        return [batch_dim if leaf.dim() > 1 else 0 for leaf in leaves]
+    if len(batch_dim) != len(leaves):
+        raise ValueError(
+            f"batch_dim says where the rows of {len(batch_dim)} tensors lie, and {len(leaves)} have rows"
+        )
+    return batch_dim
+
+
 def per_row(values: Tensor, leaf: Tensor, batch_dim: int) -> Tensor:
     """Shape `values` (B,) so that it broadcasts along dimension `batch_dim` of `leaf`."""
     shape = [1] * leaf.dim()
@@ -99,19 +235,24 @@ def per_row(values: Tensor, leaf: Tensor, batch_dim: int) -> Tensor:
     return values.reshape(shape)
 
 
-def where_rows(rows: Tensor, chosen: Tree, other: Tree, batch_dim: int = -2) -> Tree:
-    """Row by row: `chosen` where the boolean `rows` (B,) holds, `other` elsewhere."""
-    leaves, spec = flatten(chosen)
-    others, _ = flatten(other)
+def where_rows(rows: Tensor, chosen: Tree, other: Tree, batch_dim: BatchDim = -2) -> Tree:
+    """Row by row: `chosen` where the boolean `rows` (B,) holds, `other` elsewhere.
+
+    Leaves without rows (`has_rows`) are those of `other`.
+    """
+    leaves, _ = flatten(chosen, has_rows)
+    others, spec = flatten(other, has_rows)
     mixed = [
-        torch.where(per_row(rows, leaf, batch_dim), leaf, o) for leaf, o in zip(leaves, others, strict=True)
+        torch.where(per_row(rows, leaf, dim), leaf, o)
+        for leaf, o, dim in zip(leaves, others, dims_of(leaves, batch_dim), strict=True)
     ]
     return unflatten(mixed, spec)
 
 
-def flatten_rows(tree: Tree, batch_dim: int = -2) -> Tensor:
-    """All tensors of `tree` side by side, one row per row: (B, features)."""
-    rows = [_row_first(leaf, batch_dim) for leaf in flatten(tree)[0]]
+def flatten_rows(tree: Tree, batch_dim: BatchDim = -2) -> Tensor:
+    """All tensors of `tree` that have rows side by side, one row per row: (B, features)."""
+    leaves = flatten(tree, has_rows)[0]
+    rows = [_row_first(leaf, dim) for leaf, dim in zip(leaves, dims_of(leaves, batch_dim), strict=True)]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
@@ -121,15 +262,24 @@ def _row_first(leaf: Tensor, batch_dim: int) -> Tensor:
         return leaf.squeeze(0)
     if leaf.dim() == 2 and batch_dim in (0, -2):
         return leaf
+    if leaf.dim() == 1:
+        return leaf.unsqueeze(1)
     return leaf.movedim(batch_dim, 0).flatten(1)
 
 
-def unflatten_rows(rows: Tensor, leaves: Sequence[Tensor], batch_dim: int = -2) -> list[Tensor]:
+def unflatten_rows(rows: Tensor, leaves: Sequence[Tensor], batch_dim: BatchDim = -2) -> list[Tensor]:
     """The inverse of `flatten_rows`: tensors of the shapes of `leaves`."""
+    dims = dims_of(leaves, batch_dim)
     if len(leaves) == 1:
-        return [_row_back(rows, leaves[0], batch_dim)]
-    parts = rows.split([leaf.numel() // leaf.shape[batch_dim] for leaf in leaves], dim=1)
-    return [_row_back(part, leaf, batch_dim) for part, leaf in zip(parts, leaves, strict=True)]
+        return [_row_back(rows, leaves[0], dims[0])]
+    parts = rows.split([width(leaf, dim) for leaf, dim in zip(leaves, dims, strict=True)], dim=1)
+    return [_row_back(part, leaf, dim) for part, leaf, dim in zip(parts, leaves, dims, strict=True)]
+
+
+def width(leaf: Tensor, batch_dim: int) -> int:
+    """Features of a row; there may be no rows."""
+    rows = leaf.shape[batch_dim]
+    return leaf.numel() // rows if rows else leaf.movedim(batch_dim, 0).shape[1:].numel()
 
 
 def _row_back(part: Tensor, leaf: Tensor, batch_dim: int) -> Tensor:

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 AllReduce = Callable[[Tensor], Tensor]
 """Tensor -> its sum over the processes among which the rows of a batch are spread."""
+
+
+class Running(nn.Module):
+    """A module whose own buffers move by small steps: they stay in float32 when it is made narrower."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            wide = before[name]
+            if buffer is not None and wide is not None and buffer.element_size() < 4:
+                self._buffers[name] = wide.to(buffer.device)
+        return self
 
 
 def sum_of_squares(rows: Tensor) -> Tensor:

@@ -584,11 +584,18 @@ def test_centring_feature_maps_is_over_their_first_dimension(generator):
     close(interface.synthetic_gradient(maps), maps - sum(maps[row] for row in range(5)) / 5.0)
 
 
-def test_a_row_alone_is_its_own_mean(generator):
+def test_a_row_alone_has_no_mean_and_is_sent_as_it_is(generator):
+    """Minus its own mean it would be nothing, without a word."""
     interface = Interface(Affine(2.0, 1.0), centre=True, normalize=False).double()
-    assert not interface.synthetic_gradient(random(generator, 1, 1, 3)).any()
+    one = random(generator, 1, 1, 3)
+    close(interface.synthetic_gradient(one), 2.0 * one + 1.0)
+    several = random(generator, 1, 5, 3)
+    all_but_one = torch.tensor([True, True, False, True, True])
+    sent = interface.synthetic_gradient(several, done=all_but_one)
+    close(sent[:, 2], 2.0 * several[:, 2] + 1.0)
+    assert not sent[:, all_but_one].any()
     everyone = torch.ones(5, dtype=torch.bool)
-    assert not interface.synthetic_gradient(random(generator, 1, 5, 3), done=everyone).any()
+    assert not interface.synthetic_gradient(several, done=everyone).any()
 
 
 def test_what_is_sent_has_no_history(generator):
@@ -643,7 +650,7 @@ def test_messages_of_every_shape(shape, generator):
 
 
 @pytest.mark.parametrize("method", ["receive", "send", "forward", "predict", "synthetic_gradient"])
-@pytest.mark.parametrize("leaf", [3, 0.5, "h"])
+@pytest.mark.parametrize("leaf", [{1}, object(), "h"], ids=["set", "object", "str"])
 def test_a_leaf_that_is_not_a_tensor_is_refused(method, leaf):
     interface = Interface(Affine())
     with pytest.raises(TypeError, match=f"a message is a tensor.*found a {type(leaf).__name__}"):
@@ -657,7 +664,7 @@ def test_a_leaf_that_is_not_a_tensor_is_refused(method, leaf):
 def test_a_synthesizer_of_the_wrong_shape_is_refused(method, answer):
     """(3,) would broadcast: a wrong gradient without a word."""
     interface = Interface(Fixed(lambda message, context: answer))
-    with pytest.raises(ValueError, match=r"must return tensors like the message, \[\(2, 3\)\]"):
+    with pytest.raises(ValueError, match=r"returns must be tensors like the message, \[\(2, 3\)\]"):
         getattr(interface, method)(torch.zeros(2, 3))
 
 

@@ -80,7 +80,9 @@ def test_a_dict_is_read_by_sorted_key_and_comes_back_in_its_own_order():
     assert list(map_tree(torch.neg, other)) == ["m", "z", "a"]
 
 
-@pytest.mark.parametrize(("leaf", "name"), [(3, "int"), ("h", "str"), (1.5, "float"), ({1}, "set")])
+@pytest.mark.parametrize(
+    ("leaf", "name"), [(object(), "object"), ("h", "str"), (bytes(2), "bytes"), ({1}, "set")]
+)
 def test_what_is_no_tensor_is_refused(leaf, name):
     with pytest.raises(TypeError, match=f"found a {name} in it"):
         flatten({"state": torch.zeros(1), "other": [leaf]})

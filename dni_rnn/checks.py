@@ -1,0 +1,176 @@
+"""What enters an interface, a trace or a penalty: checked once, there, by shapes and types alone.
+
+No value is read, so a device is never waited for, and a compiler or a recorder sees nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dni_rnn.pytree import (
+    Spec,
+    Tree,
+    batch_dims,
+    dims_of,
+    flatten,
+    flatten_rows,
+    has_rows,
+    unflatten_rows,
+)
+
+Done = Any
+"""Which rows end: (B,) or (B, 1), a tensor, array or list of booleans or numbers (not 0 is done); or None."""
+
+
+class Layout:
+    """Where the rows of a message lie, and its tensors by rows.
+
+    Args:
+      batch_dim: see `dni_rnn.interface.Interface`; None: in the last dimension but one of up to three.
+    """
+
+    def __init__(self, batch_dim: int | Tree | None) -> None:
+        self.said = batch_dim is not None
+        self.dims = -2 if batch_dim is None else batch_dims(batch_dim)
+
+    def enter(
+        self, message: Tree, done: Done = None, device: torch.device | None = None
+    ) -> tuple[list[Tensor], Spec, Tensor | None]:
+        """A message's tensors with rows, the rest of it, and its `done`, (B,); all checked.
+
+        Args:
+          device: where it must be; None: anywhere.
+
+        Raises:
+          ValueError: see `Interface`.
+        """
+        leaves, spec = flatten(message, has_rows)
+        if not leaves:
+            return leaves, spec, None
+        rows, here = self.count(leaves), leaves[0].device
+        if device is not None and here != device:
+            raise ValueError(f"the message is on {here}, its interface on {device}")
+        return leaves, spec, done_rows(done, rows, here)
+
+    def count(self, leaves: Sequence[Tensor]) -> int:
+        """B, the number of rows of the tensors of a message, of which there is one at least."""
+        dims, device = dims_of(leaves, self.dims), leaves[0].device
+        rows, most = -1, 9 if self.said else 3
+        for leaf, dim in zip(leaves, dims, strict=True):
+            shape = leaf.shape
+            if (
+                len(shape) > most
+                or not -len(shape) <= dim < len(shape)
+                or rows not in (-1, shape[dim])
+                or leaf.is_complex()
+                or leaf.device != device
+                or leaf.layout is not torch.strided
+            ):
+                raise ValueError(self._why_refused(leaf, dim, leaves, dims))
+            rows = shape[dim]
+        return rows
+
+    def _why_refused(self, leaf: Tensor, dim: int, leaves: Sequence[Tensor], dims: Sequence[int]) -> str:
+        shape = tuple(leaf.shape)
+        if leaf.is_complex():
+            return "a message is of real numbers: of a complex tensor pass torch.view_as_real"
+        if leaf.layout is not torch.strided:
+            return f"a message is of dense tensors, not {leaf.layout}"
+        if leaf.device != leaves[0].device:
+            return f"a message lies on one device, not on {leaves[0].device} and {leaf.device}"
+        if not self.said and len(shape) > 3:
+            return (
+                f"say where the rows of a message {shape} lie: batch_dim=0 for feature maps "
+                "(B, C, height, width), -2 for states (..., B, H)"
+            )
+        if not -len(shape) <= dim < len(shape):
+            return f"batch_dim {dim} is no dimension of a message {shape}"
+        shapes = ", ".join(
+            f"{leaf.shape[dim]} in {tuple(leaf.shape)}" for leaf, dim in zip(leaves, dims, strict=True)
+        )
+        return (
+            f"the tensors of a message must have one number of rows, and here are {shapes} (dimensions "
+            f"{list(dims)}): batch_dim says where they lie, as one number or as a tree like the message"
+        )
+
+    def rows(self, leaves: Sequence[Tensor]) -> Tensor:
+        """They side by side, (B, features)."""
+        return flatten_rows(leaves, self.dims)
+
+    def like(self, rows: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse: tensors of the shapes of `leaves`."""
+        return unflatten_rows(rows, leaves, self.dims)
+
+
+def done_rows(done: Done, rows: int, device: torch.device) -> Tensor | None:
+    """`done` as a boolean tensor (B,) on the device of what it goes with; None stays None.
+
+    Raises:
+      ValueError: it is not (B,) or (B, 1).
+    """
+    if done is None:
+        return None
+    if type(done) is Tensor and done.dtype is torch.bool and done.shape == (rows,) and done.device == device:
+        return done
+    if not isinstance(done, Tensor):
+        try:
+            done = torch.as_tensor(done)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"done must be {rows} booleans, one a row, or None; it is a {type(done).__name__}"
+            ) from None
+    if done.dim() == 2 and done.shape[1] == 1:
+        done = done.squeeze(1)
+    if done.shape != (rows,):
+        raise ValueError(
+            f"done must be (B,) or (B, 1), one truth value for each of the {rows} rows, "
+            f"not {tuple(done.shape)}"
+        )
+    return done.to(torch.bool).to(device)
+
+
+def alike(parts: Sequence[Tensor], leaves: Sequence[Tensor], what: str) -> None:
+    """Raises ValueError where tensors are not of the shapes of a message."""
+    if [part.shape for part in parts] != [leaf.shape for leaf in leaves]:
+        got, wanted = [tuple(part.shape) for part in parts], [tuple(leaf.shape) for leaf in leaves]
+        raise ValueError(f"{what} must be tensors like the message, {wanted}, not {got}")
+
+
+def coming(tokens: Any, window: int, batch_first: bool, device: torch.device) -> Tensor:
+    """Symbols that are known ahead, as (W, B): a text's end is filled up with -1, nothing known.
+
+    Args:
+      tokens: integers, (w, B) with w ≤ W, or (B, w) where `batch_first` says so; where W is 1 (B,) too, and
+        (B, 1).
+      window: W.
+      device: where they must be.
+
+    Raises:
+      ValueError: they are something else. Where W = B sizes cannot tell (W, B) from (B, W).
+    """
+    wanted = f"({window}, B)" if not batch_first else f"(B, {window})"
+    if window == 1:
+        wanted = "(B,)"
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"the context must be a tensor of integers {wanted}, not a {type(tokens).__name__}")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"the context must be integers {wanted}, not {tokens.dtype}")
+    if tokens.device != device:
+        raise ValueError(f"the context is on {tokens.device}, its encoder on {device}")
+    known = None
+    if window == 1 and tokens.dim() == 1:
+        known = tokens.unsqueeze(0)
+    elif window == 1 and tokens.dim() == 2 and 1 in tokens.shape and tokens.numel():
+        known = tokens.reshape(1, -1)
+    elif tokens.dim() == 2:
+        known = tokens.t() if batch_first else tokens
+    if known is not None and len(known) <= window:
+        known = known.long()
+        missing = window - len(known)
+        return torch.cat([known, known.new_full((missing, known.shape[1]), -1)]) if missing else known
+    other = "" if tokens.dim() != 2 or batch_first else "; of a loader with rows first say batch_first=True"
+    raise ValueError(f"the context must be integers {wanted}, not {tuple(tokens.shape)}{other}")
