@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from dni_rnn.agreement import Agreement, agreement_of, frozen
 from dni_rnn.edges import attach
 from dni_rnn.interface import Interface
+from dni_rnn.pytree import has_rows
 from dni_rnn.synthesizers import ContextMLP, Critic, OneHotTokens, Rows, units
 
 Method = Literal["bprop", "none", "dni", "cdni", "critic"]
@@ -224,9 +225,11 @@ def decouple(
     """Cut a sequential net, with a synthesizer at each cut that suits the message there.
 
     Args:
-      net: any `nn.Sequential` whose modules hand on one tensor (B, ...).
+      net: any `nn.Sequential` whose modules hand on one tensor (B, ...): vectors (B, F), feature maps of
+        one to three dimensions, channels in dimension 1, or sequences (B, T, F), whose steps M answers one by
+        one. A critic reads any. The last layer before the cut tells which of them three dimensions are.
       cuts: before which modules, as in slicing: [2, 5] makes net[:2], net[2:5] and net[5:].
-      example: an input of one row or more; only its shape counts.
+      example: an input of one row or more, on the net's device; its values do not matter.
       classes: number of labels, for the methods that know them.
       method: `bprop` (no cut at all), `none` (nothing crosses the cuts), `dni` (regression on the message
         alone), `cdni` (regression on the message and the label), `critic` (the derivative of a predicted
@@ -243,7 +246,9 @@ def decouple(
       synthesizer: message -> M, in place of the above.
 
     Raises:
-      ValueError: what is asked for does not go together.
+      ValueError: what is asked for does not go together, or a message is none of the above: then give a
+        `synthesizer`.
+      TypeError: a part hands on something that is not one tensor.
     """
     if method == "bprop" or not cuts:
         if update_probability < 1.0 or unlock is not None:
@@ -256,14 +261,23 @@ def decouple(
         return Decoupled(parts, update_probability=update_probability)
     if method != "dni" and synthesizer is None and classes < 2:
         raise ValueError(f"method {method} is conditioned on the labels: give their number, classes")
-    messages = list(messages_of(parts, example))
-    if synthesizer is None:
+    messages: list[Tensor] = []
+    for cut, message in zip(cuts, messages_of(parts, example), strict=True):
+        _check_message(cut, message, len(example))
+        messages.append(message)
+    make: Callable[[Tensor, nn.Sequential], nn.Module]
+    if synthesizer is not None:
+        own = synthesizer
+
+        def make(message: Tensor, _: nn.Sequential) -> nn.Module:
+            return own(message)
+    else:
         if hidden is None:
             hidden = [Fraction(1)] * {"dni": 2, "cdni": 1, "critic": 0}[method]
         if any(width <= 0 for width in hidden):
             raise ValueError(f"widths of hidden layers must be positive, not {list(hidden)}")
         norm = method == "dni" if norm is None else norm
-        synthesizer = functools.partial(_synthesizer, method, classes, window, hidden, norm)
+        make = functools.partial(_synthesizer, method, classes, window, hidden, norm)
     guesses: list[nn.Module] = []
     if unlock is not None:
         if any(message.dim() != 2 for message in messages):
@@ -272,7 +286,10 @@ def decouple(
         guesses = [
             nn.Sequential(nn.Flatten(), ContextMLP(features, unlock, m.shape[1], norm=True)) for m in messages
         ]
-    interfaces = [Interface(synthesizer(message), batch_dim=0) for message in messages]
+    interfaces = [
+        Interface(make(message, net[:cut]), batch_dim=0).to(example.device)
+        for cut, message in zip(cuts, messages, strict=True)
+    ]
     return Decoupled(parts, interfaces, update_probability=update_probability, guesses=guesses)
 
 
@@ -287,19 +304,67 @@ def messages_of(parts: Sequence[nn.Module], example: Tensor) -> Iterator[Tensor]
         yield example
 
 
+def _check_message(cut: int, message: Any, rows: int) -> None:
+    if not isinstance(message, Tensor):
+        raise TypeError(f"modules hand on one tensor, and before cut {cut} it is a {type(message).__name__}")
+    if not has_rows(message):
+        raise ValueError(f"what passes cut {cut} has no gradient: {message.dtype} {tuple(message.shape)}")
+    if len(message) != rows:
+        raise ValueError(f"rows lie in dimension 0, and cut {cut} turns {rows} into {tuple(message.shape)}")
+
+
 def _synthesizer(
-    method: Method, classes: int, window: int, hidden: Sequence[int | Fraction], norm: bool, message: Tensor
+    method: Method,
+    classes: int,
+    window: int,
+    hidden: Sequence[int | Fraction],
+    norm: bool,
+    message: Tensor,
+    below: nn.Sequential,
 ) -> nn.Module:
-    features = message.shape[1]
-    widths = units(hidden, features)
     if method == "critic":
         rows = Rows(batch_dim=0)
-        classifier = ContextMLP(rows(message).shape[1], widths, window * classes, norm=norm)
+        inputs, features = rows(message).shape[1], message.shape[1] if message.dim() > 1 else 1
+        classifier = ContextMLP(inputs, units(hidden, features), window * classes, norm=norm)
         return Critic(nn.Sequential(rows, classifier), classes)
+    places = message.dim() - 2
+    if not 0 <= places <= 3:
+        raise ValueError(
+            f"no synthesizer of method {method} reads {tuple(message.shape)}: give a `synthesizer`"
+        )
     context = OneHotTokens(classes, window) if method == "cdni" else None
-    return ContextMLP(
-        features, widths, features, context, norm=norm, kernel=5 if message.dim() == 4 else None
+    steps = places == 1 and _sequence(message, below)
+    features = message.shape[2 if steps else 1]
+    widths = units(hidden, features)
+    if not places:
+        return ContextMLP(features, widths, features, context, norm=norm)
+    kernel = 1 if steps else 5
+    mlp = ContextMLP(features, widths, features, context, norm=norm, kernel=kernel, places=places)
+    return StepByStep(mlp) if steps else mlp
+
+
+def _sequence(message: Tensor, below: nn.Sequential) -> bool:
+    """Whether a message of three dimensions is (B, T, F), not (B, C, length)."""
+    for module in reversed(list(below.modules())):
+        if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm):
+            return False
+        if isinstance(module, nn.Linear | nn.LayerNorm | nn.Embedding | nn.RNNBase):
+            return True
+    raise ValueError(
+        f"a message {tuple(message.shape)} is a sequence or a feature map, and no layer before the cut tells "
+        "which: give a `synthesizer`"
     )
+
+
+class StepByStep(nn.Module):
+    """M for sequences (B, T, F), from one for feature maps (B, F, T)."""
+
+    def __init__(self, synthesizer: nn.Module) -> None:
+        super().__init__()
+        self.synthesizer = synthesizer
+
+    def forward(self, message: Tensor, context: Any = None) -> Tensor:
+        return self.synthesizer(message.transpose(1, 2), context).transpose(1, 2)
 
 
 def agreement(model: Decoupled, x: Tensor, context: Any, loss: Callable[[Tensor], Tensor]) -> list[Agreement]:

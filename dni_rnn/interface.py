@@ -29,7 +29,8 @@ from dni_rnn.running_rms import AllReduce, Running, follow, sum_of_squares
 __all__ = ["Critique", "Interface"]
 
 RECEIVED_BY = "_received_by"
-"""The attribute by which a tensor that `Interface.receive` returned tells whose it is (to a trace)."""
+"""By this attribute a tensor that `Interface.receive` returned tells whose it is (to a trace), where its
+`grad_fn` does not: from compiled code, and from an M without parameters."""
 
 AUDIT_DECAY = 0.8
 """Of an audit's weight when the next one comes."""
@@ -189,7 +190,8 @@ class Interface(Running):
             return unflatten(leaves, spec)
         leaves = self._edge(leaves, spec, context, done)
         for leaf in leaves:
-            setattr(leaf, RECEIVED_BY, self)
+            if torch.compiler.is_compiling() or leaf.grad_fn is None:
+                setattr(leaf, RECEIVED_BY, self)
         return unflatten(leaves, spec)
 
     def send(self, message: Tree, context: Any = None, done: Done = None, *, discount: float = 1.0) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from dni_rnn.checks import Done, Layout
 from dni_rnn.edges import without
-from dni_rnn.pytree import Tree, detach, flatten, flatten_rows, unflatten
-from dni_rnn.running_rms import AllReduce, follow, sum_of_squares
+from dni_rnn.pytree import Tree, unflatten
+from dni_rnn.running_rms import AllReduce, Running, follow, sum_of_squares
 
 BEYOND = 3.0
 """tanh is flat beyond it: a cell state gains nothing there."""
@@ -23,7 +24,7 @@ class _Measure(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, penalty: StatePenalty, done: Tensor | None, _: Tensor, *leaves: Tensor) -> Any:
         ctx.penalty, ctx.done = penalty, done
-        return tuple(leaf.view_as(leaf) for leaf in leaves)
+        return tuple(leaf.detach() for leaf in leaves)  # no views: it may be changed in place
 
     @staticmethod
     @once_differentiable
@@ -32,7 +33,7 @@ class _Measure(torch.autograd.Function):
         return None, None, None, *[None] * len(gradients)
 
 
-class StatePenalty(nn.Module):
+class StatePenalty(Running):
     """A penalty on what lies beyond ±3 in a recurrent state, for any estimator. A term of the loss:
 
         penalty = strength · RMS · ½ Σ over rows and features of max(|state| − 3, 0)²
@@ -55,10 +56,15 @@ class StatePenalty(nn.Module):
     Args:
       strength: see above.
       decay: of the running RMS (`dni_rnn.running_rms.follow`).
-      batch_dim: where the rows of a state lie (see `Interface`).
+      batch_dim: where the rows of a state lie: a number, or a tree of them (see `Interface`).
+
+    A state that holds nothing with rows, as the None of a first window, passes, and its penalty is 0.
 
     Attributes:
       loss_scale, all_reduce: see `Interface`.
+
+    Raises:
+      ValueError, TypeError: when it is called, of a state or `done` as an `Interface` refuses them.
     """
 
     loss_scale: Tensor | float | None = None
@@ -66,41 +72,46 @@ class StatePenalty(nn.Module):
     mean_square: Tensor
     count: Tensor
 
-    def __init__(self, strength: float, *, decay: float = 0.99, batch_dim: int = -2) -> None:
+    def __init__(self, strength: float, *, decay: float = 0.99, batch_dim: int | Tree | None = None) -> None:
         super().__init__()
         self.strength, self.decay, self.batch_dim = strength, decay, batch_dim
+        self._layout = Layout(batch_dim)
         self.register_buffer("mean_square", torch.zeros(()))
         self.register_buffer("count", torch.zeros(()))
 
-    def measure(self, state: Tree, done: Tensor | None = None) -> Tree:
+    def measure(self, state: Tree, done: Done = None) -> Tree:
         """The state, detached; backward, the gradient that arrives there moves the running RMS.
 
         Args:
-          done: boolean (B,), rows that begin a new sequence here; theirs does not count.
+          done: (B,) or (B, 1), as of an `Interface`: rows that begin a new sequence here; theirs does not
+            count.
         """
-        state = detach(state)
-        if not torch.is_grad_enabled():
-            return state
-        leaves, spec = flatten(state)
+        leaves, spec, done = self._layout.enter(state, done)
+        leaves = [leaf.detach() for leaf in leaves]
+        if not (leaves and torch.is_grad_enabled()):
+            return unflatten(leaves, spec)
         asked = torch.zeros((), device=self.count.device, requires_grad=True)  # or backward would not come
         return unflatten(_Measure.apply(self, done, asked, *leaves), spec)  # type: ignore[arg-type]
 
-    def forward(self, state: Tree, done: Tensor | None = None, *, rms: Tensor | None = None) -> Tensor:
+    def forward(self, state: Tree, done: Done = None, *, rms: Tensor | None = None) -> Tensor:
         """The penalty of the state that ends a window (a scalar), 0 in rows of `done`.
 
         Args:
           state: with its graph.
-          done: boolean (B,), rows whose sequence ends here.
+          done: as for `measure`, rows whose sequence ends here.
           rms: a scalar tensor in place of what `measure` has followed.
         """
         rms = self.mean_square.sqrt() if rms is None else rms
-        rows = flatten_rows(state, self.batch_dim)
+        leaves, _, done = self._layout.enter(state, done)
+        if not leaves:
+            return rms.new_zeros(())
+        rows = self._layout.rows(leaves)
         wide = torch.promote_types(rows.dtype, rms.dtype)
         excess = without(done, F.softshrink(rows, BEYOND)).to(wide)
         return (0.5 * self.strength) * rms.detach().to(wide) * sum_of_squares(excess)
 
     def _follow(self, gradients: tuple[Tensor, ...], done: Tensor | None) -> None:
-        gradient = flatten_rows(list(gradients), self.batch_dim).to(self.mean_square.dtype)
+        gradient = self._layout.rows(gradients).to(self.mean_square.dtype)
         if self.loss_scale is not None:
             gradient = gradient / self.loss_scale
         follow(self.mean_square, self.count, without(done, gradient), done, self.decay, self.all_reduce)

@@ -26,6 +26,9 @@ class LSTMState(NamedTuple):
     cell: Tensor
 
 
+torch.serialization.add_safe_globals([LSTMState])  # or torch.load with weights_only refuses a saved state
+
+
 LEAF = "leaf"
 Spec = Any
 """The structure of a tree without its tensors; what `unflatten` needs."""

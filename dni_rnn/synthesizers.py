@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rnn.interface import Critique
-from dni_rnn.pytree import Tree, flatten, flatten_rows, part, unflatten
+from dni_rnn.asking import Critique
+from dni_rnn.checks import Layout, coming
+from dni_rnn.pytree import Tree, flatten, flatten_rows, has_rows, part, unflatten
 
 
 def units(widths: Sequence[int | Fraction], of: int) -> list[int]:
@@ -43,17 +45,22 @@ class OneHotTokens(ContextEncoder):
     Args:
       symbols: number of distinct symbols.
       window: W.
+      batch_first: tokens are (B, W), as loaders with rows first give them. Where W = B nothing else can tell.
 
-    Shapes: tokens (W, B), or (B,) when W is 1, integers in [0, symbols), or -1 where nothing is known
-    (past the end of a sequence), which adds nothing. Returns (B, width).
+    Shapes: tokens (W, B), or (B,) when W is 1, integers in [0, symbols), or -1 where nothing is known, which
+    adds nothing. Fewer than W are the last ones of a text: behind them nothing is known. Returns (B, width).
+
+    Raises:
+      ValueError: tokens of other shapes or of no integer type. A symbol beyond the last is an error of the
+        table, as in `torch.nn.EmbeddingBag`.
     """
 
     table: nn.EmbeddingBag
     first: Tensor
 
-    def __init__(self, symbols: int, window: int = 1) -> None:
+    def __init__(self, symbols: int, window: int = 1, *, batch_first: bool = False) -> None:
         super().__init__()
-        self.symbols, self.window = symbols, window
+        self.symbols, self.window, self.batch_first = symbols, window, batch_first
 
     def build(self, width: int, *, zero: bool) -> None:
         rows = self.symbols * self.window
@@ -63,8 +70,11 @@ class OneHotTokens(ContextEncoder):
         self.register_buffer("first", first, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens.reshape(self.window, -1)
-        rows = (tokens + self.first).masked_fill_(tokens < 0, self.symbols * self.window)
+        tokens = coming(tokens, self.window, self.batch_first, self.first.device)
+        unknown = self.symbols * self.window
+        rows = (tokens + self.first).masked_fill_(tokens < 0, unknown)
+        # Or the next position's table would answer for a symbol that this one has not.
+        rows.masked_fill_(tokens >= self.symbols, unknown + 1)
         return self.table(rows.t())
 
 
@@ -81,16 +91,19 @@ class ContextMLP(nn.Module):
       inputs, outputs: features of a row of x and of the result; with `kernel`, channels.
       hidden: widths of the hidden layers; none makes it linear.
       context: encoder of the context: `OneHotTokens` or another `ContextEncoder`.
-      norm: batch normalisation of the hidden layers, as published; off, norm is the identity.
+      norm: batch normalisation of the hidden layers, as published; off, norm is the identity. A batch of
+        one row, which has no variance, is normalised by the running statistics.
       kernel: make every W a convolution of kernel × kernel (odd) that keeps the resolution. The context
         is then added at every place alike, which is what label planes through a convolution are (but for
         the rim, where a kernel larger than 1 × 1 would see fewer of them).
+      places: dimensions of a feature map, with `kernel`: 1 for (B, C, length), 2, 3 for volumes.
 
     Shapes: x (B, inputs) -> (B, outputs), with `kernel` (B, inputs, height, width) -> (B, outputs, height,
-    width).
+    width), or what `places` says.
 
     Raises:
-      ValueError: `kernel` is even; or, when it is called, the context is missing.
+      ValueError: `kernel` is even; or, when it is called, the context is missing, or x or the context has
+        other sizes than these.
 
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §A.1.
     """
@@ -104,17 +117,22 @@ class ContextMLP(nn.Module):
         *,
         norm: bool = False,
         kernel: int | None = None,
+        places: int = 2,
     ) -> None:
         super().__init__()
         if kernel is not None and kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, not {kernel}: an even one moves the picture")
         widths = [inputs, *hidden, outputs]
-        self.kernel = kernel
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b) if kernel is None else nn.Conv2d(a, b, kernel, padding=kernel // 2)
-            for a, b in pairwise(widths)
-        )
-        kind = nn.BatchNorm1d if kernel is None else nn.BatchNorm2d
+        self.inputs, self.kernel, self.places = inputs, kernel, 0 if kernel is None else places
+        self.batch_dim = None if kernel is None else 0
+        if kernel is None:
+            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        else:
+            convolution: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[places - 1]
+            self.layers = nn.ModuleList(
+                convolution(a, b, kernel, padding=kernel // 2) for a, b in pairwise(widths)
+            )
+        kind: Any = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[self.places]
         self.norms = nn.ModuleList(kind(width) if norm else nn.Identity() for width in hidden)
         for parameter in self.layers[-1].parameters():
             nn.init.zeros_(parameter)
@@ -123,15 +141,31 @@ class ContextMLP(nn.Module):
             context.build(widths[1], zero=not hidden)
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
+        if x.dim() != 2 + self.places or x.shape[1] != self.inputs:
+            wanted = ", ".join(["B", str(self.inputs), "length", "height", "width"][: 2 + self.places])
+            raise ValueError(f"built for a message ({wanted}), not {tuple(x.shape)}")
+        rows = len(x)
         x = self.layers[0](x)
         if self.context is not None:
             if context is None:
                 raise ValueError("built with a context encoder, so it must be called with a context")
             known = self.context(context)
-            x = x + (known if self.kernel is None else known[:, :, None, None])
+            if known.dim() > 1 and len(known) != rows:
+                raise ValueError(
+                    f"the context is of {len(known)} rows, the message of {rows}: symbols are (W, B), "
+                    "with batch_first (B, W)"
+                )
+            x = x + known.reshape(*known.shape, *[1] * self.places)
         for layer, norm in zip(self.layers[1:], self.norms, strict=True):
-            x = layer(F.relu(norm(x)))
+            x = layer(F.relu(_normalized(norm, x)))
         return x
+
+
+def _normalized(norm: nn.Module, x: Tensor) -> Tensor:
+    """`norm` of x; of one value for each feature by the running statistics, since it has no variance."""
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and x.numel() == x.shape[1]:
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    return norm(x)
 
 
 class Rows(nn.Module):
@@ -142,15 +176,19 @@ class Rows(nn.Module):
         published), which halves the cost of what follows; see `dni_rnn.pytree.part`. None reads all.
       bounded: apply a tanh, which keeps the features bounded when a cell state is not. Without it the
         message enters as it is: good for hidden states, which are within ±1 anyway.
-      batch_dim: where the rows lie (see `Interface`).
+      batch_dim: where the rows of the message lie: a number, or a tree of them (see `Interface`, which takes
+        it from here).
     """
 
-    def __init__(self, *, leaf: str | int | None = None, bounded: bool = False, batch_dim: int = -2) -> None:
+    def __init__(
+        self, *, leaf: str | int | None = None, bounded: bool = False, batch_dim: int | Tree | None = None
+    ) -> None:
         super().__init__()
         self.leaf, self.bounded, self.batch_dim = leaf, bounded, batch_dim
+        self._dims = Layout(batch_dim if isinstance(batch_dim, int | None) else part(batch_dim, leaf)).dims
 
     def forward(self, message: Tree) -> Tensor:
-        x = flatten_rows(part(message, self.leaf), self.batch_dim)
+        x = flatten_rows(part(message, self.leaf), self._dims)
         # The sigmoid is the tanh, several times faster on a CPU.
         return torch.sigmoid(2.0 * x).mul(2.0).sub(1.0) if self.bounded else x
 
@@ -171,6 +209,10 @@ class MLPSynthesizer(nn.Module):
 
     Shapes: a message of B rows -> (B, features), the gradients of its tensors side by side.
 
+    Raises:
+      ValueError: the rows of the message do not lie where `batch_dim` says; or, when it is called, they have
+        other features than those of the example.
+
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §A.1 (zero start), §A.3 (one hidden layer).
     """
 
@@ -182,11 +224,13 @@ class MLPSynthesizer(nn.Module):
         context: ContextEncoder | None = None,
         leaf: str | int | None = None,
         bounded: bool = True,
-        batch_dim: int = -2,
+        batch_dim: int | Tree | None = None,
     ) -> None:
         super().__init__()
         self.rows = Rows(leaf=leaf, bounded=bounded, batch_dim=batch_dim)
-        outputs = flatten_rows(message, batch_dim).shape[1]
+        layout = Layout(batch_dim)
+        leaves, *_ = layout.enter(message)
+        outputs = layout.rows(leaves).shape[1]
         self.mlp = ContextMLP(self.rows(message).shape[1], hidden, outputs, context)
 
     def forward(self, message: Tree, context: Any = None) -> Tensor:
@@ -212,31 +256,47 @@ class Critic(nn.Module):
       symbols: number of distinct targets.
       weight: of a target in the scalar on which backward is called; None, the default, is 1 / B, that of a
         loss that is a mean over rows.
+      batch_first: targets are (B, W) (see `OneHotTokens`).
       loss_weight: of ℓ, in nats, beside the match. The match draws the classifier from its own task to the
         net's, and a larger share of it has been worse (MNIST, 6 layers, validation error after 10 passes:
         1.88 % with 100, 2.12 % with 10).
 
-    Shapes: context (B,) or (W, B), integers, -1 where nothing is known (which adds nothing). Returns a
-    `Critique`: the gradient like the message, and loss_weight · ℓ, (B,).
+    Shapes: context (B,) or (W, B), integers, -1 where nothing is known (which adds nothing), as for
+    `OneHotTokens`. Returns a `Critique`: the gradient like the message, and loss_weight · ℓ, (B,).
+
+    `torch.compile` cannot differentiate twice: a critic in a compiled function runs outside of it, as a graph
+    break, and warns so once. `fullgraph=True` refuses it.
 
     Raises:
-      ValueError: it is called without a context.
+      ValueError: it is called without a context, or with one of another size or type.
 
     Source: Czarnecki et al. 2017, "Sobolev Training for Neural Networks", arXiv:1706.04859, §4.3; there ℓ
     is regressed on the final loss, here it is trained on the target itself.
     """
 
     def __init__(
-        self, classifier: nn.Module, symbols: int, *, weight: float | None = None, loss_weight: float = 100.0
+        self,
+        classifier: nn.Module,
+        symbols: int,
+        *,
+        weight: float | None = None,
+        loss_weight: float = 100.0,
+        batch_first: bool = False,
     ) -> None:
         super().__init__()
-        self.classifier, self.symbols = classifier, symbols
+        self.classifier, self.symbols, self.batch_first = classifier, symbols, batch_first
         self.weight, self.loss_weight = weight, loss_weight
 
     def forward(self, message: Tree, context: Any = None) -> Critique:
         if context is None:
             raise ValueError("a critic must be called with the coming targets as context")
-        leaves, spec = flatten(message)
+        if torch.compiler.is_compiling():
+            return _not_compiled(self, message, context)
+        return self.criticize(message, context)
+
+    def criticize(self, message: Tree, context: Any) -> Critique:
+        """`forward`, never compiled."""
+        leaves, spec = flatten(message, has_rows)
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
             leaves = [leaf.detach().requires_grad_() for leaf in leaves]
@@ -251,9 +311,21 @@ class Critic(nn.Module):
     def _losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """ℓ (B,), and its derivative with respect to the logits, softmax − one-hot, as a function of them."""
         each = logits.unflatten(1, (-1, self.symbols))  # (B, W, symbols)
-        targets = targets.reshape(each.shape[1], -1).t().unsqueeze(2)
+        targets = coming(targets, each.shape[1], self.batch_first, logits.device)
+        if targets.shape[1] != len(each):
+            raise ValueError(
+                f"the context is of {targets.shape[1]} rows, the message of {len(each)}: targets are (W, B), "
+                "with batch_first (B, W)"
+            )
+        targets = targets.t().unsqueeze(2)
         known, places = targets >= 0, targets.clamp_min(0)
         predicted = F.log_softmax(each, 2)
         losses = -torch.where(known, predicted.gather(2, places), 0.0).sum((1, 2))
         wanted = torch.zeros_like(predicted).scatter_(2, places, 1.0)
         return losses, torch.where(known, predicted.exp() - wanted, 0.0).flatten(1)
+
+
+@torch.compiler.disable
+def _not_compiled(critic: Critic, message: Tree, context: Any) -> Critique:
+    warnings.warn("torch.compile cannot differentiate twice: a Critic runs outside of it", stacklevel=2)
+    return critic.criticize(message, context)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dni_rnn.checks import Done, Layout, alike
 from dni_rnn.interface import RECEIVED_BY, Interface
 from dni_rnn.penalty import StatePenalty
-from dni_rnn.pytree import LSTMState, Tree, flatten, unflatten
+from dni_rnn.pytree import LSTMState, Tree, flatten, has_rows, unflatten
 from dni_rnn.traces.layer import Layer
 from dni_rnn.traces.memory import Gradients, Plan
 from dni_rnn.traces.rules import KINDS, Record
@@ -19,6 +20,9 @@ from dni_rnn.traces.running import check, no_autocast, run, run_untraced
 
 EMBEDDING = "embedding.weight"
 _END = "_ends_a_traced_window"
+
+
+_LAYOUT = Layout(-2)  # of the state of any core that is traced
 
 
 class _Passage:
@@ -38,7 +42,7 @@ class _Trace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, traced: Traced, passage: _Passage, count: int, *tensors: Tensor) -> Any:
         ctx.traced, ctx.passage, ctx.count = traced, passage, count
-        return tuple(leaf.view_as(leaf) for leaf in tensors[:count])
+        return tuple(leaf.detach() for leaf in tensors[:count])  # no views: a core may change them in place
 
     @staticmethod
     @once_differentiable
@@ -180,7 +184,7 @@ class Traced(nn.Module):
         self,
         inputs: Tensor,
         state: Tree = None,
-        done: Tensor | None = None,
+        done: Done = None,
         sent: Sequence[Tensor] | None = None,
     ) -> Any:
         """What the core returns for one window; the state of an LSTM is an `LSTMState`, (h, c) with names.
@@ -190,8 +194,8 @@ class Traced(nn.Module):
             `embedding` symbols, without the last dimension.
           state: the last window's, detached or not, or what `Interface.receive` returned. None: the
             initial one in all rows, whose traces end.
-          done: boolean (B,). Rows that start anew here: their traces end. The caller has put an initial
-            state there, and has given `done` to the interface, if there is one.
+          done: (B,) or (B, 1), as of an `Interface`. Rows that start anew here: their traces end. The caller
+            has put an initial state there, and has given `done` to the interface, if there is one.
           sent: ĝ, where it came from no interface: what was injected into the state, a list like its leaves,
             without `loss_scale`, 0 in rows of `done`.
         """
@@ -202,7 +206,13 @@ class Traced(nn.Module):
             raise ValueError(f"inputs must have rows: got {tuple(inputs.shape)}")
         if anew:
             state = self.initial_state(inputs.shape[batch_dim])
-        leaves, spec = flatten(state)
+        leaves, spec, done = _LAYOUT.enter(state, done)
+        rows = inputs.shape[batch_dim]
+        if _LAYOUT.count(leaves) != rows:
+            shapes = [tuple(leaf.shape) for leaf in leaves]
+            raise ValueError(f"inputs {tuple(inputs.shape)} have {rows} rows, and the state is {shapes}")
+        if sent is not None:
+            alike(sent, leaves, "sent")
         if not (torch.is_grad_enabled() and self.training):
             vectors = inputs if self.embedding is None else self.embedding(inputs)
             return run_untraced(self.core, vectors, unflatten([leaf.detach() for leaf in leaves], spec))
@@ -210,7 +220,7 @@ class Traced(nn.Module):
         if interface is not None:
             interface.keeps_sent = True
         leaves = [leaf if interface is not None or _measured(leaf) else leaf.detach() for leaf in leaves]
-        self._check_rows(inputs.shape[batch_dim])
+        self._check_rows(rows)
         if self._latest is not None and not self._latest.absorbed:
             self._absorb(self._latest)
         if sent is None and interface is not None:
@@ -221,7 +231,7 @@ class Traced(nn.Module):
         leaves = list(_Trace.apply(self, passage, len(leaves), *leaves, *parameters.values()))  # type: ignore
         received = unflatten(leaves, spec)
         output, end, passage.records = run(self.core, inputs, received, self.embedding, self.fused)
-        for leaf in flatten(end)[0]:
+        for leaf in flatten(end, has_rows)[0]:
             setattr(leaf, _END, True)
         return end if cell else (output, end)
 
@@ -240,17 +250,17 @@ class Traced(nn.Module):
         """The interface that a state was received from."""
         if self._interface[0] is not None:
             return self._interface[0]
+        found = None
         for leaf in leaves:
-            found = getattr(leaf, RECEIVED_BY, None)
-            if found is not None:
-                return found
-        for leaf in leaves:
-            if leaf.grad_fn is not None and not hasattr(leaf, _END) and _hides_interface(leaf.grad_fn):
+            own = getattr(leaf.grad_fn, "interface", None) or getattr(leaf, RECEIVED_BY, None)
+            if own is not None and not leaf._version:
+                found = own
+            elif own is not None or (not hasattr(leaf, _END) and _hides_interface(leaf.grad_fn)):
                 raise ValueError(
                     "the state was changed after Interface.receive, so what was sent into it is not known: "
                     "change it before, or give Traced the interface (or detach it, if it was not received)"
                 )
-        return None
+        return found
 
     # Backward.
 
@@ -320,6 +330,11 @@ class Traced(nn.Module):
             return self._absorb(passage, gradients)
 
     # What outlives the process.
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle: the trace, without the window that waits for its backward."""
+        waiting = self._latest is not None and not self._latest.absorbed
+        return self.__dict__ | ({"_latest": None} if waiting else {})
 
     def trace_state(self) -> dict[str, list[Tensor]]:
         """The trace, rows along dimension −2 of every tensor: for a checkpoint, or to share rows out.
@@ -393,7 +408,7 @@ def _measured(leaf: Tensor) -> bool:
 
 def _hides_interface(node: Any, most: int = 32) -> bool:
     """Whether a few operations lie between a state and `Interface.receive`."""
-    waiting, seen = [node], 0
+    waiting, seen = [] if node is None else [node], 0
     while waiting and seen < most:
         node, seen = waiting.pop(0), seen + 1
         if isinstance(getattr(node, "traced", None), Traced):
