@@ -53,7 +53,8 @@ def follow(
       all_reduce: where the rows are spread over processes.
 
     Returns:
-      1 where it moved, else 0 (a scalar tensor); and how many elements counted, over all processes.
+      1 where it moved, else 0 (a scalar tensor); and how many elements counted, over all processes (1 of a
+      batch without rows, by which one divides).
     """
     elements: Tensor | float = float(gradient.numel())
     if done is not None:
@@ -66,4 +67,4 @@ def follow(
     count.add_(moved)
     rate = moved / count.clamp(1.0, 1.0 / (1.0 - decay))
     mean_square.lerp_(square.nan_to_num(0.0, 0.0), rate)
-    return moved, elements
+    return moved, elements if isinstance(elements, Tensor) else max(elements, 1.0)
