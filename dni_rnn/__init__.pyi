@@ -10,6 +10,7 @@ from .interface import Critique as Critique
 from .interface import Interface as Interface
 from .penalty import StatePenalty as StatePenalty
 from .pytree import LSTMState as LSTMState
+from .pytree import detach as detach
 from .recurrent import CoreOutput as CoreOutput
 from .recurrent import RecurrentCore as RecurrentCore
 from .recurrent import SequenceModel as SequenceModel

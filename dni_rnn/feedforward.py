@@ -265,19 +265,17 @@ def decouple(
     for cut, message in zip(cuts, messages_of(parts, example), strict=True):
         _check_message(cut, message, len(example))
         messages.append(message)
-    make: Callable[[Tensor, nn.Sequential], nn.Module]
-    if synthesizer is not None:
-        own = synthesizer
-
-        def make(message: Tensor, _: nn.Sequential) -> nn.Module:
-            return own(message)
-    else:
+    makers: list[Callable[[Tensor], nn.Module]]
+    if synthesizer is None:
         if hidden is None:
             hidden = [Fraction(1)] * {"dni": 2, "cdni": 1, "critic": 0}[method]
         if any(width <= 0 for width in hidden):
             raise ValueError(f"widths of hidden layers must be positive, not {list(hidden)}")
         norm = method == "dni" if norm is None else norm
         make = functools.partial(_synthesizer, method, classes, window, hidden, norm)
+        makers = [functools.partial(make, below=list(net)[:cut]) for cut in cuts]
+    else:
+        makers = [synthesizer] * len(messages)
     guesses: list[nn.Module] = []
     if unlock is not None:
         if any(message.dim() != 2 for message in messages):
@@ -287,8 +285,8 @@ def decouple(
             nn.Sequential(nn.Flatten(), ContextMLP(features, unlock, m.shape[1], norm=True)) for m in messages
         ]
     interfaces = [
-        Interface(make(message, net[:cut]), batch_dim=0).to(example.device)
-        for cut, message in zip(cuts, messages, strict=True)
+        Interface(make(message), batch_dim=0).to(example.device)
+        for make, message in zip(makers, messages, strict=True)
     ]
     return Decoupled(parts, interfaces, update_probability=update_probability, guesses=guesses)
 
@@ -320,7 +318,7 @@ def _synthesizer(
     hidden: Sequence[int | Fraction],
     norm: bool,
     message: Tensor,
-    below: nn.Sequential,
+    below: Sequence[nn.Module],
 ) -> nn.Module:
     if method == "critic":
         rows = Rows(batch_dim=0)
@@ -343,9 +341,9 @@ def _synthesizer(
     return StepByStep(mlp) if steps else mlp
 
 
-def _sequence(message: Tensor, below: nn.Sequential) -> bool:
+def _sequence(message: Tensor, below: Sequence[nn.Module]) -> bool:
     """Whether a message of three dimensions is (B, T, F), not (B, C, length)."""
-    for module in reversed(list(below.modules())):
+    for module in reversed([inner for layer in below for inner in layer.modules()]):
         if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm):
             return False
         if isinstance(module, nn.Linear | nn.LayerNorm | nn.Embedding | nn.RNNBase):

@@ -185,7 +185,7 @@ def map_tree(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
 
 
 def detach(tree: Tree) -> Tree:
-    """Cut the graph: the same values, no history."""
+    """Cut the graph: the same values, no history. What a module may keep of the state that it sent."""
     return map_tree(torch.Tensor.detach, tree)
 
 

@@ -291,7 +291,7 @@ class Critic(nn.Module):
         if context is None:
             raise ValueError("a critic must be called with the coming targets as context")
         if torch.compiler.is_compiling():
-            return _not_compiled(self, message, context)
+            return _not_compiled(self, message, context)  # type: ignore[call-arg]
         return self.criticize(message, context)
 
     def criticize(self, message: Tree, context: Any) -> Critique:
