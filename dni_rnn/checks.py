@@ -172,5 +172,9 @@ def coming(tokens: Any, window: int, batch_first: bool, device: torch.device) ->
         known = known.long()
         missing = window - len(known)
         return torch.cat([known, known.new_full((missing, known.shape[1]), -1)]) if missing else known
-    other = "" if tokens.dim() != 2 or batch_first else "; of a loader with rows first say batch_first=True"
+    turned = tokens.dim() == 2 and not batch_first and 1 < tokens.shape[1] <= window
+    other = "; of a loader with rows first say batch_first=True" if turned else ""
     raise ValueError(f"the context must be integers {wanted}, not {tuple(tokens.shape)}{other}")
+
+
+torch.serialization.add_safe_globals([Layout])

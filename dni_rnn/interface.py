@@ -403,6 +403,9 @@ class Interface(Running):
         return f"scale={self.scale}, normalize={self.normalize}, batch_dim={self.batch_dim}"
 
 
+torch.serialization.add_safe_globals([Interface])
+
+
 def _inverse(rms: Tensor) -> Tensor:
     """1 / rms; 0 where that is 0: all targets may have been zero so far, in a net that is cut everywhere."""
     return torch.where(rms > 0, rms.reciprocal(), 0.0)

@@ -118,3 +118,6 @@ class StatePenalty(Running):
 
     def extra_repr(self) -> str:
         return f"strength={self.strength}"
+
+
+torch.serialization.add_safe_globals([StatePenalty])

@@ -329,3 +329,6 @@ class Critic(nn.Module):
 def _not_compiled(critic: Critic, message: Tree, context: Any) -> Critique:
     warnings.warn("torch.compile cannot differentiate twice: a Critic runs outside of it", stacklevel=2)
     return critic.criticize(message, context)
+
+
+torch.serialization.add_safe_globals([OneHotTokens, ContextMLP, Rows, MLPSynthesizer, Critic])

@@ -31,6 +31,7 @@ from dni_rnn import (
     Traced,
     decouple,
 )
+from dni_rnn.cores.diagonal import DiagonalState
 from dni_rnn.pytree import detach, flatten, has_rows, map_tree, unflatten
 
 B, H = 4, 6
@@ -714,6 +715,22 @@ def test_what_is_saved_is_loaded_as_weights_alone(generator):
     model.load_state_dict(loaded["model"])
     assert type(loaded["state"]) is LSTMState
     assert type(torch.load(other, weights_only=True)["received"]) is LSTMState
+    torch.save(DiagonalState(received[0], received[1]), last := io.BytesIO())
+    last.seek(0)
+    assert type(torch.load(last, weights_only=True)) is DiagonalState
+
+
+def test_a_saved_interface_is_loaded_where_torchs_own_layers_are_allowed(generator):
+    state = random(generator, 1, B, H)
+    interface = made(state, generator, context=OneHotTokens(5, 2), centre=True)
+    tokens = torch.randint(5, (2, B), generator=generator)
+    cubes(interface.receive(state, tokens)).backward()
+    file = io.BytesIO()
+    torch.save(nn.ModuleList([interface, StatePenalty(0.1)]), file)
+    file.seek(0)
+    with torch.serialization.safe_globals([nn.ModuleList, nn.Linear, nn.Identity, nn.EmbeddingBag]):
+        loaded, _ = torch.load(file, weights_only=True)
+    assert torch.equal(loaded.synthetic_gradient(state, tokens), interface.synthetic_gradient(state, tokens))
 
 
 @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated")  # torch.compile does so itself

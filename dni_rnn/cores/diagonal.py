@@ -24,6 +24,9 @@ class DiagonalState(NamedTuple):
     imaginary: Tensor
 
 
+torch.serialization.add_safe_globals([DiagonalState])
+
+
 class _Layer(nn.Module):
     def __init__(self, input_size: int, hidden_size: int, ring: tuple[float, float], phase: float) -> None:
         super().__init__()
