@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dni_rnn.checks import Layout, alike
-from dni_rnn.pytree import Spec, Tree, dims_of, flatten, has_rows, unflatten, width
+from dni_rnn.pytree import Spec, Tree, flatten, has_rows, unflatten
 
 
 class Critique(NamedTuple):
@@ -48,11 +48,9 @@ def ask(
         told = told if own is None else [leaf.to(own) for leaf in told]
     answer = synthesizer(unflatten(told, spec), context)
     answer, losses = (answer.gradient, [answer.losses]) if isinstance(answer, Critique) else (answer, [])
-    dims = dims_of(leaves, layout.dims)
-    rows = leaves[0].shape[dims[0]]
+    rows, features = layout.sizes(leaves)
     if losses and losses[0].shape != (rows,):
         raise ValueError(f"a critique has one loss a row, ({rows},), not {tuple(losses[0].shape)}")
-    features = sum([width(leaf, dim) for leaf, dim in zip(leaves, dims, strict=True)])
     if isinstance(answer, Tensor) and answer.shape == (rows, features):
         return [answer, *losses]
     parts, _ = flatten(answer, has_rows)

@@ -17,9 +17,10 @@ from dni_rnn.pytree import (
     batch_dims,
     dims_of,
     flatten,
-    flatten_rows,
     has_rows,
+    side_by_side,
     unflatten_rows,
+    width,
 )
 
 Done = Any
@@ -58,14 +59,15 @@ class Layout:
 
     def count(self, leaves: Sequence[Tensor]) -> int:
         """B, the number of rows of the tensors of a message, of which there is one at least."""
-        dims, device = dims_of(leaves, self.dims), leaves[0].device
-        rows, most = -1, 9 if self.said else 3
+        dims = dims_of(leaves, self.dims)
+        device, rows, most = leaves[0].device, -1, 9 if self.said else 3
         for leaf, dim in zip(leaves, dims, strict=True):
             shape = leaf.shape
+            dimensions = len(shape)
             if (
-                len(shape) > most
-                or not -len(shape) <= dim < len(shape)
-                or rows not in (-1, shape[dim])
+                dimensions > most
+                or not -dimensions <= dim < dimensions
+                or (rows >= 0 and rows != shape[dim])
                 or leaf.is_complex()
                 or leaf.device != device
                 or leaf.layout is not torch.strided
@@ -73,6 +75,12 @@ class Layout:
                 raise ValueError(self._why_refused(leaf, dim, leaves, dims))
             rows = shape[dim]
         return rows
+
+    def sizes(self, leaves: Sequence[Tensor]) -> tuple[int, int]:
+        """(B, features) of the tensors of a message that was let in."""
+        dims = dims_of(leaves, self.dims)
+        rows = leaves[0].shape[dims[0]]
+        return rows, sum([leaf.numel() for leaf in leaves]) // rows if rows else sum(map(width, leaves, dims))
 
     def _why_refused(self, leaf: Tensor, dim: int, leaves: Sequence[Tensor], dims: Sequence[int]) -> str:
         shape = tuple(leaf.shape)
@@ -99,7 +107,7 @@ class Layout:
 
     def rows(self, leaves: Sequence[Tensor]) -> Tensor:
         """They side by side, (B, features)."""
-        return flatten_rows(leaves, self.dims)
+        return side_by_side(leaves, self.dims)
 
     def like(self, rows: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
         """The inverse: tensors of the shapes of `leaves`."""
@@ -168,9 +176,9 @@ def coming(tokens: Any, window: int, batch_first: bool, device: torch.device) ->
         known = tokens.reshape(1, -1)
     elif tokens.dim() == 2:
         known = tokens.t() if batch_first else tokens
-    if known is not None and len(known) <= window:
+    if known is not None and known.shape[0] <= window:
         known = known.long()
-        missing = window - len(known)
+        missing = window - known.shape[0]
         return torch.cat([known, known.new_full((missing, known.shape[1]), -1)]) if missing else known
     turned = tokens.dim() == 2 and not batch_first and 1 < tokens.shape[1] <= window
     other = "; of a loader with rows first say batch_first=True" if turned else ""

@@ -254,18 +254,26 @@ def where_rows(rows: Tensor, chosen: Tree, other: Tree, batch_dim: BatchDim = -2
 
 def flatten_rows(tree: Tree, batch_dim: BatchDim = -2) -> Tensor:
     """All tensors of `tree` that have rows side by side, one row per row: (B, features)."""
-    leaves = flatten(tree, has_rows)[0]
-    rows = [_row_first(leaf, dim) for leaf, dim in zip(leaves, dims_of(leaves, batch_dim), strict=True)]
+    return side_by_side(flatten(tree, has_rows)[0], batch_dim)
+
+
+def side_by_side(leaves: Sequence[Tensor], batch_dim: BatchDim = -2) -> Tensor:
+    """`flatten_rows` of tensors that all have rows."""
+    if isinstance(batch_dim, int):
+        rows = [_row_first(leaf, batch_dim) for leaf in leaves]
+    else:
+        rows = [_row_first(leaf, dim) for leaf, dim in zip(leaves, dims_of(leaves, batch_dim), strict=True)]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
 def _row_first(leaf: Tensor, batch_dim: int) -> Tensor:
     # The first two in one step each: a state of one layer, and what is rows already.
-    if batch_dim == -2 and leaf.dim() == 3 and leaf.shape[0] == 1:
+    dimensions = leaf.dim()
+    if dimensions == 3 and batch_dim == -2 and leaf.shape[0] == 1:
         return leaf.squeeze(0)
-    if leaf.dim() == 2 and batch_dim in (0, -2):
+    if dimensions == 2 and batch_dim in (0, -2):
         return leaf
-    if leaf.dim() == 1:
+    if dimensions == 1:
         return leaf.unsqueeze(1)
     return leaf.movedim(batch_dim, 0).flatten(1)
 
@@ -275,8 +283,10 @@ def unflatten_rows(rows: Tensor, leaves: Sequence[Tensor], batch_dim: BatchDim =
     dims = dims_of(leaves, batch_dim)
     if len(leaves) == 1:
         return [_row_back(rows, leaves[0], dims[0])]
-    parts = rows.split([width(leaf, dim) for leaf, dim in zip(leaves, dims, strict=True)], dim=1)
-    return [_row_back(part, leaf, dim) for part, leaf, dim in zip(parts, leaves, dims, strict=True)]
+    count = rows.shape[0]
+    widths = [leaf.numel() // count for leaf in leaves] if count else list(map(width, leaves, dims))
+    parts = rows.split(widths, dim=1)
+    return list(map(_row_back, parts, leaves, dims))
 
 
 def width(leaf: Tensor, batch_dim: int) -> int:

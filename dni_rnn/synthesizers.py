@@ -51,12 +51,12 @@ class OneHotTokens(ContextEncoder):
     adds nothing. Fewer than W are the last ones of a text: behind them nothing is known. Returns (B, width).
 
     Raises:
-      ValueError: tokens of other shapes or of no integer type. A symbol beyond the last is an error of the
-        table, as in `torch.nn.EmbeddingBag`.
+      ValueError: tokens of other shapes or of no integer type. A symbol beyond the last is an index error
+        of torch's, on a CUDA device an assertion there.
     """
 
     table: nn.EmbeddingBag
-    first: Tensor
+    row_of: Tensor
 
     def __init__(self, symbols: int, window: int = 1, *, batch_first: bool = False) -> None:
         super().__init__()
@@ -66,15 +66,13 @@ class OneHotTokens(ContextEncoder):
         rows = self.symbols * self.window
         self.table = nn.EmbeddingBag(rows + 1, width, mode="sum", padding_idx=rows)
         nn.init.normal_(self.table.weight, std=0.0 if zero else self.window**-0.5)
-        first = torch.arange(0, rows, self.symbols).unsqueeze(1)  # row of position i, symbol 0
-        self.register_buffer("first", first, persistent=False)
+        # The table's row of each symbol at each position, behind that of the unknown; others have none.
+        known = torch.arange(rows).view(self.window, self.symbols)
+        self.register_buffer("row_of", F.pad(known, (1, 0), value=rows), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        tokens = coming(tokens, self.window, self.batch_first, self.first.device)
-        unknown = self.symbols * self.window
-        rows = (tokens + self.first).masked_fill_(tokens < 0, unknown)
-        # Or the next position's table would answer for a symbol that this one has not.
-        rows.masked_fill_(tokens >= self.symbols, unknown + 1)
+        tokens = coming(tokens, self.window, self.batch_first, self.row_of.device)
+        rows = self.row_of.gather(1, (tokens + 1).clamp_min_(0))
         return self.table(rows.t())
 
 
@@ -144,18 +142,18 @@ class ContextMLP(nn.Module):
         if x.dim() != 2 + self.places or x.shape[1] != self.inputs:
             wanted = ", ".join(["B", str(self.inputs), "length", "height", "width"][: 2 + self.places])
             raise ValueError(f"built for a message ({wanted}), not {tuple(x.shape)}")
-        rows = len(x)
+        rows = x.shape[0]
         x = self.layers[0](x)
         if self.context is not None:
             if context is None:
                 raise ValueError("built with a context encoder, so it must be called with a context")
             known = self.context(context)
-            if known.dim() > 1 and len(known) != rows:
+            if known.dim() > 1 and known.shape[0] != rows:
                 raise ValueError(
-                    f"the context is of {len(known)} rows, the message of {rows}: symbols are (W, B), "
+                    f"the context is of {known.shape[0]} rows, the message of {rows}: symbols are (W, B), "
                     "with batch_first (B, W)"
                 )
-            x = x + known.reshape(*known.shape, *[1] * self.places)
+            x = x + (known.reshape(*known.shape, *[1] * self.places) if self.places else known)
         for layer, norm in zip(self.layers[1:], self.norms, strict=True):
             x = layer(F.relu(_normalized(norm, x)))
         return x
