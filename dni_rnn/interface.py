@@ -342,9 +342,8 @@ class Interface(Running):
         if predicted.dtype is not torch.float32:
             predicted = predicted.to(torch.promote_types(predicted.dtype, self.target_square.dtype))
         if done is None and self.all_reduce is None:
-            return predicted - predicted.mean(0, keepdim=True) if predicted.shape[
-                0
-            ] > 1 else predicted, critique
+            alone = predicted.shape[0] == 1
+            return predicted if alone else predicted - predicted.mean(0, keepdim=True), critique
         summed = predicted.sum(0)
         rows = len(predicted) if done is None else (~done).sum()
         both = self._summed(torch.cat([summed, summed.new_zeros(1) + rows]))
