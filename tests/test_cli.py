@@ -298,7 +298,7 @@ MISTAKES = [
     *((["--dni", "--aux", f"--{name}", "0"], f"--{name} must be positive, not 0") for name in POSITIVE),
     *((["--dni", f"--{name}", "-1"], f"--{name} must not be negative") for name in NOT_NEGATIVE),
     (["--lr", "nan"], "--lr must be positive, not nan"),
-    (["--dni", "--batch-size", "1"], "--batch-size 1: a mean over one row leaves no synthetic gradient"),
+    (["--dni", "--batch-size", "1"], "--batch-size 1: there is no mean over rows to subtract"),
     (["--beta2", "1"], "--beta2 must lie between 0 and 1, not 1.0"),
     (["--clip", "nan"], "--clip must not be negative"),
     *((["--dni", "--discount", d], "--discount must lie above 0") for d in ("0", "-0.5", "1.01", "nan")),

@@ -161,7 +161,7 @@ def check_dni(config: Any, *names: str) -> None:
         if getattr(config, name) != getattr(type(config), name):
             raise UsageError(f"--{name.replace('_', '-')} does nothing without --dni; add --dni")
     if config.dni and config.centre and config.batch_size == 1:
-        raise UsageError("--batch-size 1: a mean over one row leaves no synthetic gradient; add --no-centre")
+        raise UsageError("--batch-size 1: there is no mean over rows to subtract; add --no-centre")
 
 
 def decide_restore(config: Any) -> Any:
