@@ -105,7 +105,11 @@ def main() -> None:
     if args.log:
         streams["log"] = args.log.read_bytes()[:BYTES]
     streams["manual"] = "\n".join(topics[name] for name in sorted(topics)).encode()[:BYTES]
-    jobs = [(True, "play", method, words, lr, 0) for method, words in METHODS.items() for lr in RATES]
+    jobs = [
+        (True, "play", method, words, lr, 0)
+        for method, words in METHODS.items()
+        for lr in RATES[: 3 if "--bptt 1 " in words else 4]
+    ]
     jobs += [
         (False, stream, method, words, "", seed)
         for seed in SEEDS
