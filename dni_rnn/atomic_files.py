@@ -37,20 +37,54 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.close(folder)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file of JSON holds.
+
+    Raises:
+      UsageError: it cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); put a good copy in its place") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: cannot be read (not an object); put a good copy in its place")
+    return values
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines; a last line that a crash cut short is left out.
 
     Raises:
-      UsageError: another line is not JSON.
+      UsageError: it cannot be read, or another line is not a JSON object.
     """
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if line.endswith("\n"):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                raise UsageError(f"{path}, line {number}: not JSON; remove it") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError):
+            raise UsageError(f"{path}, line {number}: not JSON; remove it") from None
+        if not isinstance(rows[-1], dict):
+            raise UsageError(f"{path}, line {number}: not a row; remove it")
     return rows
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Inside, what was read from `path` is used: where it lacks something, or holds another kind of value,
+    that is what the user is told.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        why = " ".join(f"{type(error).__name__} {error}".split())[:160]
+        raise UsageError(
+            f"{path}: damaged, or made by another version ({why}); put a good copy in its place"
+        ) from error
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -54,10 +54,17 @@ class Metric:
         """The validation curve from the rows that hold one: of `curve` or `climbs`, or of metrics.jsonl."""
         name = f"valid_{self.key}" if self.validated else self.key
         return [
-            Point(row["symbols"], row["seconds"], row[name], row.get("step"))
+            Point(number(row["symbols"]), number(row["seconds"]), number(row[name]), row.get("step"))
             for row in validations
             if name in row
         ]
+
+
+def number(value: Any) -> Any:
+    """The same value. Raises `TypeError` where a file that was damaged holds something else than a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number")
+    return value
 
 
 BPC = Metric("bpc", "BPC", "bits per character")

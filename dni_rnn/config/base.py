@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from dni_rnn.errors import UsageError
 from dni_rnn.metrics import Metric
@@ -182,10 +183,40 @@ def to_json(config: Any) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
 
 
-def from_json(kind: type, values: dict[str, Any]) -> Any:
-    """The dataclass back from `to_json`; fields that are paths by their annotation become paths."""
-    fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(fields))
+def from_json(kind: type, values: dict[str, Any], file: Path) -> Any:
+    """The dataclass back from `to_json`; fields that are paths by their annotation become paths.
+
+    Args:
+      file: that holds the values, for messages.
+
+    Raises:
+      UsageError: a setting is unknown, or cannot be what it is there.
+    """
+    hints = get_type_hints(kind)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(known))
     if unknown:
         raise UsageError(f"this run was made by another version: unknown setting {unknown[0]}")
-    return kind(**{k: Path(v) if v is not None and "Path" in fields[k] else v for k, v in values.items()})
+    for name, value in values.items():
+        if not _fits(value, known[name]):
+            raise UsageError(f"{file}: {name} cannot be {value!r}; put a good copy in its place")
+    try:
+        return kind(**{k: Path(v) if isinstance(v, str) and _path(known[k]) else v for k, v in values.items()})
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
+
+
+def _path(hint: Any) -> bool:
+    return hint is Path or Path in get_args(hint)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value can be what an annotation says; of those that JSON does not know, any can."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    plain = {Path: str, float: (int, float), int: int, bool: bool, str: str, NoneType: NoneType}
+    if hint not in plain:
+        return True
+    return isinstance(value, plain[hint]) and (hint is bool or not isinstance(value, bool))

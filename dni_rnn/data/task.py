@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -122,6 +123,19 @@ class Corpus:
                 )
             encoded.append(np.fromiter((number[s] for s in text), dtype=dtype, count=len(text)))
         return cls(name, symbols, *encoded)
+
+
+def content_of(data: Any) -> dict[str, Any] | None:
+    """Length and SHA-256 of all that was loaded; None where nothing was: it is generated, or a live stream."""
+    digest, length = hashlib.sha256(), 0
+    for split in SPLITS:
+        held = getattr(data, split, ())
+        arrays = held if isinstance(held, tuple) else (held,)
+        for array in arrays:
+            digest.update(f"{split} {array.dtype} {array.shape}".encode())
+            digest.update(memoryview(array).cast("B") if array.flags.c_contiguous else array.tobytes())
+        length += len(arrays[0]) if arrays else 0
+    return {"length": length, "sha256": digest.hexdigest()} if length else None
 
 
 def config_of(task: type) -> type[RunConfig]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dni_rnn.config import RecurrentConfig
 from dni_rnn.data.streams import Stream
-from dni_rnn.data.task import Data
+from dni_rnn.data.task import Data, content_of
 from dni_rnn.distributed.processes import Processes, device_of, lead_or_follow, reaching
 from dni_rnn.interface import Interface
 from dni_rnn.penalty import StatePenalty
@@ -49,6 +49,7 @@ def train_rows(run: Run, processes: Processes) -> dict[str, Any] | None:
     assert isinstance(config, RecurrentConfig)
     device = processes.together(lambda: device_of(processes, config.device))
     data = processes.together(lambda: load_data(run))
+    processes.agree({"the data": content_of(data)})
     learner = processes.together(lambda: RowsLearner(config, data, device, processes))
     progress = processes.together(lambda: prepare(run, learner) if rank == 0 else None)
     processes.together(lambda: resume(run, learner) if rank else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dni_rnn.distributed.chain import ChainPart
+from dni_rnn.data.task import content_of
 from dni_rnn.distributed.part import ProcessPart
 from dni_rnn.distributed.processes import Processes, device_of, lead_or_follow
 from dni_rnn.training.loop import load_data, prepare
@@ -23,6 +24,7 @@ def train_part(run: Run, processes: Processes) -> dict[str, Any] | None:
     rank = processes.rank
     device = processes.together(lambda: device_of(processes, config.device))
     data = processes.together(lambda: load_data(run))
+    processes.agree({"the data": content_of(data)})
     own = run if rank == 0 else Run(run.path / f"part{rank}", run.task_name, run.task, config)
     learner = part_class(run.task, config)(own, config, data, device, processes)
     progress = processes.together(lambda: prepare(run, learner) if rank == 0 else None)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dni_rnn.atomic_files import read_jsonl
+from dni_rnn.atomic_files import read_json, read_jsonl, understood
 from dni_rnn.config import RecurrentConfig, from_json
 from dni_rnn.data.task import config_of, installed_tasks
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.plots import Curve, Panel, check_format, save_curves, save_lines
 from dni_rnn.experiments.report import markdown_table
-from dni_rnn.metrics import BPC, LOGGED, Metric, Point
+from dni_rnn.metrics import BPC, LOGGED, Metric, Point, number
 
 
 @dataclass(frozen=True)
@@ -52,33 +51,30 @@ def read_record(path: Path, name: str) -> Record:
     Raises:
       UsageError: there is no run, or its files cannot be read.
     """
-    try:
-        about = json.loads((path / "config.json").read_text())
-        metrics = path / "metrics.jsonl"
-        rows = read_jsonl(metrics) if metrics.exists() else []
-        summary = path / "summary.json"
-        ended = json.loads(summary.read_text()) if summary.exists() else None
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no run there (config.json is missing)") from None
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from None
-    last = rows[-1] if rows else {"symbols": 0, "seconds": 0.0}
-    if ended is not None and last["symbols"] > ended["symbols"]:
-        ended = None  # resumed with a larger budget: the summary is that of the smaller one
-    kind = installed_tasks().get(about.get("task"))
-    config = from_json(RecurrentConfig if kind is None else config_of(kind), about["config"])
-    return Record(
-        name,
-        about["data"],
-        config.method,
-        config.depth,
-        last["symbols"],
-        last["seconds"],
-        config.metric.points(rows),
-        None if ended is None else ended[f"test_{config.metric.key}"],
-        config.metric,
-        config.depth_name,
-    )
+    file = path / "config.json"
+    if not file.exists():
+        raise UsageError(f"{path}: no run there (config.json is missing)")
+    about, summary, metrics = read_json(file), path / "summary.json", path / "metrics.jsonl"
+    ended = read_json(summary) if summary.exists() else None
+    rows = read_jsonl(metrics) if metrics.exists() else []
+    with understood(path):
+        last = rows[-1] if rows else {"symbols": 0, "seconds": 0.0}
+        if ended is not None and last["symbols"] > ended["symbols"]:
+            ended = None  # resumed with a larger budget: the summary is that of the smaller one
+        kind = installed_tasks().get(about.get("task"))
+        config = from_json(RecurrentConfig if kind is None else config_of(kind), about["config"], file)
+        return Record(
+            name,
+            str(about["data"]),
+            config.method,
+            config.depth,
+            number(last["symbols"]),
+            number(last["seconds"]),
+            config.metric.points(rows),
+            None if ended is None else number(ended[f"test_{config.metric.key}"]),
+            config.metric,
+            config.depth_name,
+        )
 
 
 def render_comparison(records: Sequence[Record]) -> str:
@@ -150,6 +146,8 @@ def compare_runs(paths: Sequence[Path], out: Path) -> None:
     if len({record.metric for record in records}) > 1:
         raise UsageError(f"{paths[0]} and others are judged by different metrics; compare runs of one kind")
     print(render_comparison(records), end="")
-    for path in filter(plot_layers, paths):
-        print(f"synthetic gradients layer by layer: {path / 'layers.svg'}")
+    for path in paths:
+        with understood(path / "metrics.jsonl"):
+            if plot_layers(path):
+                print(f"synthetic gradients layer by layer: {path / 'layers.svg'}")
     print(f"validation curves: {out}" if plot_records(records, out) else "no validation yet: no plot")

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from dni_rnn.atomic_files import write_atomically
+from dni_rnn.atomic_files import understood, write_atomically
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.about import About, read_about
 from dni_rnn.experiments.html_page import render_page
@@ -276,20 +276,21 @@ def report_sweep(folder: Path) -> None:
     if not rows:
         raise UsageError(f"{folder}: no rows yet; run dni-rnn sweep {folder} first")
     about = read_about(folder, cells)
-    metrics = metrics_of(rows[0])
-    table = render_table(cells, rows, about, metrics, read_failures(folder))
-    groups = by_cell(cells, about.timed(rows))
+    with understood(folder / "rows.jsonl"):
+        metrics = metrics_of(rows[0])
+        table, lines = render_table(cells, rows, about, metrics, read_failures(folder)), render_csv(cells, rows)
+        groups = by_cell(cells, about.timed(rows))
+        curves, logged = {metric: curves_of(groups, metric) for metric in metrics}, logged_of(groups)
     plots = []
     for metric in metrics:
         paths = [folder / f"{metric.key}.png", folder / f"{metric.key}.svg"]
-        save_curves(paths, curves_of(groups, metric), metric)
+        save_curves(paths, curves[metric], metric)
         plots += paths
-    logged = logged_of(groups)
     if logged:
         paths = [folder / f"{INSIDE}.png", folder / f"{INSIDE}.svg"]
-        save_logged(paths, curves_of(groups, metrics[0]), logged)
+        save_logged(paths, curves[metrics[0]], logged)
         plots += paths
-    write_text(folder / "table.csv", render_csv(cells, rows))
+    write_text(folder / "table.csv", lines)
     write_text(folder / "table.md", table)
     write_text(folder / "report.html", render_page(table, folder))
     names = ["table.md", "table.csv", "report.html", *(path.name for path in plots)]

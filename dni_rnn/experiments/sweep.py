@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dni_rnn.atomic_files import read_jsonl
+from dni_rnn.atomic_files import read_json, read_jsonl, understood
 from dni_rnn.errors import UsageError
 from dni_rnn.metrics import LOGGED
 
@@ -87,6 +87,8 @@ def read_sweep(folder: Path) -> list[Cell]:
         ]
     except FileNotFoundError:
         raise UsageError(f"{path}: no sweep there") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"{path}: not a sweep ({error}); it needs train, seeds and [cells]") from None
     folders = Counter(cell.folder for cell in found)
@@ -104,23 +106,36 @@ def runs_in_order(folder: Path) -> bool:
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """The finished rows of a sweep; a last line that a crash cut short is left out."""
-    path = folder / "rows.jsonl"
-    return read_jsonl(path) if path.exists() else []
+    return _records(folder / "rows.jsonl")
 
 
 def read_failures(folder: Path) -> list[dict[str, Any]]:
     """The runs of a sweep that failed and have not succeeded since: which, how often and why."""
-    path = folder / "failed.jsonl"
-    return read_jsonl(path) if path.exists() else []
+    return _records(folder / "failed.jsonl")
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    rows = read_jsonl(path) if path.exists() else []
+    for place, row in enumerate(rows, start=1):
+        for name, kind in {"cell": str, "seed": int}.items():
+            if not isinstance(row.get(name), kind):
+                raise UsageError(f"{path}, line {place}: {name} is {row.get(name)!r}; mend or remove the line")
+    return rows
 
 
 def make_row(cell: Cell, run: Path) -> dict[str, Any]:
     """One finished run as one row: what was asked, what came out, the curve, when each level began, and
     how things went inside.
     """
-    config = json.loads((run / "config.json").read_text())
+    config, summary = read_json(run / "config.json"), read_json(run / "summary.json")
     metrics = read_jsonl(run / "metrics.jsonl")
-    summary = json.loads((run / "summary.json").read_text())
+    with understood(run):
+        return _made_row(cell, config, metrics, summary)
+
+
+def _made_row(
+    cell: Cell, config: dict[str, Any], metrics: list[dict[str, Any]], summary: dict[str, Any]
+) -> dict[str, Any]:
     curve = [
         {"symbols": m["symbols"], "seconds": m["seconds"], name: round(m[name], 5), "step": m["step"]}
         for m in metrics

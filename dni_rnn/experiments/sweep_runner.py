@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dni_rnn.atomic_files import exclusive, write_jsonl
+from dni_rnn.atomic_files import exclusive, understood, write_jsonl
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.carry import pack_runs, unpack_runs
 from dni_rnn.experiments.sweep import (
@@ -147,11 +147,12 @@ class _Sweep:
         rows = {(row["cell"], row["seed"]) for row in self.rows}
         cells = [cell for cell in cells if not cell.retired or (cell.name, cell.seed) in rows]
         self.deadline = float("inf") if budget is None else time.monotonic() + budget
-        hopeless = {
-            (record["cell"], record["seed"], record["command"])
-            for record in read_failures(folder)
-            if record["exit_code"] == DIVERGED and record["times"] > 1
-        }
+        with understood(folder / "failed.jsonl"):
+            hopeless = {
+                (record["cell"], record["seed"], record["command"])
+                for record in read_failures(folder)
+                if record["exit_code"] == DIVERGED and record["times"] > 1
+            }
         unfinished = [c for c in cells if (c.name, c.seed) not in rows]
         self.waiting = [c for c in unfinished if (c.name, c.seed, c.command) not in hopeless]
         self.failures: Counter[Cell] = Counter()

@@ -1,42 +1,72 @@
-"""Checkpoints: one safetensors file, replaced whole or not at all. No pickle is read or written."""
+"""Checkpoints: one safetensors file, replaced whole or not at all. No pickle is read or written.
+
+Behind the JSON values in the header stands, on a line of its own, the SHA-256 of the file as it is with zeros
+in that place. Files of earlier versions have none.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from dni_rnn.atomic_files import write_atomically
 from dni_rnn.errors import UsageError
 
 
+NO_DIGEST = "0" * hashlib.sha256().digest_size * 2
+
+
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
     """Tensors by name, and JSON values in the file's header, atomically."""
     flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, save(flat, metadata={"values": json.dumps(values)}))
+    content = save(flat, metadata={"values": f"{json.dumps(values)}\n{NO_DIGEST}"})
+    before, after = _around(content, NO_DIGEST)
+    write_atomically(path, b"".join([before, _digest(before, after).encode(), after]))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_checkpoint` wrote.
 
     Raises:
-      UsageError: there is no file, or it is not a whole checkpoint.
+      UsageError: there is no file, it is not a whole checkpoint, or a byte of it has changed.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            # Cloned, because where a tensor lies in the file decides its alignment in memory, and that the
-            # order in which vectorised kernels add: without it, a resumed run would differ in the last bits.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return tensors, json.loads(file.metadata()["values"])
+        content = path.read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        text, line, digest = header["__metadata__"]["values"].partition("\n")
+        if line and digest != _digest(*_around(content, digest)):
+            raise UsageError(
+                f"{path}: not a checkpoint as it was written (its content has another checksum); put a good "
+                "copy in its place, or train anew with another --out"
+            )
+        # Cloned, because where a tensor lies in the file decides its alignment in memory, and that the
+        # order in which vectorised kernels add: without it, a resumed run would differ in the last bits.
+        return {name: tensor.clone() for name, tensor in load(content).items()}, json.loads(text)
     except FileNotFoundError:
         raise UsageError(f"{path}: no checkpoint there") from None
-    except (SafetensorError, KeyError, TypeError, OSError, ValueError) as error:
+    except (SafetensorError, AttributeError, KeyError, TypeError, OSError, ValueError) as error:
         raise UsageError(f"{path}: not a checkpoint of this program ({error})") from None
+
+
+def _around(content: bytes, digest: str) -> tuple[memoryview, memoryview]:
+    """What stands before and behind the digest. The header comes first in the file, and ends the values so."""
+    written = digest.encode()
+    place = content.index(b"\\n" + written + b'"') + 2
+    return memoryview(content)[:place], memoryview(content)[place + len(written) :]
+
+
+def _digest(before: memoryview, after: memoryview) -> str:
+    digest = hashlib.sha256(before)
+    digest.update(NO_DIGEST.encode())
+    digest.update(after)
+    return digest.hexdigest()
 
 
 def nest(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ def load_run(path: Path, device: torch.device, data_dir: Path | None = None) -> 
     """
     run = Run.open(path)
     data = run.task.load(data_dir or run.config.data_dir)
-    run.check_symbols(data)
+    run.check_data(data)
     tensors, values = checkpoint.load_checkpoint(run.best)
     model = learner_class(run.task, run.config).build(run.config, data)
     try:

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from dni_rnn.atomic_files import exclusive
+from dni_rnn.data.task import content_of
 from dni_rnn.errors import DivergedError, UsageError
 from dni_rnn.metrics import Metric
 from dni_rnn.training import checkpoint
@@ -68,8 +69,15 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def load_data(run: Run) -> Any:
-    """The data of the run's task; from here on torch uses the number of threads that it is to use."""
+    """The data of the run's task; from here on torch uses the number of threads that it is to use.
+
+    Raises:
+      UsageError: they cannot be read, or are not those of the run that is to be resumed.
+    """
     data = run.task.load(run.config.data_dir)
+    if run.config.resume and run.checkpoint.exists():
+        run.check_same()
+        run.check_data(data)
     if run.config.threads:
         torch.set_num_threads(run.config.threads)
     return data
@@ -93,8 +101,8 @@ def resume(run: Run, learner: Learner) -> Progress:
     """Put the learner where the checkpoint stands, if one is to be resumed."""
     if not (run.config.resume and run.checkpoint.exists()):
         return Progress(0.0, None)
-    run.check_symbols(learner.data)
     tensors, values = checkpoint.load_checkpoint(run.checkpoint)
+    run.check_data(learner.data, values)
     try:
         learner.load_state_dict(tensors, values)
         return Progress(values["seconds"], values["best"] and Best(*values["best"]))
@@ -109,9 +117,11 @@ def fit(run: Run, learner: Learner, progress: Progress, *, quiet: bool = False) 
         stack.enter_context(exclusive(run.path))
         stop = stack.enter_context(stop_requests())  # first: config.json says that it can be asked to stop
         try:
-            run.write_config(learner.data, device_name(learner.device), torch.get_num_threads(), budget)
+            content = content_of(learner.data)
+            where = device_name(learner.device), torch.get_num_threads()
+            run.write_config(learner.data, content, *where, budget)
             run.keep_rows(learner.counters.step)
-            loop = _Loop(run, learner, budget, progress, quiet)
+            loop = _Loop(run, learner, content, budget, progress, quiet)
             stack.callback(loop.close)
             return loop.fit(stop)
         except OSError as error:
@@ -176,10 +186,17 @@ class _Loop:
     """One call of `train`: when to log, to validate, to save and to stop."""
 
     def __init__(
-        self, run: Run, learner: Learner, budget: tuple[str, float], progress: Progress, quiet: bool
+        self,
+        run: Run,
+        learner: Learner,
+        content: dict[str, Any] | None,
+        budget: tuple[str, float],
+        progress: Progress,
+        quiet: bool,
     ) -> None:
         config, (seconds, best) = run.config, progress
         self.run, self.learner, self.config, self.best = run, learner, config, best
+        self.content = content
         self.metric = config.metric
         self.counted, self.budget = budget
         self.clock = _Stopwatch(seconds)
@@ -279,7 +296,7 @@ class _Loop:
         if learner.counters.updates:
             learner.check(learner.metrics())
         tensors, values = learner.state_dict()
-        values |= {"seconds": self.clock.read(), "best": self.best}
+        values |= {"seconds": self.clock.read(), "best": self.best, "content": self.content}
         checkpoint.save_checkpoint(self.run.checkpoint, tensors, values)
         self.saved, self.saved_step = time.perf_counter(), learner.counters.step
 

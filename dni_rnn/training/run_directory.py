@@ -23,9 +23,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dni_rnn.atomic_files import read_jsonl, write_atomically, write_jsonl
+from dni_rnn.atomic_files import read_json, read_jsonl, understood, write_atomically, write_jsonl
 from dni_rnn.config import RunConfig, from_json, to_json
-from dni_rnn.data.task import Data, Task, config_of, installed_tasks
+from dni_rnn.data.task import Data, Task, config_of, content_of, installed_tasks
 from dni_rnn.errors import UsageError
 
 REPORTED_PACKAGES = ("dni-rnn", "torch", "numpy", "safetensors")
@@ -65,28 +65,35 @@ class Run:
         Raises:
           UsageError: there is none, or its task is not installed.
         """
-        try:
-            values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            name, options, config = values["task"], values["task_options"], values["config"]
-        except FileNotFoundError:
-            raise UsageError(f"{path}: no run there (config.json is missing)") from None
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UsageError(f"{path / 'config.json'}: cannot be read ({error})") from None
-        if not isinstance(options, dict) or not isinstance(config, dict):
-            raise UsageError(f"{path / 'config.json'}: not a configuration of this program")
+        values = _read_config(path)
+        name, options, config = values["task"], values["task_options"], values["config"]
         tasks = installed_tasks()
         if name not in tasks:
             raise UsageError(f"{path}: its task {name!r} is not installed; known: {', '.join(tasks)}")
-        return cls(path, name, from_json(tasks[name], options), from_json(config_of(tasks[name]), config))
+        file = path / "config.json"
+        task = from_json(tasks[name], options, file)
+        return cls(path, name, task, from_json(config_of(tasks[name]), config, file))
 
-    def check_symbols(self, data: Data) -> None:
-        """Raises `UsageError` when `data` has other symbols than those the run was started with."""
-        started = json.loads((self.path / "config.json").read_text(encoding="utf-8")).get("symbols")
-        if started != _symbols(data):
+    def check_data(self, data: Data, checkpoint: dict[str, Any] | None = None) -> None:
+        """Raises `UsageError` when `data` are not those that the run was started with.
+
+        Args:
+          checkpoint: values of one that is to be gone on from.
+        """
+        started = _read_config(self.path)
+        if started.get("symbols") != _symbols(data):
             raise UsageError(
                 f"{self.path} was trained on other symbols than those of {data.name}: the data have changed; "
                 "put the old ones back"
             )
+        now = content_of(data)
+        for written in (started, checkpoint or {}):
+            # Runs of earlier versions do not say.
+            if "content" in written and written["content"] != now:
+                raise UsageError(
+                    f"{self.path} was trained on other data than {data.name} is now "
+                    f"({_change(written['content'], now)}); put the old data back, or give another --out"
+                )
 
     def prepare(self, needed_bytes: int) -> None:
         """Make sure that the directory can be written to and is not taken, before any training.
@@ -104,7 +111,7 @@ class Run:
                 f"{self.path} already holds a run; add --resume to go on with it, or give another --out"
             )
         if there:
-            self._check_same(Run.open(self.path))
+            self.check_same()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / ".writable", b"")
@@ -120,7 +127,9 @@ class Run:
                 f"{needed_bytes / 1e6:.0f} MB; free some space or give another"
             )
 
-    def _check_same(self, other: Run) -> None:
+    def check_same(self) -> None:
+        """Raises `UsageError` when the directory holds a run of another task, or one with other settings."""
+        other = Run.open(self.path)
         if (other.task_name, other.task) != (self.task_name, self.task):
             raise UsageError(f"{self.path} holds a run of another task: {other.task_name} with {other.task}")
         mine, theirs = to_json(self.config), to_json(other.config)
@@ -131,15 +140,22 @@ class Run:
                     "resume it with the same settings or give another --out"
                 )
 
-    def write_config(self, data: Data, device: str, threads: int, budget: tuple[str, float]) -> None:
-        """Write config.json. A run that goes on elsewhere names every machine it was on."""
+    def write_config(
+        self, data: Data, content: Any, device: str, threads: int, budget: tuple[str, float]
+    ) -> None:
+        """Write config.json. A run that goes on elsewhere names every machine it was on.
+
+        Args:
+          content: `content_of(data)`.
+        """
         written = self.path / "config.json"
-        before = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
+        before = _read_config(self.path) if written.exists() else {}
         values = {
             "task": self.task_name,
             "task_options": to_json(self.task),
             "data": data.name,
             "symbols": _symbols(data),
+            "content": content,
             "config": to_json(self.config),
             "command": ["dni-rnn", *sys.argv[1:]],
             "versions": {name: _version(name) for name in REPORTED_PACKAGES},
@@ -147,7 +163,7 @@ class Run:
             "commit": source_commit(),
             "device": device,
             "threads": threads,
-            "machines": list(dict.fromkeys([*before.get("machines", []), machine_name()])),
+            "machines": list(dict.fromkeys([*map(str, before.get("machines") or ()), machine_name()])),
             "budget": budget if math.isfinite(budget[1]) else None,
         }
         write_atomically(written, (json.dumps(values, indent=1) + "\n").encode())
@@ -162,7 +178,8 @@ class Run:
 
     def keep_rows(self, step: int) -> None:
         """Drop the rows after update `step`: a resumed run will write them again."""
-        rows = [row for row in self.rows() if row["step"] <= step]
+        with understood(self.metrics):
+            rows = [row for row in self.rows() if row["step"] <= step]
         write_jsonl(self.metrics, rows)
 
 
@@ -192,6 +209,29 @@ class MetricsLog:
             self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """What `Run.write_config` wrote.
+
+    Raises:
+      UsageError: it is not there, or not what was written.
+    """
+    file = path / "config.json"
+    if not file.exists():
+        raise UsageError(f"{path}: no run there (config.json is missing)")
+    values = read_json(file)
+    kinds = {"task": str, "task_options": dict, "config": dict}
+    if not all(isinstance(values.get(name), kind) for name, kind in kinds.items()):
+        raise UsageError(f"{file}: not a configuration of this program; put a good copy in its place")
+    return values
+
+
+def _change(before: Any, now: Any) -> str:
+    lengths = [each["length"] if isinstance(each, dict) and "length" in each else 0 for each in (before, now)]
+    if lengths[0] == lengths[1]:
+        return "as long as before, and changed inside"
+    return "{:,} symbols or examples then, {:,} now".format(*lengths)
 
 
 def _symbols(data: Data) -> list[str] | int:
