@@ -737,9 +737,6 @@ def rewritten(*words):
         pytest.param(contents("config.json", "[1]"), "config.json", id="config is a list"),
         pytest.param(without("best.safetensors"), "no checkpoint there", id="no best weights"),
         pytest.param(contents("best.safetensors", "not"), "not a checkpoint", id="best weights are text"),
-        pytest.param(lambda text, run: text.unlink(), "no such file or folder", id="no text"),
-        pytest.param(rewritten("zebra", "x"), "words.txt", id="other text"),
-        pytest.param(rewritten("sonm", "thexy"), "words.txt", id="as many symbols"),
     ],
 )
 @pytest.mark.parametrize("command", ["eval", "sample"])
@@ -747,6 +744,22 @@ def test_a_damaged_run(command, damage, said, trained, tmp_path, capsys):
     text, run = copied(trained, tmp_path)
     damage(text, run)
     assert said in failing(capsys, [command, run])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        pytest.param(lambda text, run: text.unlink(), "no such file or folder", id="no text"),
+        pytest.param(rewritten("zebra", "x"), "words.txt", id="other text"),
+        pytest.param(rewritten("sonm", "thexy"), "words.txt", id="as many symbols"),
+    ],
+)
+def test_a_run_whose_text_is_gone_can_only_write(damage, said, trained, tmp_path, capsys):
+    text, run = copied(trained, tmp_path)
+    expected = sampled(capsys, run, "--chars", 20)
+    damage(text, run)
+    assert said in failing(capsys, ["eval", run])
+    assert sampled(capsys, run, "--chars", 20) == expected
 
 
 def test_no_run_there(tmp_path, capsys):

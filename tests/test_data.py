@@ -14,6 +14,7 @@ import pytest
 import tyro
 
 from dni_rnn.data.task import SPLITS, Corpus, Task
+from dni_rnn.data.texts import UNKNOWN
 from dni_rnn.errors import UsageError
 from dni_rnn_tasks import ptb
 from dni_rnn_tasks.files import ENVIRONMENT, KnownFile, Source, load_known
@@ -394,7 +395,6 @@ def test_default_text_drops_what_training_lacks(monkeypatch):
         (b"", "no text there"),
         (b"abc\xe9def" * 20, "not UTF-8 at byte 3"),
         (b"ab" * 10, "20 characters split into 18 / 1 / 1"),
-        (b"ab" * 38 + b"zzzz" + b"abab", "valid split holds 'z', which never occurs in training"),
     ],
 )
 def test_unusable_text(content, message, tmp_path):
@@ -406,6 +406,84 @@ def test_unusable_text(content, message, tmp_path):
     assert "story.txt" in one_line(error)
 
 
+def test_what_training_has_not_got_is_one_unknown_symbol(tmp_path):
+    (tmp_path / "story.txt").write_text("ab" * 36 + "zzab" + "ayéb")
+    corpus = Text(path=tmp_path / "story.txt").load(None)
+    assert corpus.symbols == ("a", "b", UNKNOWN)
+    assert (corpus.valid.tolist(), corpus.test.tolist()) == ([2, 2, 0, 1], [0, 2, 2, 1])
+    assert set(corpus.train.tolist()) == {0, 1}
+    assert corpus.unknown == 4
+    (tmp_path / "story.txt").write_text("ab" * 40)
+    known = Text(path=tmp_path / "story.txt").load(None)
+    assert (known.symbols, known.unknown) == (("a", "b"), 0)
+
+
+@pytest.mark.parametrize(
+    ("symbols", "dtype"), [(256, np.uint8), (257, np.int16), (1 << 15, np.int16), ((1 << 15) + 1, np.int32)]
+)
+def test_symbols_have_the_narrowest_type_and_their_order(symbols, dtype, tmp_path):
+    """Pieces are cut within characters of several bytes, and the type changes on the way."""
+    letters = [chr(0x4E00 + i) for i in range(symbols)]
+    text = "".join(letters[::-1]) + "".join(letters) * 20
+    (tmp_path / "story.txt").write_text(text, encoding="utf-8")
+    corpus = Text(path=tmp_path / "story.txt").load(None)
+    assert corpus.symbols == tuple(letters)
+    assert {getattr(corpus, split).dtype for split in SPLITS} == {np.dtype(dtype)}
+    assert "".join(text_of(corpus, split) for split in SPLITS) == text
+
+
+def test_any_file_is_256_bytes(tmp_path):
+    content = bytes(range(256)) * 3 + b"\xff\xd8\0" * 30
+    (tmp_path / "picture.jpg").write_bytes(content)
+    corpus = Text(path=tmp_path / "picture.jpg", symbols="bytes").load(None)
+    assert b"".join(getattr(corpus, split).tobytes() for split in SPLITS) == content
+    assert (corpus.name, corpus.input_symbols, corpus.unknown) == ("text/picture.jpg/bytes", 256, 0)
+    assert corpus.alphabet.counts[0] == int((corpus.train == 0).sum())
+    help_ = Text(symbols="bytes").load(None)
+    assert "The Python" in help_.train.tobytes().decode()
+
+
+def test_a_folder_gives_its_texts_and_says_once_what_is_none(tmp_path, capsys):
+    """Whatever lies in it, and whatever links lead where."""
+    folder = fill(tmp_path / "src", {"a.py": b"aa" * 20, "z.py": b"zz" * 20, "logo.png": b"\x89PNG\r\n", "0": b"0\0"})
+    fill(folder / "__pycache__", {"a.pyc": b"\xcb\r\r\n"})
+    fill(folder / ".git", {"config": b"hidden"})
+    fill(folder / "runs" / "one", {"config.json": b"{}", "metrics.jsonl": b"{}\n"})
+    fill(tmp_path / "more", {"m.txt": b"mm" * 20, "late.txt": b"l" * 5000 + b"\xff"})
+    (folder / "linked").symlink_to(tmp_path / "more")
+    (tmp_path / "more" / "round").symlink_to(folder)
+    (folder / "again.py").symlink_to("a.py")
+    (folder / "broken").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe")
+    corpus = Text(path=folder).load(None)
+    assert "".join(text_of(corpus, split) for split in SPLITS) == "aa" * 20 + "mm" * 20 + "zz" * 20
+    (line,) = capsys.readouterr().err.splitlines()
+    for words in ("3 not UTF-8 text (0, ...)", "2 hidden or a cache (.git", "1 a run directory (runs/one)", "2 not a file"):
+        assert words in line
+    inside = Text(path=folder / "linked" / "m.txt").load(None)
+    assert "".join(text_of(inside, split) for split in SPLITS) == "mm" * 20
+    assert capsys.readouterr().err == ""
+    assert Text(path=folder, symbols="bytes").load(None).input_symbols == 256
+    assert "not UTF-8" not in capsys.readouterr().err
+
+
+def test_a_folder_without_any_text_says_what_is_there(tmp_path):
+    fill(tmp_path, {"logo.png": b"\x89PNG\r\n"})
+    with pytest.raises(UsageError, match=r"no text there; .* \(passed over: 1 not UTF-8 text \(logo.png\)\)"):
+        Text(path=tmp_path).load(None)
+
+
+def test_a_text_is_looked_for_where_the_user_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, {"t.txt": b"here" * 20})
+    fill(tmp_path / "data", {"t.txt": b"data" * 20})
+    for path in (Path("t.txt"), Path("deeper/t.txt"), tmp_path / "t.txt"):
+        assert text_of(Text(path=path).load(tmp_path / "data"), "test") == "data"
+    assert text_of(Text(path=Path("t.txt")).load(None), "test") == "here"
+    with pytest.raises(UsageError, match="no t.txt there"):
+        Text(path=Path("t.txt")).load(tmp_path / "nowhere")
+
+
 def test_empty_folder(tmp_path):
     with pytest.raises(UsageError, match="no text there") as error:
         Text(path=tmp_path).load(None)
@@ -413,10 +491,11 @@ def test_empty_folder(tmp_path):
 
 
 def test_unreadable_text(tmp_path, monkeypatch):
-    def refuse(path):
+    def refuse(path, mode):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    (tmp_path / "story.txt").write_text("there, but not for us")
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(UsageError, match=r"story\.txt: cannot be read \(Permission denied\)") as error:
         Text(path=tmp_path / "story.txt").load(None)
     one_line(error)

@@ -6,12 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
 
 from dni_rnn.cli import main
+from dni_rnn.data.task import Corpus
 from dni_rnn.training.checkpoint import load_checkpoint, save_checkpoint
+from dni_rnn.training.inference import load_run
+from dni_rnn.training.recurrent import evaluate
 
 TINY = (
     "--hidden 8 --embedding 4 --batch-size 4 --bptt 4 --threads 1 --device cpu --log-every 5 "
@@ -94,6 +98,90 @@ def test_a_checkpoint_says_itself_what_it_was_trained_on(run, tmp_path, capsys):
     text.write_text(TEXT[:-2] + ",\n")
     assert train(text, out, 20, "--resume") == 2
     assert "changed inside" in capsys.readouterr().err
+
+
+# Another text than the run's own
+
+
+def test_a_run_meets_symbols_that_training_has_not_got(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text(TEXT + "THE END 🙂\n")
+    assert train(tmp_path / "t.txt", tmp_path / "out", 5) == 0
+    assert "7 symbols of validation and test are unknown to it" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["unknown_symbols"] == 7
+    assert "unknown" not in summary["sample"]["text"]
+    (tmp_path / "o.txt").write_text("she Sells\n" * 30)
+    assert main(["eval", str(tmp_path / "out"), "--file", str(tmp_path / "o.txt")]) == 0
+    assert capsys.readouterr().out.startswith("text/o.txt (300 symbols, 30 unknown to the run): ")
+
+
+def test_the_score_elsewhere_is_that_of_what_the_run_knows(run, tmp_path, capsys):
+    """All of the file counts, and what a run without an unknown symbol leaves out is said."""
+    text, out = run
+    (tmp_path / "same.txt").write_text(TEXT[:500])
+    (tmp_path / "more.txt").write_text("Ω" + TEXT[:250] + "ΩΩ" + TEXT[250:500])
+    capsys.readouterr()
+    said = []
+    for name in ("same", "more"):
+        assert main(["eval", str(out), "--file", str(tmp_path / f"{name}.txt")]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0].startswith("text/same.txt (500 symbols, 0 unknown to the run): ")
+    assert said[1].startswith("text/more.txt (500 symbols, 3 unknown to the run, left out): ")
+    assert said[0].partition(": ")[2] == said[1].partition(": ")[2]
+    loaded = load_run(out, torch.device("cpu"))
+    symbols = sorted(set(TEXT))
+    numbers = np.array([symbols.index(c) for c in TEXT[:500]], np.uint8)
+    data = Corpus("t", tuple(symbols), numbers, numbers, numbers)
+    bpc = evaluate(loaded.model, data, "test", torch.device("cpu"))
+    assert f": {bpc:.4f} bpc after " in said[0]
+
+
+def test_a_run_is_carried_away(run, tmp_path, monkeypatch, capsys):
+    """Without its text it writes; with it in another folder it is evaluated; a folder without it is another."""
+    text, out = run
+    assert main(["eval", str(out)]) == 0
+    expected = capsys.readouterr().out
+    shutil.copytree(out, tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "config.json").read_text())
+    about["task_options"]["path"] = "gone/sea.txt"
+    (tmp_path / "out" / "config.json").write_text(json.dumps(about))
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", "out", "--chars", "30"]) == 0
+    (tmp_path / "data").mkdir()
+    shutil.copy(text, "data/sea.txt")
+    capsys.readouterr()
+    assert main(["eval", "out", "--data-dir", "data"]) == 0
+    assert capsys.readouterr().out == expected
+    (tmp_path / "data" / "sea.txt").rename(tmp_path / "data" / "lake.txt")
+    assert main(["eval", "out", "--data-dir", "data"]) == 0
+    assert capsys.readouterr().out.startswith("text/data (5,460 symbols, 0 unknown to the run): ")
+    assert "no such file" in failing(capsys, "eval", "out", "--file", "nowhere.txt")
+    assert "no such file" in failing(capsys, "eval", "out")
+
+
+def test_a_run_on_bytes_writes_and_reads_text(tmp_path, capsys):
+    (tmp_path / "t.bin").write_bytes(b"\xff\0\xfe" + "übel ".encode() * 300)
+    assert train(tmp_path / "t.bin", tmp_path / "out", 20, "--symbols", "bytes") == 0
+    capsys.readouterr()
+    assert main(["sample", str(tmp_path / "out"), "--prompt", "über", "--chars", "4"]) == 0
+    assert capsys.readouterr().out.startswith("über")
+    (tmp_path / "o.bin").write_bytes(bytes(range(256)))
+    assert main(["eval", str(tmp_path / "out"), "--file", str(tmp_path / "o.bin")]) == 0
+    assert "(256 symbols, 0 unknown to the run)" in capsys.readouterr().out
+
+
+def test_symbols_that_a_damaged_run_makes_up_are_not_written(run, tmp_path, capsys):
+    _, out = moved(run, tmp_path)
+    content = (out / "config.json").read_text()
+    (out / "config.json").write_text(content.replace('"h",', '"H",', 1))
+    assert content != (out / "config.json").read_text()
+    assert "config.json: damaged" in failing(capsys, "sample", out)
+
+
+def test_text_is_for_runs_on_text(tmp_path, capsys):
+    assert main(["train", "recall", *TINY, "--steps", "1", "--out", str(tmp_path / "out")]) == 0
+    (tmp_path / "t.txt").write_text(TEXT)
+    assert "is not text" in failing(capsys, "eval", tmp_path / "out", "--file", tmp_path / "t.txt")
 
 
 # Damaged files

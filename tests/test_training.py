@@ -944,7 +944,8 @@ def test_config_json(text, tmp_path):
     assert {name: written["config"][name] for name in SMALL} == SMALL
     assert written["config"]["scale"] == 0.5
     assert written["config"]["clip"] == 1.0  # a default, resolved
-    assert written["task_options"] == {"path": str(text), "valid_fraction": 0.05, "test_fraction": 0.05}
+    options = {"path": str(text), "symbols": "characters", "valid_fraction": 0.05, "test_fraction": 0.05}
+    assert written["task_options"] == options
     assert (written["task"], written["data"], written["device"], written["threads"]) == (
         "text", "text/words.txt", "cpu", 1,
     )  # fmt: skip

@@ -15,7 +15,7 @@ class Sample:
     run: tyro.conf.Positional[Path]
     """Run directory."""
     prompt: str = ""
-    """Text that the model reads first. Empty: it starts from a random character of the training text."""
+    """Text that the model reads first. Empty: it starts from a character, drawn as in the training text."""
     chars: int = 300
     """How many characters to write."""
     temperature: float = 0.8
@@ -23,12 +23,12 @@ class Sample:
     seed: int = 0
     """Of the sampling."""
     data_dir: Path | None = None
-    """Folder that holds the data files; the default is the run's."""
+    """Not needed: what a run wrote of its symbols is enough."""
 
     def __call__(self) -> None:
-        from dni_rnn.training.inference import load_run
+        from dni_rnn.training.inference import load_writer
         from dni_rnn.training.learner import choose_device
         from dni_rnn.training.sampling import sample
 
-        loaded = load_run(self.run, choose_device("cpu"), self.data_dir)
+        loaded = load_writer(self.run, choose_device("cpu"))
         print(sample(loaded.model, loaded.data, self.prompt, self.chars, self.temperature, self.seed))

@@ -83,11 +83,13 @@ def train_run(self: Any, processes: distributed.Processes | None = None) -> None
     if summary is None:
         return
     metric = config.metric
+    count = summary.get("unknown_symbols", 0)
+    unknown = f"; {count:,} symbols of validation and test are unknown to it" if count else ""
     print(
         f"{summary['data']} {summary['method']} {config.depth_name}={config.depth}: "
         f"valid {summary[f'best_valid_{metric.key}']:.4f}, test {summary[f'test_{metric.key}']:.4f} "
         f"{metric.key} after {summary['symbols']:,} {metric.unit}s in {summary['seconds']:.0f} s "
-        f"({summary['symbols_per_second']:,} {metric.unit}s/s) -> {config.out}"
+        f"({summary['symbols_per_second']:,} {metric.unit}s/s) -> {config.out}{unknown}"
     )
 
 

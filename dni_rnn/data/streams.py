@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dni_rnn.data.curriculum import Curriculum
 from dni_rnn.errors import UsageError
@@ -61,8 +62,10 @@ class TokenStream:
             )
         self.batch_size, self.length, self.position = batch_size, steps, 0
         self.size = steps * batch_size
-        rows = np.arange(batch_size)[None, :] * steps + np.arange(steps + 1)[:, None]
-        self._tokens = torch.from_numpy(tokens[rows].astype(np.int64))  # (length + 1, B)
+        if not (tokens.flags.writeable and tokens.flags.c_contiguous):  # torch takes no other
+            tokens = tokens.copy()
+        # (length + 1, B), a view: a text is held once, in its own type.
+        self._tokens = torch.from_numpy(tokens).as_strided((steps + 1, batch_size), (1, steps))
         self._end = torch.ones(batch_size, dtype=torch.bool)
 
     def to(self, device: torch.device) -> TokenStream:
@@ -72,27 +75,33 @@ class TokenStream:
     def window(self, steps: int, context: int) -> Window:
         first, last = self.position, min(self.position + steps, self.length)
         self.position = last % self.length
+        read = self._symbols(first, last + 1)
         return Window(
-            self._tokens[first:last],
-            self._tokens[first + 1 : last + 1],
+            read[:-1],
+            read[1:],
             self._boundary(first, context),
             self._boundary(last, context),
             (last - first) * self.batch_size,
         )
 
+    def _symbols(self, first: int, last: int) -> Tensor:
+        return self._tokens[first:last].to(torch.int64, memory_format=torch.contiguous_format)
+
     def _boundary(self, position: int, context: int) -> Boundary:
-        if position == self.length or position == 0:
-            # The end of one pass and the start of the next are one boundary: nothing is known beyond it.
-            nothing = self._tokens.new_full((context, self.batch_size), -1) if context else None
-            return Boundary(nothing, self._end)
-        following = self._tokens[position : position + context]
+        end = position == self.length or position == 0
+        if not context:
+            return Boundary(None, self._end if end else None)
+        # The end of one pass and the start of the next are one boundary: nothing is known beyond it.
+        following = self._symbols(position, position if end else position + context)
         if len(following) < context:
-            padding = self._tokens.new_full((context - len(following), self.batch_size), -1)
+            padding = following.new_full((context - len(following), self.batch_size), -1)
             following = torch.cat([following, padding])
-        return Boundary(following if context else None, None)
+        return Boundary(following, self._end if end else None)
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not 0 <= state["position"] < self.length:
+            raise ValueError(f"position {state['position']} in a text of {self.length} steps")
         self.position = state["position"]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dni_rnn.data.streams import Stream
+    from dni_rnn.data.texts import Numbers
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -60,6 +61,8 @@ class Task(Protocol):
     configuration, or what its static method `learner` returns (a `dni_rnn.training.learner.Learner`); in
     processes of their own, its parts are trained by `dni_rnn.distributed.chain.ChainPart`, or by what its
     static method `part` returns. Both import what they return when they are called.
+    A task whose data are a file that the user names may have a method `find(data_dir)`: where that file is in
+    a folder, None where it is not.
     """
 
     def load(self, data_dir: Path | None) -> Any:
@@ -68,13 +71,37 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
+class Alphabet:
+    """The symbols of a text, without the text: what a model needs to write.
+
+    Attributes:
+      name: of the text.
+      symbols: in the order of their numbers.
+      counts: how often each occurs in training.
+    """
+
+    name: str
+    symbols: tuple[str, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def input_symbols(self) -> int:
+        return len(self.symbols)
+
+    @property
+    def target_symbols(self) -> int:
+        return len(self.symbols)
+
+
+@dataclass(frozen=True)
 class Corpus:
     """A text as symbol numbers, in three splits.
 
     Attributes:
       name: what was loaded, convention included, for example `ptb/char`.
-      symbols: the vocabulary in the order of its numbers; what `dni-rnn sample` prints.
-      train: one-dimensional array of symbol numbers (`uint8`, or `int32` when the vocabulary needs it).
+      symbols: the vocabulary in the order of its numbers; what `dni-rnn sample` prints. The last one may be
+        `dni_rnn.data.texts.UNKNOWN`: all that training has not got.
+      train: one-dimensional array of symbol numbers (`uint8`, `int16` or `int32`, as the vocabulary needs).
       valid: the same for validation.
       test: the same for the test.
     """
@@ -93,6 +120,23 @@ class Corpus:
     def target_symbols(self) -> int:
         return len(self.symbols)
 
+    @property
+    def alphabet(self) -> Alphabet:
+        """The symbols, and how often they occur in training."""
+        from dni_rnn.data.texts import counted
+
+        counts = counted(self.train, len(self.symbols))
+        return Alphabet(self.name, self.symbols, tuple(counts.tolist()))
+
+    @property
+    def unknown(self) -> int:
+        """How many symbols of validation and test training has not got."""
+        from dni_rnn.data.texts import UNKNOWN, counted
+
+        if self.symbols[-1] != UNKNOWN:
+            return 0
+        return sum(int(counted(split, len(self.symbols))[-1]) for split in (self.valid, self.test))
+
     def stream(self, split: Split, batch_size: int, seed: int) -> Stream:
         """The text cut into `batch_size` pieces of equal length, read side by side (`seed` unused)."""
         from dni_rnn.data.streams import TokenStream
@@ -104,25 +148,44 @@ class Corpus:
         """Number the symbols of `train` in sorted order and encode the three splits.
 
         Raises:
-          UsageError: a split is empty, or `valid` or `test` holds a symbol that `train` does not.
+          UsageError: a split is empty.
         """
-        import numpy as np
+        from dni_rnn.data.texts import PIECE, Numbers, code_points
 
-        symbols = tuple(sorted(set(train)))
-        number = {symbol: i for i, symbol in enumerate(symbols)}
-        dtype = np.uint8 if len(symbols) <= 256 else np.int32
-        encoded = []
+        numbers = Numbers(len(train) + len(valid) + len(test))
         for split, text in zip(SPLITS, (train, valid, test), strict=True):
             if not text:
                 raise UsageError(f"{name}: the {split} split is empty; give a longer text")
-            unseen = sorted(set(text) - set(symbols))
-            if unseen:
-                raise UsageError(
-                    f"{name}: the {split} split holds {unseen[0]!r}, which never occurs in training; "
-                    f"remove it or add it to the training text ({len(unseen)} such symbols)"
-                )
-            encoded.append(np.fromiter((number[s] for s in text), dtype=dtype, count=len(text)))
-        return cls(name, symbols, *encoded)
+            for start in range(0, len(text), PIECE):
+                numbers.add(code_points(text[start : start + PIECE]))
+        return cls.from_numbers(name, numbers, len(train), len(valid))
+
+    @classmethod
+    def from_numbers(
+        cls, name: str, numbers: Numbers, train: int, valid: int, *, of_bytes: bool = False
+    ) -> Corpus:
+        """Split a text by position, and number the symbols of its beginning in sorted order.
+
+        Symbols that occur only behind it become `UNKNOWN`. `numbers` are used up.
+
+        Args:
+          train: how many symbols train.
+          valid: how many more are for validation; the rest is for test.
+          of_bytes: the symbols are `BYTES`, whether they occur or not.
+        """
+        import numpy as np
+
+        from dni_rnn.data.texts import BYTES, UNKNOWN, counted, renumbered
+
+        codes = np.array(numbers.codes)
+        seen, later = (counted(part, len(codes)) > 0 for part in np.split(numbers.values, [train]))
+        known = np.arange(len(BYTES)) if of_bytes else np.sort(codes[seen])
+        table = np.where(np.isin(codes, known), np.searchsorted(known, codes), len(known))
+        symbols = BYTES if of_bytes else tuple(map(chr, known.tolist()))
+        if (later & (table == len(known))).any():
+            symbols = (*symbols, UNKNOWN)
+        values = renumbered(numbers.values, table, len(symbols))
+        return cls(name, symbols, *np.split(values, [train, train + valid]))
 
 
 def content_of(data: Any) -> dict[str, Any] | None:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dni_rnn.data.task import Corpus
+from dni_rnn.data.texts import read_under
 from dni_rnn.errors import UsageError
 from dni_rnn.training import checkpoint
 from dni_rnn.training.learners import learner_class
@@ -27,11 +29,52 @@ def load_run(path: Path, device: torch.device, data_dir: Path | None = None) -> 
     """Open a run directory for use.
 
     Raises:
-      UsageError: no run or no checkpoint there, or its data are not found.
+      UsageError: no run or no checkpoint there, or its data are not found, or are others by now.
     """
     run = Run.open(path)
     data = run.task.load(data_dir or run.config.data_dir)
     run.check_data(data)
+    return _loaded(run, data, device)
+
+
+def load_writer(path: Path, device: torch.device) -> LoadedRun:
+    """Open the run directory of a text without the text: in place of the data stands its `Alphabet`.
+
+    Raises:
+      UsageError: no run or no checkpoint there, or it is not text.
+    """
+    run = Run.open(path)
+    alphabet = run.alphabet()
+    if alphabet is None:
+        raise UsageError(f"{run.data_name} is not text: there is nothing to sample, and no other text to read")
+    return _loaded(run, alphabet, device)
+
+
+class Elsewhere(NamedTuple):
+    """Another text than a run's own, as one piece."""
+
+    run: LoadedRun
+    unknown: str  # what the run does not know of it, in words
+
+
+def load_elsewhere(path: Path, device: torch.device, file: Path) -> Elsewhere:
+    """Open the run directory of a text, for another text: a file or a folder.
+
+    Raises:
+      UsageError: no run or no checkpoint there, it is not text, or the other one cannot be read.
+    """
+    loaded = load_writer(path, device)
+    symbols = loaded.data.symbols
+    text, unknown, has = read_under(file, symbols)
+    if len(text) < 2:
+        raise UsageError(f"{file}: {len(text)} symbols that the run knows; give a longer text")
+    name = f"text/{file.resolve().name}".encode(errors="replace").decode()
+    data = Corpus(name, symbols, text, text, text)
+    words = f"{unknown:,} unknown to the run{'' if has or not unknown else ', left out'}"
+    return Elsewhere(loaded._replace(data=data), words)
+
+
+def _loaded(run: Run, data: Any, device: torch.device) -> LoadedRun:
     tensors, values = checkpoint.load_checkpoint(run.best)
     model = learner_class(run.task, run.config).build(run.config, data)
     try:

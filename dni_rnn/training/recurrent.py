@@ -218,6 +218,8 @@ class RecurrentLearner(Learner):
         if isinstance(self.data, Corpus):
             how = {"characters": SAMPLED, "temperature": 0.8, "seed": 0}
             values["sample"] = {"text": sample(self.model, self.data, "", **how), **how}
+            if self.data.unknown:
+                values["unknown_symbols"] = self.data.unknown
         return values
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

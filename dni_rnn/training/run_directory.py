@@ -10,6 +10,7 @@ events.out.tfevents.*     when tensorboard is installed
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -24,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from dni_rnn.atomic_files import read_json, read_jsonl, understood, write_atomically, write_jsonl
-from dni_rnn.config import RunConfig, from_json, to_json
-from dni_rnn.data.task import Data, Task, config_of, content_of, installed_tasks
+from dni_rnn.config import RecurrentConfig, RunConfig, from_json, to_json
+from dni_rnn.data.task import Alphabet, Corpus, Data, Task, config_of, content_of, installed_tasks
 from dni_rnn.errors import UsageError
 
 REPORTED_PACKAGES = ("dni-rnn", "torch", "numpy", "safetensors")
@@ -127,6 +128,30 @@ class Run:
                 f"{needed_bytes / 1e6:.0f} MB; free some space or give another"
             )
 
+    @property
+    def data_name(self) -> str:
+        """What results call its data."""
+        return str(_read_config(self.path).get("data"))
+
+    def alphabet(self) -> Alphabet | None:
+        """The symbols of a run on a text, as config.json keeps them; None of a run on something else.
+
+        Raises:
+          UsageError: they are not those that were written.
+        """
+        values = _read_config(self.path)
+        symbols, counts = values.get("symbols"), values.get("counts")
+        if not isinstance(self.config, RecurrentConfig) or not isinstance(symbols, list):
+            return None
+        # Of earlier versions: neither a checksum nor counts.
+        counts = [1] * len(symbols) if counts is None else counts
+        with understood(self.path / "config.json"):
+            if values.get("symbols_sha256", _sha256(symbols)) != _sha256(symbols):
+                raise ValueError("symbols")
+            if len(counts) != len(symbols) or not all(isinstance(count, int) and count >= 0 for count in counts):
+                raise ValueError("counts")
+        return Alphabet(self.data_name, tuple(symbols), tuple(counts))
+
     def check_same(self) -> None:
         """Raises `UsageError` when the directory holds a run of another task, or one with other settings."""
         other = Run.open(self.path)
@@ -155,6 +180,8 @@ class Run:
             "task_options": to_json(self.task),
             "data": data.name,
             "symbols": _symbols(data),
+            "symbols_sha256": _sha256(_symbols(data)),
+            "counts": data.alphabet.counts if isinstance(data, Corpus) else None,
             "content": content,
             "config": to_json(self.config),
             "command": ["dni-rnn", *sys.argv[1:]],
@@ -248,6 +275,10 @@ def machine_name() -> str:
         name = platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} cores"
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -1,11 +1,10 @@
-"""Any text, character by character."""
+"""Any text, character by character or byte by byte."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -18,17 +17,22 @@ SHORTEST_SPLIT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Any UTF-8 text, one symbol per character: a file, a folder, or the text that comes with Python.
+    """Any text, one symbol per character: a file, a folder, or the text that comes with Python.
 
-    Split by position: the beginning trains, then validation, then test. The default text is the help of
-    the Python interpreter that runs (`pydoc_data.topics`, about 0.5 million characters; printable ASCII
-    and newlines only; symbols of validation and test that training lacks are dropped). It needs no
-    download but differs between Python versions: compare numbers within one. --data-dir is not used.
+    Split by position: the beginning trains, then validation, then test. A character that training has not
+    got is read as one unknown symbol. The default text is the help of the Python interpreter that runs
+    (`pydoc_data.topics`, about 0.5 million characters; printable ASCII and newlines only; symbols of
+    validation and test that training lacks are dropped). It needs no download but differs between Python
+    versions: compare numbers within one.
     """
 
     path: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PATH]")] = None
-    """A file, or a folder: all its files joined end to end in the order of their names, sub-folders
-    included, hidden ones not. Without it, the text that comes with Python."""
+    """A file, or a folder: all its text files joined end to end in the order of their names, sub-folders
+    included, hidden ones not. With --data-dir it is looked for there. Without it, the text that comes with
+    Python."""
+
+    symbols: Literal["characters", "bytes"] = "characters"
+    """characters: of UTF-8 text. bytes: any file at all, 256 symbols."""
 
     valid_fraction: float = 0.05
     """Share of the characters for validation."""
@@ -47,63 +51,53 @@ class Text:
             )
 
     def load(self, data_dir: Path | None) -> Corpus:
-        """Read and split the text. `data_dir` is ignored.
+        """Read and split the text.
 
         Raises:
-          UsageError: the text is missing, unreadable, not UTF-8 or too short, or validation or test holds
-            a symbol that training does not.
+          UsageError: the text is missing, unreadable, not UTF-8 or too short.
         """
-        if self.path is None:
-            train, valid, test = self._split("text/default", python_help())
-            seen = set(train)
-            valid, test = ("".join(c for c in part if c in seen) for part in (valid, test))
-            return Corpus.from_texts("text/default", train, valid, test)
-        name = f"text/{self.path.resolve().name}"
-        return Corpus.from_texts(name, *self._split(name, read(self.path)))
+        from dni_rnn.data.texts import Numbers, code_points, read
 
-    def _split(self, name: str, text: str) -> tuple[str, str, str]:
-        valid, test = (int(len(text) * part) for part in (self.valid_fraction, self.test_fraction))
-        train = len(text) - valid - test
+        of_bytes = self.symbols == "bytes"
+        if self.path is None:
+            name, text = "text/default", python_help()
+            train, valid = self._lengths(name, len(text))
+            if not of_bytes:
+                seen, parts = set(text[:train]), (text[train : train + valid], text[train + valid :])
+                rest = ("".join(c for c in part if c in seen) for part in parts)
+                return Corpus.from_texts(name, text[:train], *rest)
+            numbers = Numbers()
+            numbers.add(code_points(text))  # ASCII: its characters are its bytes
+        else:
+            path = self.find(data_dir)
+            if path is None:
+                raise UsageError(
+                    f"--data-dir {data_dir}: no {self.path.name} there; put it there, or leave --data-dir out"
+                )
+            # A file's name that is no text must not stop what writes it.
+            name = f"text/{path.resolve().name}".encode(errors="replace").decode()
+            numbers = read(path, of_bytes=of_bytes)
+            train, valid = self._lengths(name, numbers.length)
+        name = f"{name}/bytes" if of_bytes else name
+        return Corpus.from_numbers(name, numbers, train, valid, of_bytes=of_bytes)
+
+    def find(self, data_dir: Path | None) -> Path | None:
+        """Where the text is: `path`, or in a folder that the user names; None if it is not there."""
+        if self.path is None or data_dir is None:
+            return self.path
+        places = [data_dir / self.path.name] if self.path.is_absolute() else []
+        places = places or [data_dir / self.path, data_dir / self.path.name]
+        return next((place for place in places if place.exists()), None)
+
+    def _lengths(self, name: str, length: int) -> tuple[int, int]:
+        valid, test = (int(length * part) for part in (self.valid_fraction, self.test_fraction))
+        train = length - valid - test
         if min(train, valid, test) < SHORTEST_SPLIT:
             raise UsageError(
-                f"{name}: {len(text)} characters split into {train} / {valid} / {test}, and each split "
+                f"{name}: {length} characters split into {train} / {valid} / {test}, and each split "
                 f"needs {SHORTEST_SPLIT}; give a longer text"
             )
-        return text[:train], text[train : train + valid], text[train + valid :]
-
-
-def read(path: Path) -> str:
-    """The text of a file, or of all files of a folder joined in order; line ends are kept as they are.
-
-    Raises:
-      UsageError: nothing is there, a file cannot be read or is not UTF-8, or the text is empty.
-    """
-    text = "".join(_decode(file) for file in (_files(path) if path.is_dir() else [path]))
-    if not text:
-        raise UsageError(f"{path}: no text there; give a file or folder with some")
-    return text
-
-
-def _files(folder: Path) -> list[Path]:
-    def fail(error: OSError) -> None:
-        raise UsageError(f"{error.filename}: cannot be read ({error.strerror})") from error
-
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file())
-
-
-def _decode(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such file or folder; check the path") from error
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 at byte {error.start}; convert or remove it") from error
+        return train, valid
 
 
 def python_help() -> str:
