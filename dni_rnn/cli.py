@@ -17,6 +17,7 @@ from dni_rnn.commands.compare import Compare
 from dni_rnn.commands.demo import Demo
 from dni_rnn.commands.diagnose import Diagnose
 from dni_rnn.commands.eval import Eval
+from dni_rnn.commands.output import never_fail
 from dni_rnn.commands.report import Report
 from dni_rnn.commands.sample import Sample
 from dni_rnn.commands.sweep import Sweep
@@ -72,6 +73,9 @@ def _parse(arguments: list[str]) -> Any:
 
 def _check_words(arguments: list[str]) -> None:
     """Refuse an unknown command or task in one line."""
+    if arguments[:1] == ["train"] and not {"-h", "--help"} & {*arguments}:
+        if arguments[1:] and arguments[1].startswith("-"):
+            raise UsageError(f"train: name a task first, dni-rnn train TASK; known: {', '.join(TASKS)}")
     known = {0: ("command", ["train", *VERBS]), 1: ("task", list(TASKS))}
     for place, (what, names) in known.items():
         if len(arguments) <= place or arguments[place].startswith("-"):
@@ -111,6 +115,7 @@ def parse_train(arguments: list[str]) -> tuple[str, Task, Any]:
 
 def script() -> None:
     """The command `dni-rnn`: `main`, and the end of the process with its exit code."""
+    never_fail()
     if not distributed.launched():
         sys.exit(main())
     try:

@@ -9,6 +9,11 @@ A name is one of
 
 from __future__ import annotations
 
+import inspect
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -63,13 +68,59 @@ def imported(flag: str, text: str) -> Any:
       UsageError: it cannot be imported; `flag` is where the user wrote it.
     """
     module, _, name = text.partition(":")
-    try:
+    with theirs(f"{flag} {text}: cannot be imported"):
         found: Any = import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
         return found
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{flag} {text}: cannot be imported ({error})") from None
+
+
+def built(flag: str, text: str, kind: Any, *arguments: Any, **options: Any) -> Any:
+    """`kind(*arguments, **options)`, where `text` may stand for a class of somebody else.
+
+    Raises:
+      UsageError: it does not take these, or that class fails.
+    """
+    try:
+        inspect.signature(kind).bind(*arguments, **options)
+    except TypeError as error:
+        raise UsageError(f"{flag} {text}: {error}") from None
+    if not is_import(text.partition(",")[0]):
+        try:
+            return kind(*arguments, **options)
+        except ValueError as error:
+            raise UsageError(f"{flag} {text}: {error}") from None
+    with theirs(f"{flag} {text}: cannot be made"):
+        return kind(*arguments, **options)
+
+
+@contextmanager
+def theirs(failing: str) -> Iterator[None]:
+    """Inside, code runs that somebody else has written: what it raises is one line, with file and line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{failing} ({why(error)})") from error
+
+
+def why(error: BaseException) -> str:
+    """What an error says, in one line; with the place in the user's own files that it came from."""
+    said, place = " ".join(str(error).split()) or type(error).__name__, None
+    if isinstance(error, SyntaxError):
+        said, place = f"{type(error).__name__}: {error.msg}", (error.filename, error.lineno)
+    else:
+        if not isinstance(error, ImportError | AttributeError):
+            said = f"{type(error).__name__}: {said}"
+        libraries = tuple(
+            sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")
+        )
+        ours = (*libraries, str(Path(__file__).parent), "<frozen ")
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            if not frame.f_code.co_filename.startswith(ours):
+                place = (frame.f_code.co_filename, line)
+    return said[:300] if place is None else f"{place[0]}, line {place[1]}: {said[:300]}"
 
 
 def _dashed(stem: str) -> str:

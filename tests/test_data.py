@@ -445,7 +445,9 @@ def test_any_file_is_256_bytes(tmp_path):
 
 def test_a_folder_gives_its_texts_and_says_once_what_is_none(tmp_path, capsys):
     """Whatever lies in it, and whatever links lead where."""
-    folder = fill(tmp_path / "src", {"a.py": b"aa" * 20, "z.py": b"zz" * 20, "logo.png": b"\x89PNG\r\n", "0": b"0\0"})
+    folder = fill(
+        tmp_path / "src", {"a.py": b"aa" * 20, "z.py": b"zz" * 20, "logo.png": b"\x89PNG\r\n", "0": b"0\0"}
+    )
     fill(folder / "__pycache__", {"a.pyc": b"\xcb\r\r\n"})
     fill(folder / ".git", {"config": b"hidden"})
     fill(folder / "runs" / "one", {"config.json": b"{}", "metrics.jsonl": b"{}\n"})
@@ -458,7 +460,12 @@ def test_a_folder_gives_its_texts_and_says_once_what_is_none(tmp_path, capsys):
     corpus = Text(path=folder).load(None)
     assert "".join(text_of(corpus, split) for split in SPLITS) == "aa" * 20 + "mm" * 20 + "zz" * 20
     (line,) = capsys.readouterr().err.splitlines()
-    for words in ("3 not UTF-8 text (0, ...)", "2 hidden or a cache (.git", "1 a run directory (runs/one)", "2 not a file"):
+    for words in (
+        "3 not UTF-8 text (0, ...)",
+        "2 hidden or a cache (.git",
+        "1 a run directory (runs/one)",
+        "2 not a file",
+    ):
         assert words in line
     inside = Text(path=folder / "linked" / "m.txt").load(None)
     assert "".join(text_of(inside, split) for split in SPLITS) == "mm" * 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import shutil
 import subprocess
@@ -84,6 +85,91 @@ def test_one_flipped_byte_of_the_real_files_is_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UsageError, match="SHA-256"):
         images.MNIST().load(tmp_path)
+
+
+@pytest.fixture
+def tiny_mnist(monkeypatch) -> dict[str, bytes]:
+    """Files that stand for the published ones, by their names; each checked as those are."""
+    random = np.random.default_rng(0)
+    digits, contents = {"train": 5_010, "t10k": 20}, {}
+    for split, count in digits.items():
+        contents[f"{split}-images-idx3-ubyte"] = bytes(16) + random.bytes(count * 784)
+        contents[f"{split}-labels-idx1-ubyte"] = bytes(8) + bytes(i % 10 for i in range(count))
+    known = [KnownFile(n, len(c), hashlib.sha256(c).hexdigest()) for n, c in contents.items()]
+    monkeypatch.setattr(images, "IDX", tuple(known))
+    return contents
+
+
+LAYOUTS = {
+    "torchvision": ("MNIST/raw/{}", True),
+    "torchvision, and another data set of the same names": ("MNIST/raw/{}", True),
+    "dots": ("{}", False),
+    "a folder too deep, dots": ("download/mnist/mnist/{}", True),
+    "packed anew": ("mnist/{}.gz", False),
+    "half of them packed": ("{}", False),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mnist_as_people_have_it(layout, tiny_mnist, tmp_path):
+    for number, (name, content) in enumerate(tiny_mnist.items()):
+        place = LAYOUTS[layout][0].format(name.replace("-idx", ".idx") if "dots" in layout else name)
+        packed = place.endswith(".gz") or (layout.startswith("half") and number % 2)
+        path = tmp_path / (place if place.endswith(".gz") or not packed else f"{place}.gz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(content, 1) if packed else content)
+        if "another" in layout:
+            (tmp_path / "FashionMNIST" / "raw").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "FashionMNIST" / "raw" / name).write_bytes(content[::-1])
+    data = images.MNIST().load(tmp_path)
+    assert data.test[0].tobytes() == tiny_mnist["t10k-images-idx3-ubyte"][16:]
+    assert data.test[1].tobytes() == tiny_mnist["t10k-labels-idx1-ubyte"][8:]
+
+
+def test_a_bomb_in_place_of_a_picture_file_stays_packed(tiny_mnist, tmp_path):
+    for name, content in tiny_mnist.items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content, 1))
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(10_000_000)))
+    with pytest.raises(UsageError, match="15,697 bytes instead of 15,696"):
+        images.MNIST().load(tmp_path)
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(50))[:-9])
+    with pytest.raises(UsageError, match="t10k-images-idx3-ubyte.gz: cannot be read"):
+        images.MNIST().load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        (
+            "cifar-10-batches-py/data_batch_1",
+            "pickled, and to load a pickle is to run it; get the binary version",
+        ),
+        ("tv/cifar-10-batches-py/data_batch_1", "pickled"),
+        ("data_batch_1", "pickled"),
+        ("cifar-10-python.tar.gz", "pickled"),
+        ("cifar-10-binary.tar.gz", "unpack it there"),
+        ("cifar-100-binary/train.bin", "other pictures"),
+    ],
+)
+def test_other_forms_of_cifar_are_named(there, said, tmp_path):
+    (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / there).write_bytes(b"cos\nsystem\n(S'touch loaded'\ntR.")
+    with pytest.raises(UsageError, match=said) as error:
+        images.CIFAR10().load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_cifar_a_folder_too_deep(tmp_path, monkeypatch):
+    contents = {file.name: bytes([i]) * images.RECORD * 10_000 for i, file in enumerate(images.CIFAR)}
+    known = [KnownFile(n, len(c), hashlib.sha256(c).hexdigest()) for n, c in contents.items()]
+    monkeypatch.setattr(images, "CIFAR", tuple(known))
+    folder = tmp_path / "cifar-10-batches-bin" / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    data = images.CIFAR10().load(tmp_path)
+    assert (set(data.test[1].tolist()), len(data.train[0])) == ({5}, 45_000)
 
 
 def test_mnist():

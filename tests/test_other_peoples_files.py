@@ -17,10 +17,24 @@ from dni_rnn.training.checkpoint import load_checkpoint, save_checkpoint
 from dni_rnn.training.inference import load_run
 from dni_rnn.training.recurrent import evaluate
 
-TINY = (
-    "--hidden 8 --embedding 4 --batch-size 4 --bptt 4 --threads 1 --device cpu --log-every 5 "
-    "--eval-every 1000000"
-).split()
+TINY = [
+    "--hidden",
+    "8",
+    "--embedding",
+    "4",
+    "--batch-size",
+    "4",
+    "--bptt",
+    "4",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+    "--log-every",
+    "5",
+    "--eval-every",
+    "1000000",
+]
 TEXT = "she sells sea shells by the sea shore, and the shells she sells are sea shells, I am sure.\n" * 60
 
 
@@ -68,7 +82,9 @@ def moved(run, folder: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        pytest.param(lambda text: text[: len(text) // 3], "5,460 symbols or examples then, 1,820 now", id="cut"),
+        pytest.param(
+            lambda text: text[: len(text) // 3], "5,460 symbols or examples then, 1,820 now", id="cut"
+        ),
         pytest.param(lambda text: text[:30], "give a longer text", id="too short"),
         pytest.param(lambda text: text + text[:1], "5,460 symbols or examples then, 5,461 now", id="longer"),
         pytest.param(lambda text: text[:-2] + ",\n", "changed inside", id="one symbol of the test split"),
@@ -227,7 +243,15 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(run, tmp_path, capsys):
 @pytest.mark.parametrize("command", [["eval"], ["compare"], ["diagnose", "--bptt", "1"], ["resume"]])
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("hidden", "8"), ("hidden", -8), ("dni", 1), ("core", None), ("lr", [1]), ("seed", 0.5), ("device", "gpu")],
+    [
+        ("hidden", "8"),
+        ("hidden", -8),
+        ("dni", 1),
+        ("core", None),
+        ("lr", [1]),
+        ("seed", 0.5),
+        ("device", "gpu"),
+    ],
 )
 def test_a_setting_of_another_kind_is_named(command, name, value, run, tmp_path, capsys):
     text, out = moved(run, tmp_path)

@@ -201,7 +201,9 @@ def from_json(kind: type, values: dict[str, Any], file: Path) -> Any:
         if not _fits(value, known[name]):
             raise UsageError(f"{file}: {name} cannot be {value!r}; put a good copy in its place")
     try:
-        return kind(**{k: Path(v) if isinstance(v, str) and _path(known[k]) else v for k, v in values.items()})
+        return kind(
+            **{k: Path(v) if isinstance(v, str) and _path(known[k]) else v for k, v in values.items()}
+        )
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from None
 

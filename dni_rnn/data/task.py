@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from dni_rnn.config import RecurrentConfig, RunConfig
 from dni_rnn.errors import UsageError
+from dni_rnn.registry import why
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -216,7 +217,9 @@ def installed_tasks() -> dict[str, type]:
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         try:
             tasks[entry.name] = entry.load()
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            print(f"dni-rnn: task {entry.name!r} is registered but cannot be used: {reason}", file=sys.stderr)
+        except (Exception, SystemExit) as error:
+            print(
+                f"dni-rnn: task {entry.name!r} is registered but cannot be used: {why(error)}",
+                file=sys.stderr,
+            )
     return tasks

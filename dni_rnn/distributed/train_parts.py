@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dni_rnn.distributed.chain import ChainPart
 from dni_rnn.data.task import content_of
+from dni_rnn.distributed.chain import ChainPart
 from dni_rnn.distributed.part import ProcessPart
 from dni_rnn.distributed.processes import Processes, device_of, lead_or_follow
 from dni_rnn.training.loop import load_data, prepare

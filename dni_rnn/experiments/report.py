@@ -278,7 +278,10 @@ def report_sweep(folder: Path) -> None:
     about = read_about(folder, cells)
     with understood(folder / "rows.jsonl"):
         metrics = metrics_of(rows[0])
-        table, lines = render_table(cells, rows, about, metrics, read_failures(folder)), render_csv(cells, rows)
+        table, lines = (
+            render_table(cells, rows, about, metrics, read_failures(folder)),
+            render_csv(cells, rows),
+        )
         groups = by_cell(cells, about.timed(rows))
         curves, logged = {metric: curves_of(groups, metric) for metric in metrics}, logged_of(groups)
     plots = []

@@ -119,7 +119,9 @@ def _records(path: Path) -> list[dict[str, Any]]:
     for place, row in enumerate(rows, start=1):
         for name, kind in {"cell": str, "seed": int}.items():
             if not isinstance(row.get(name), kind):
-                raise UsageError(f"{path}, line {place}: {name} is {row.get(name)!r}; mend or remove the line")
+                raise UsageError(
+                    f"{path}, line {place}: {name} is {row.get(name)!r}; mend or remove the line"
+                )
     return rows
 
 

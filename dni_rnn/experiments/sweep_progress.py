@@ -50,8 +50,9 @@ class SweepProgress:
         self.started, self.begun_with = time.monotonic(), done
         self.told = self.started
         moving = sys.stderr.isatty()
-        self.bar = tqdm(total=cells, initial=done, bar_format="|{bar:20}| {desc}", disable=not moving)
-        self.lines = [tqdm(bar_format="  {desc}", leave=False, disable=not moving) for _ in range(parallel)]
+        how: Any = {"disable": not moving, "dynamic_ncols": True}  # cut at the edge of the terminal
+        self.bar = tqdm(total=cells, initial=done, bar_format="|{bar:20}| {desc}", **how)
+        self.lines = [tqdm(bar_format="  {desc}", leave=False, **how) for _ in range(parallel)]
 
     def say(self, text: str) -> None:
         """A line that stays."""

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
 from torch import nn
 
 from dni_rnn.config import RecurrentConfig
@@ -18,7 +14,7 @@ from dni_rnn.interface import Interface
 from dni_rnn.penalty import StatePenalty
 from dni_rnn.pytree import flatten_rows
 from dni_rnn.recurrent import RecurrentCore, SequenceModel
-from dni_rnn.registry import find, imported, is_import
+from dni_rnn.registry import built, find, imported, is_import
 from dni_rnn.synthesizers import ContextEncoder, ContextMLP, Critic, MLPSynthesizer, OneHotTokens, Rows, units
 from dni_rnn.traces import why_not_traced
 
@@ -33,18 +29,6 @@ def build_model(config: RecurrentConfig, data: Data) -> SequenceModel:
     return SequenceModel(data.input_symbols, data.target_symbols, config.embedding, core)
 
 
-def _call(kind: Callable[..., Any], *arguments: Any, option: str, **options: Any) -> Any:
-    """`kind` of what was given as `option`; what it does not take is refused in one line."""
-    try:
-        inspect.signature(kind).bind(*arguments, **options)
-    except TypeError as error:
-        raise UsageError(f"{option}: {error}") from None
-    try:
-        return kind(*arguments, **options)
-    except ValueError as error:
-        raise UsageError(f"{option}: {error}") from None
-
-
 def build_core(config: RecurrentConfig) -> Core:
     """`--core`, called as `Cell(input_size, hidden_size, num_layers)`.
 
@@ -52,8 +36,8 @@ def build_core(config: RecurrentConfig) -> Core:
       UsageError: it is not a `Core`.
     """
     name, options = config.core_spec
-    sizes = (config.embedding, config.hidden, config.layers)
-    core = _call(find("cores", name), *sizes, option=f"--core {config.core}", **options)
+    sizes = config.embedding, config.hidden, config.layers
+    core = built("--core", config.core, find("cores", name), *sizes, **options)
     if not (isinstance(core, nn.Module) and isinstance(core, Core)):
         raise UsageError(
             f"--core {config.core}: not a core; it must be an nn.Module with initial_state, output_size and "
@@ -77,7 +61,7 @@ def build_estimator(config: RecurrentConfig, model: SequenceModel, data: Data) -
         name, options = config.estimator_spec
         kind, given = find("estimators", name), {"penalty": penalty} if penalty else {}
         options = options | given | trace
-        return _call(kind, option=f"--estimator {config.estimator}", **options)
+        return built("--estimator", config.estimator or name, kind, **options)
     aux = None
     if config.aux:
         state = model.core.initial_state(1)
@@ -94,7 +78,8 @@ def build_synthesizer(config: RecurrentConfig, rnn: Core, data: Data) -> nn.Modu
     whole = config.synthesizer_reads == "state"
     leaf = None if whole else rnn.output_leaf
     if is_import(config.synthesizer):
-        return imported("--synthesizer", config.synthesizer)(state, _context_encoder(config, data))
+        kind = imported("--synthesizer", config.synthesizer)
+        return built("--synthesizer", config.synthesizer, kind, state, _context_encoder(config, data))
     if not config.critic:
         return MLPSynthesizer(state, hidden, context=_context_encoder(config, data), leaf=leaf, bounded=whole)
     rows = Rows(leaf=leaf, bounded=whole)

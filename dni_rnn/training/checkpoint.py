@@ -19,7 +19,6 @@ from torch import Tensor
 from dni_rnn.atomic_files import write_atomically
 from dni_rnn.errors import UsageError
 
-
 NO_DIGEST = "0" * hashlib.sha256().digest_size * 2
 
 

@@ -46,7 +46,9 @@ def load_writer(path: Path, device: torch.device) -> LoadedRun:
     run = Run.open(path)
     alphabet = run.alphabet()
     if alphabet is None:
-        raise UsageError(f"{run.data_name} is not text: there is nothing to sample, and no other text to read")
+        raise UsageError(
+            f"{run.data_name} is not text: there is nothing to sample, and no other text to read"
+        )
     return _loaded(run, alphabet, device)
 
 

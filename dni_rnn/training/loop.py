@@ -12,7 +12,6 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from dni_rnn.atomic_files import exclusive
 from dni_rnn.data.task import content_of
@@ -21,6 +20,7 @@ from dni_rnn.metrics import Metric
 from dni_rnn.training import checkpoint
 from dni_rnn.training.learner import Learner, choose_device
 from dni_rnn.training.learners import learner_class
+from dni_rnn.training.progress_bar import ProgressBar
 from dni_rnn.training.run_directory import MetricsLog, Run
 
 
@@ -154,16 +154,6 @@ class Best(NamedTuple):
         return self.value != other.value and metric.reached(self.value, other.value)
 
 
-CURVE_POINTS = 12
-"""Points of the curve beside the progress bar."""
-
-
-def _spark(values: list[float]) -> str:
-    """A curve in one line of text, from the lowest to the highest of its values."""
-    low, high = min(values), max(values)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low or 1.0))] for value in values)
-
-
 class _Stopwatch:
     """Seconds of training: runs from `seconds` on, but not inside `paused`."""
 
@@ -203,13 +193,8 @@ class _Loop:
         self.saved, self.saved_step = time.perf_counter(), learner.counters.step
         self.logged_at, self.logged_symbols = seconds, learner.counters.symbols
         self.log = MetricsLog(run)
-        self.curve: list[float] = []
         units = {"steps": "update", "minutes": "min", "symbols": self.metric.unit}
-        self.bar = tqdm(
-            total=self.budget, initial=self._done(), desc=run.path.name, unit=units[self.counted],
-            unit_scale=self.counted != "minutes", disable=quiet,
-            dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30.0, leave=False,
-        )  # fmt: skip
+        self.bar = ProgressBar(self.budget, self._done(), run.path.name, units[self.counted], quiet)
 
     def close(self) -> None:
         self.log.close()
@@ -268,11 +253,7 @@ class _Loop:
             | {"seconds": round(seconds, 3), "symbols_per_second": round(speed)}
         )
         key, unit = self.metric.key, self.metric.unit
-        self.curve = [*self.curve, measured[key]][-CURVE_POINTS:]
-        self.bar.set_postfix_str(
-            f"{_spark(self.curve)} {measured[key]:.3f} {key}, {speed / 1e3:.1f}k {unit}s/s", refresh=False
-        )
-        self.bar.update(self._done() - self.bar.n)
+        self.bar.show(self._done(), measured[key], key, f"{speed / 1e3:.1f}k {unit}s/s")
 
     def _validate(self) -> None:
         learner = self.learner

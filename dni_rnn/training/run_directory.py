@@ -148,7 +148,9 @@ class Run:
         with understood(self.path / "config.json"):
             if values.get("symbols_sha256", _sha256(symbols)) != _sha256(symbols):
                 raise ValueError("symbols")
-            if len(counts) != len(symbols) or not all(isinstance(count, int) and count >= 0 for count in counts):
+            if len(counts) != len(symbols) or not all(
+                isinstance(count, int) and count >= 0 for count in counts
+            ):
                 raise ValueError("counts")
         return Alphabet(self.data_name, tuple(symbols), tuple(counts))
 

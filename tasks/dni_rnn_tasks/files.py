@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import tempfile
 import textwrap
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,9 @@ from pathlib import Path
 import platformdirs
 
 from dni_rnn.errors import UsageError
+
+DEPTH = 4
+"""Folders within a named one that are searched."""
 
 ENVIRONMENT = "DNI_RNN_DATA"
 """Names the data folder when `--data-dir` does not."""
@@ -41,6 +46,19 @@ class KnownFile:
 
 
 @dataclass(frozen=True)
+class Unusable:
+    """Another form of a data set that people have, which is not read.
+
+    Attributes:
+      name: of one of its files or folders.
+      advice: what it is, and what to do.
+    """
+
+    name: str
+    advice: str
+
+
+@dataclass(frozen=True)
 class Source:
     """A package that can download a data set.
 
@@ -60,12 +78,15 @@ def load_known(
     data_dir: Path | None,
     sources: Sequence[Source],
     advice: str,
+    unusable: Sequence[Unusable] = (),
 ) -> dict[str, bytes]:
     """Find and check one complete choice of files.
 
     Looked at in this order: `data_dir`; else the folder in `$DNI_RNN_DATA`; else the user's cache; else
     `sources`, whose files then go to the cache. A folder that the user names is never silently replaced
-    by another place. In every folder a file may lie directly or in a sub-folder called `dataset`.
+    by another place. In every folder a file may lie directly, in a sub-folder called `dataset` or in others,
+    compressed (.gz) or not, and with a dot in place of a hyphen before "idx": the copy that is the published
+    file is read, whichever it is.
 
     Args:
       dataset: name of the sub-folder and of the data set in messages.
@@ -74,6 +95,7 @@ def load_known(
       data_dir: the folder given by `--data-dir`.
       sources: tried in order.
       advice: what the user can do when nothing is found; ends the message.
+      unusable: what is named when it is found in their place.
 
     Returns:
       The checked content by file name, for one of `choices`.
@@ -82,13 +104,18 @@ def load_known(
       UsageError: no complete choice was found, or a file that was found is not the published one.
     """
     if data_dir is not None:
-        return _from_named_folder(dataset, choices, data_dir, "--data-dir")
+        return _from_named_folder(dataset, choices, data_dir, "--data-dir", unusable)
     if os.environ.get(ENVIRONMENT):
-        return _from_named_folder(dataset, choices, Path(os.environ[ENVIRONMENT]), f"${ENVIRONMENT}")
+        folder = Path(os.environ[ENVIRONMENT])
+        return _from_named_folder(dataset, choices, folder, f"${ENVIRONMENT}", unusable)
     cache = platformdirs.user_cache_path("dni_rnn")
     for files in choices:
-        if not _missing(cache, dataset, files):
-            return _read_all(cache, dataset, files)
+        copies = [_copies([cache / dataset, cache], file) for file in files]
+        if all(copies):
+            contents, error = _read_all(files, copies)
+            if error is not None:
+                raise error
+            return contents
 
     tried = [f"not in {cache}"]
     for source in sources:
@@ -110,45 +137,99 @@ def load_known(
 
 
 def _from_named_folder(
-    dataset: str, choices: Sequence[Sequence[KnownFile]], folder: Path, named_by: str
+    dataset: str,
+    choices: Sequence[Sequence[KnownFile]],
+    folder: Path,
+    named_by: str,
+    unusable: Sequence[Unusable],
 ) -> dict[str, bytes]:
     if not folder.is_dir():
         raise UsageError(f"{named_by} {folder}: not a folder; make it, or leave {named_by} out")
-    absent = []
+    near, far = [folder, folder / dataset], None
+    absent, best, wrong = [], -1, None
     for files in choices:
-        missing = _missing(folder, dataset, files)
-        if not missing:
-            return _read_all(folder, dataset, files)
-        absent.append(missing)
+        copies = [_copies(near, file) for file in files]
+        if not all(copies):
+            far = _folders(folder) if far is None else far
+            copies = [_copies([*near, *far], file) for file in files]
+        absent.append([file.name for file, found in zip(files, copies, strict=True) if not found])
+        if all(copies):
+            contents, error = _read_all(files, copies)
+            if error is None:
+                return contents
+            if len(contents) > best:  # another form may be whole; what is nearest to it is talked about
+                best, wrong = len(contents), error
+    if wrong is not None:
+        raise wrong
+    for other in unusable:
+        for place in (folder, *(far or ())):
+            if (place / other.name).exists():
+                raise UsageError(f"{place / other.name}: {other.advice}")
     # Name what is closest to complete; when nothing is there, the last choice: sources have it.
-    closest = min(reversed(absent), key=len)
+    partly = [names for names, files in zip(absent, choices, strict=True) if len(names) < len(files)]
+    closest = min(partly or absent[-1:], key=len)
     raise UsageError(
         f"{named_by} {folder}: no {', '.join(closest)} there or in its folder {dataset}; "
         f"put the files there, or leave {named_by} out"
     )
 
 
-def _locate(folder: Path, dataset: str, name: str) -> Path | None:
-    places = (folder / name, folder / dataset / name)
-    return next((path for path in places if path.is_file()), None)
+def _folders(folder: Path) -> list[Path]:
+    """The folders within a folder, the nearest first, hidden ones and what cannot be read left out."""
+    found, level, seen = [], [folder], {folder.resolve()}
+    for _ in range(DEPTH):
+        below = []
+        for parent in level:
+            try:
+                entries = sorted(entry for entry in parent.iterdir() if not entry.name.startswith("."))
+                inner = [(entry, entry.resolve()) for entry in entries if entry.is_dir()]
+            except OSError:
+                continue
+            below += [entry for entry, real in inner if real not in seen]
+            seen |= {real for _, real in inner}
+        found += below
+        level = below
+    return found
 
 
-def _missing(folder: Path, dataset: str, files: Sequence[KnownFile]) -> list[str]:
-    return [file.name for file in files if _locate(folder, dataset, file.name) is None]
+def _copies(folders: Sequence[Path], file: KnownFile) -> list[Path]:
+    """What may be a file, by its name: as published, with a dot for a hyphen, compressed."""
+    names = dict.fromkeys([file.name, file.name.replace("-idx", ".idx")])
+    names = [ending for name in names for ending in (name, f"{name}.gz")]
+    return [path for folder in folders for name in names if (path := folder / name).is_file()]
 
 
-def _read_all(folder: Path, dataset: str, files: Sequence[KnownFile]) -> dict[str, bytes]:
+def _read_all(
+    files: Sequence[KnownFile], copies: Sequence[Sequence[Path]]
+) -> tuple[dict[str, bytes], UsageError | None]:
+    """The files up to the first one of which no copy is good, and what is wrong with that."""
     contents = {}
-    for file in files:
-        path = _locate(folder, dataset, file.name) or folder / file.name
+    for file, found in zip(files, copies, strict=True):
         try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read ({error.strerror}); mend or replace it") from error
-        if why := file.mismatch(content):
-            raise UsageError(f"{path}: not the published file ({why}); replace or delete it")
-        contents[file.name] = content
-    return contents
+            contents[file.name] = _read(file, found)
+        except UsageError as error:
+            return contents, error
+    return contents, None
+
+
+def _read(file: KnownFile, copies: Sequence[Path]) -> bytes:
+    """The content of the first copy that is the published file."""
+    problems = []
+    for path in copies:
+        try:
+            if path.name.endswith(".gz") and not file.name.endswith(".gz"):
+                with gzip.open(path) as compressed:
+                    content = compressed.read(file.size + 1)  # whatever it would grow to
+            else:
+                content = path.read_bytes()
+        except (OSError, EOFError, zlib.error) as error:
+            why = getattr(error, "strerror", None) or error
+            problems.append(f"{path}: cannot be read ({why}); mend or replace it")
+            continue
+        if (why := file.mismatch(content)) is None:
+            return content
+        problems.append(f"{path}: not the published file ({why}); replace or delete it")
+    raise UsageError(problems[0])
 
 
 def _keep(path: Path, content: bytes) -> None:

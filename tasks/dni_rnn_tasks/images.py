@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dni_rnn.config import FeedforwardConfig, Preset
 from dni_rnn.data.labelled import Examples, hold_out
-from dni_rnn_tasks.files import KnownFile, Source, load_known
+from dni_rnn_tasks.files import KnownFile, Source, Unusable, load_known
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,6 +109,25 @@ CIFAR_ADVICE = (
     "put the files of the CIFAR-10 binary version (data_batch_1.bin, ..., test_batch.bin) in a folder and "
     "pass it with --data-dir, or pip install 'dni-rnn[datasets]' to download them"
 )
+BINARY = (
+    "get the binary version (cifar-10-binary.tar.gz of www.cs.toronto.edu/~kriz/cifar.html), unpacked, or "
+    "leave --data-dir out with 'dni-rnn[datasets]' installed"
+)
+PICKLED = f"the Python version of CIFAR-10, which is pickled, and to load a pickle is to run it; {BINARY}"
+NOT_CIFAR = (
+    Unusable("cifar-10-binary.tar.gz", "still packed; unpack it there (tar xzf)"),
+    Unusable("cifar-10-batches-py", PICKLED),
+    Unusable("data_batch_1", PICKLED),
+    Unusable("cifar-10-python.tar.gz", PICKLED),
+    Unusable("cifar-100-binary", f"CIFAR-100, other pictures; {BINARY}"),
+    Unusable("cifar-100-python", f"CIFAR-100, other pictures; {BINARY}"),
+    Unusable("cifar-10-batches-mat", f"the Matlab version of CIFAR-10; {BINARY}"),
+)
+NOT_MNIST = (
+    Unusable("mnist.npz", f"MNIST as Keras has it, which is not read; {MNIST_ADVICE}"),
+    Unusable("training.pt", f"MNIST as old torchvision had it, which is pickled; {MNIST_ADVICE}"),
+    Unusable("mnist.pkl.gz", f"a pickled MNIST, and to load a pickle is to run it; {MNIST_ADVICE}"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +161,8 @@ class MNIST:
         """
         import numpy as np
 
-        contents = load_known(
-            "mnist", (IDX_GZ, IDX), data_dir, (Source("datasets", mnist_datasets),), MNIST_ADVICE
-        )
+        source = Source("datasets", mnist_datasets)
+        contents = load_known("mnist", (IDX_GZ, IDX), data_dir, (source,), MNIST_ADVICE, NOT_MNIST)
         raw = [gzip.decompress(c) if name.endswith(".gz") else c for name, c in contents.items()]
         images = [np.frombuffer(raw[i], np.uint8, offset=16).reshape(-1, 1, 28, 28) for i in (0, 2)]
         labels = [np.frombuffer(raw[i], np.uint8, offset=8) for i in (1, 3)]
@@ -171,9 +189,8 @@ class CIFAR10:
         """
         import numpy as np
 
-        contents = load_known(
-            "cifar-10-batches-bin", (CIFAR,), data_dir, (Source("datasets", cifar_datasets),), CIFAR_ADVICE
-        )
+        source = Source("datasets", cifar_datasets)
+        contents = load_known("cifar-10-batches-bin", (CIFAR,), data_dir, (source,), CIFAR_ADVICE, NOT_CIFAR)
         records = np.frombuffer(b"".join(contents.values()), np.uint8).reshape(-1, RECORD)
         images, labels = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
         train, valid = hold_out(images[:50_000], labels[:50_000], VALIDATION)

@@ -1,0 +1,48 @@
+"""Standard output and standard error that never end a command."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+
+
+class Output(io.TextIOWrapper):
+    """A standard stream on which writing never fails.
+
+    What its encoding has not got is replaced. When nobody reads it any more, or its disk is full, the rest is
+    thrown away, and the command goes on: a training must not end with the pager of its output.
+    """
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self.fileno())
+        os.close(nothing)
+        if error.errno not in (errno.EPIPE, errno.EINVAL) and self is sys.stdout:
+            print(f"dni-rnn: output is lost ({error.strerror})", file=sys.stderr)
+
+
+def never_fail() -> None:
+    """Put an `Output` in the place of both standard streams of this process."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # None where there is none, something else under a debugger
+            how = {"encoding": stream.encoding, "line_buffering": stream.line_buffering}
+            stream.flush()
+            made = Output(stream.detach(), errors="replace", write_through=stream.write_through, **how)
+            setattr(sys, name, made)
+            setattr(sys, f"__{name}__", made)

@@ -1,0 +1,83 @@
+"""What a run shows while it trains: a line that moves in a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+NARROW = 100
+"""Columns below which a terminal gets the essential alone."""
+LOG_SECONDS = 30.0
+CURVE_POINTS = 12
+"""Points of the curve beside the bar."""
+
+
+class _Lines:
+    """Standard error where nothing can move, in a log: what a bar draws over is a new line instead."""
+
+    encoding = property(lambda self: getattr(sys.stderr, "encoding", None))
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            sys.stderr.write(text + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+class ProgressBar:
+    """How far a run has come, its speed and its latest training score.
+
+    Args:
+      total: the budget; may be infinite.
+      done: how much of it is used up.
+      name: of the run.
+      unit: of the budget; minutes are "min".
+      quiet: show nothing.
+    """
+
+    def __init__(self, total: float, done: float, name: str, unit: str, quiet: bool) -> None:
+        moves = sys.stderr is not None and sys.stderr.isatty()
+        where: dict[str, Any] = {"mininterval": 0.5} if moves else {
+            "file": _Lines(), "mininterval": LOG_SECONDS, "delay": LOG_SECONDS
+        }  # fmt: skip
+        self._bar = tqdm(
+            total=total, initial=done, desc=name, unit=unit, unit_scale=unit != "min",
+            disable=quiet or sys.stderr is None, dynamic_ncols=True, leave=False, **where,
+        )  # fmt: skip
+        self._name = name
+        self._curve: list[float] = []
+
+    def show(self, done: float, value: float, key: str, speed: str) -> None:
+        """Where the run stands: `value` is its latest training score, called `key`."""
+        self._curve = [*self._curve, value][-CURVE_POINTS:]
+        if self._bar.disable:
+            return
+        columns, score = self._bar.format_dict["ncols"], f"{value:.3f} {key}"
+        if columns and columns < NARROW:
+            share = "{n_fmt} {elapsed}"
+            if self._bar.total:
+                share = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+            self._bar.desc = self._name[:20] + ": "
+            self._bar.bar_format = f"{{desc}}{share}{{postfix}}"
+            self._bar.set_postfix_str(score, refresh=False)
+        else:
+            self._bar.bar_format = None
+            self._bar.set_postfix_str(f"{_curve(self._curve)} {score}, {speed}", refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _curve(values: list[float]) -> str:
+    """A curve in one line of text, from the lowest to the highest of its values."""
+    low, high, marks = min(values), max(values), "▁▂▃▄▅▆▇█"
+    try:
+        marks.encode(getattr(sys.stderr, "encoding", None) or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        marks = "_.-~=*#@"
+    return "".join(marks[round(7 * (value - low) / (high - low or 1.0))] for value in values)
