@@ -65,6 +65,7 @@ def test_round_trip(tmp_path):
     tensors, values = load_checkpoint(tmp_path / "c")
     assert values == VALUES
     assert tensors["scalar"].shape == ()
+    assert list(tensors) == sorted(TENSORS)  # whatever reads them one after the other relies on it
     same(tensors, TENSORS)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from dni_rnn.cli import main, parse_train
 from dni_rnn.errors import UsageError
+from dni_rnn_tasks import live_learner
 from dni_rnn_tasks.live import Live
-from dni_rnn_tasks.live_learner import LiveStream, StandardInput
+from dni_rnn_tasks.live_learner import READ_BYTES, LiveStream, StandardInput, ThreadedInput
 
 SMALL = [
     "live", "--hidden", "8", "--embedding", "4", "--batch-size", "4", "--stretch", "16", "--bptt", "5",
@@ -130,9 +131,10 @@ def test_memory_does_not_grow_with_the_stream():
     assert held < 400
 
 
-def test_a_pipe_gives_what_was_written_and_ends():
+@pytest.mark.parametrize("kind", [StandardInput, ThreadedInput])
+def test_a_pipe_gives_what_was_written_and_ends(kind):
     read, write = os.pipe()
-    source = StandardInput(read)
+    source = kind(read)
     nothing = source.read(0.0)
     assert nothing is not None
     assert not len(nothing)
@@ -145,6 +147,30 @@ def test_a_pipe_gives_what_was_written_and_ends():
     os.close(read)
     with pytest.raises(UsageError, match="pipe a stream into it"):
         source.read(0.0)
+
+
+def test_a_thread_takes_no_more_from_a_pipe_than_was_asked_for():
+    read, write = os.pipe()
+    source = ThreadedInput(read)
+    os.write(write, b"a" * READ_BYTES)
+    os.set_blocking(write, False)
+    come = source.read(10.0)
+    assert come is not None
+    assert len(come) == READ_BYTES
+    os.write(write, b"b" * 10)
+    time.sleep(0.2)  # time enough for a thread that reads on
+    assert os.read(read, 10) == b"b" * 10
+    os.close(write)
+    assert source.read(10.0) is None
+    os.close(read)
+
+
+def test_a_run_reads_through_a_thread_as_through_select(tmp_path, piped, monkeypatch):
+    for name, kind in (("select", StandardInput), ("thread", ThreadedInput)):
+        piped(TEXT)
+        monkeypatch.setattr(live_learner, "standard_input", kind)
+        assert main(["train", *SMALL, "--out", str(tmp_path / name)]) == 0
+    assert rows_of_metrics(tmp_path / "thread") == rows_of_metrics(tmp_path / "select")
 
 
 def command(out: Path, *words: str) -> list[str]:

@@ -45,9 +45,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"{path}: not a checkpoint as it was written (its content has another checksum); put a good "
                 "copy in its place, or train anew with another --out"
             )
-        # Cloned, because where a tensor lies in the file decides its alignment in memory, and that the
-        # order in which vectorised kernels add: without it, a resumed run would differ in the last bits.
-        return {name: tensor.clone() for name, tensor in load(content).items()}, json.loads(text)
+        # In the order of their names, as safetensors gives them in any. Cloned, because where a tensor lies
+        # in the file decides its alignment in memory, and that the order in which vectorised kernels add:
+        # without it, a resumed run would differ in the last bits.
+        return {name: tensor.clone() for name, tensor in sorted(load(content).items())}, json.loads(text)
     except FileNotFoundError:
         raise UsageError(f"{path}: no checkpoint there") from None
     except (SafetensorError, AttributeError, KeyError, TypeError, OSError, ValueError) as error:

@@ -119,8 +119,8 @@ def fit(run: Run, learner: Learner, progress: Progress, *, quiet: bool = False) 
         try:
             content = content_of(learner.data)
             where = device_name(learner.device), torch.get_num_threads()
+            run.keep_rows(learner.counters.step)  # before all that is written: it may refuse the rows
             run.write_config(learner.data, content, *where, budget)
-            run.keep_rows(learner.counters.step)
             loop = _Loop(run, learner, content, budget, progress, quiet)
             stack.callback(loop.close)
             return loop.fit(stop)

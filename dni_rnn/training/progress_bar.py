@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 NARROW = 100
 """Columns below which a terminal gets the essential alone."""
-LOG_SECONDS = 30.0
+REFRESH_SECONDS, LOG_SECONDS = 0.5, 30.0
+"""Between two drawings in a terminal, and in a log."""
 CURVE_POINTS = 12
 """Points of the curve beside the bar."""
 
@@ -41,7 +42,7 @@ class ProgressBar:
 
     def __init__(self, total: float, done: float, name: str, unit: str, quiet: bool) -> None:
         moves = sys.stderr is not None and sys.stderr.isatty()
-        where: dict[str, Any] = {"mininterval": 0.5} if moves else {
+        where: dict[str, Any] = {"mininterval": REFRESH_SECONDS} if moves else {
             "file": _Lines(), "mininterval": LOG_SECONDS, "delay": LOG_SECONDS
         }  # fmt: skip
         self._bar = tqdm(

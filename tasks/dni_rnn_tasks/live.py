@@ -117,11 +117,11 @@ class LiveData:
     target_symbols: int = BYTES
 
     def stream(self, split: Split, batch_size: int, seed: int) -> LiveStream:
-        from dni_rnn_tasks.live_learner import LiveStream, StandardInput
+        from dni_rnn_tasks.live_learner import LiveStream, standard_input
 
         if split != "train":
             raise UsageError(
                 "live: a stream has no held-out part; the run's metrics.jsonl and summary.json have its loss "
                 "on each symbol before that was learnt"
             )
-        return LiveStream(StandardInput(), batch_size, self.stretch)
+        return LiveStream(standard_input(), batch_size, self.stretch)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import queue
 import select
+import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,13 +51,58 @@ class StandardInput:
 
     def read(self, seconds: float) -> np.ndarray | None:
         try:
-            ready, _, _ = select.select([self._descriptor], [], [], seconds)
-            data = os.read(self._descriptor, READ_BYTES) if ready else None
+            data = self._read(seconds)
         except (OSError, ValueError) as error:
             raise UsageError(f"standard input cannot be read ({error}); pipe a stream into it") from None
         if data == b"":
             return None
         return np.frombuffer(data or b"", dtype=np.uint8)
+
+    def _read(self, seconds: float) -> bytes | None:
+        """What has come, empty at the end; None while there is nothing."""
+        ready, _, _ = select.select([self._descriptor], [], [], seconds)
+        return os.read(self._descriptor, READ_BYTES) if ready else None
+
+
+class ThreadedInput(StandardInput):
+    """The same where `select` knows sockets alone, as on Windows: a thread waits for the next piece.
+
+    It reads when it is asked, one piece at a time, so nothing is taken from the stream that training has
+    not asked for.
+    """
+
+    def __init__(self, descriptor: int = 0) -> None:
+        super().__init__(descriptor)
+        self._pieces: queue.SimpleQueue[bytes | OSError] = queue.SimpleQueue()
+        self._asked = False
+        if sys.platform == "win32":  # else line ends would be translated
+            import msvcrt
+
+            msvcrt.setmode(descriptor, os.O_BINARY)
+
+    def _read(self, seconds: float) -> bytes | None:
+        if not self._asked:
+            self._asked = True
+            threading.Thread(target=self._wait, daemon=True).start()
+        try:
+            piece = self._pieces.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        self._asked = False
+        if isinstance(piece, OSError):
+            raise piece
+        return piece
+
+    def _wait(self) -> None:
+        try:
+            self._pieces.put(os.read(self._descriptor, READ_BYTES))
+        except OSError as error:
+            self._pieces.put(error)
+
+
+def standard_input() -> StandardInput:
+    """Of this process, as its system can wait for it."""
+    return ThreadedInput() if sys.platform == "win32" else StandardInput()
 
 
 class LiveStream:
