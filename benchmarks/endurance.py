@@ -37,13 +37,14 @@ from dni_rnn.experiments.sweep import Cell, make_row
 from dni_rnn.training.checkpoint import load_checkpoint
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs.\n" * 400
-SHARED = "--threads 1 --device cpu --save-every 0 --log-every 5".split()
+SHARED = ["--threads", "1", "--device", "cpu", "--save-every", "0", "--log-every", "5"]
+SMALL = "--hidden 16 --embedding 8 --batch-size 8 --bptt 4"
 RUNS = {
-    "recurrent, text": ["text", "text.txt", *"--hidden 16 --embedding 8 --batch-size 8 --bptt 4 --dni".split()],
-    "recurrent, copy with a trace": ["copy", *"--hidden 16 --embedding 8 --batch-size 8 --bptt 4 --trace 8".split()],
-    "feed-forward, addition": ["addition", *"--width 16 --batch-size 32 --method dni".split()],
-}
-STEPS, EVAL_EVERY = 600, 4_000
+    "recurrent, text": f"text text.txt {SMALL} --dni".split(),
+    "recurrent, copy with a trace": f"copy {SMALL} --trace 8".split(),
+    "feed-forward, addition": ["addition", "--width", "16", "--batch-size", "32", "--method", "dni"],
+}  # fmt: skip
+STEPS, EVAL_EVERY = 300, 2_000
 SECONDS = 120.0
 """After which a command hangs."""
 
@@ -100,9 +101,7 @@ def training(name: str, out: str, steps: int) -> list[str]:
 
 def result_of(path: Path) -> Any:
     """Every logged number of a run that is not a time, and its weights, as one digest."""
-    rows = [
-        {k: v for k, v in row.items() if "second" not in k} for row in read_jsonl(path / "metrics.jsonl")
-    ]
+    rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_jsonl(path / "metrics.jsonl")]
     digest = hashlib.sha256(json.dumps(rows).encode())
     for name in ("checkpoint", "best"):
         tensors, _ = load_checkpoint(path / f"{name}.safetensors")
@@ -158,7 +157,9 @@ def left_out(content: bytes, chance: random.Random) -> bytes:
 
 def put_in(content: bytes, chance: random.Random) -> bytes:
     place = chance.randrange(len(content))
-    return content[:place] + chance.choice([b"\0" * 9, b"}", b'"', b"\xff\xfe", b"1", b"\n"]) + content[place:]
+    return (
+        content[:place] + chance.choice([b"\0" * 9, b"}", b'"', b"\xff\xfe", b"1", b"\n"]) + content[place:]
+    )
 
 
 def zeroed(content: bytes, chance: random.Random) -> bytes:
@@ -198,16 +199,27 @@ DAMAGE: list[Callable[[bytes, random.Random], bytes]] = [
 ]  # fmt: skip
 NAME = "recurrent, text"
 RESUME = [*training(NAME, "run", 20), "--resume"]
-LAST = ["train", "text", "text.txt", *RUNS[NAME][2:], *SHARED, "--steps", "2", "--out", "new"]
+SAMPLE = ["sample", "run", "--chars", "5"]
+BEGIN = ["train", "text", "text.txt", *RUNS[NAME][2:], *SHARED, "--steps", "2", "--out", "new"]
 INPUTS: dict[str, list[list[str]]] = {
     "run/checkpoint.safetensors": [RESUME],
-    "run/best.safetensors": [["eval", "run"], ["sample", "run", "--chars", "5"], ["diagnose", "run", "--bptt", "1"]],
+    "run/best.safetensors": [
+        ["eval", "run"],
+        ["sample", "run", "--chars", "5"],
+        ["diagnose", "run", "--bptt", "1"],
+    ],
     "run/config.json": [["eval", "run"], ["sample", "run", "--chars", "5"], ["compare", "run"], RESUME],
     "run/metrics.jsonl": [["compare", "run"], RESUME],
     "run/summary.json": [["compare", "run"]],
     "sweep/sweep.toml": [["report", "sweep"]],
     "sweep/rows.jsonl": [["report", "sweep"]],
-    "text.txt": [LAST, [*LAST, "--symbols", "bytes"], ["eval", "run", "--file", "text.txt"], ["eval", "run"], RESUME],
+    "text.txt": [
+        BEGIN,
+        [*BEGIN, "--symbols", "bytes"],
+        ["eval", "run", "--file", "text.txt"],
+        ["eval", "run"],
+        RESUME,
+    ],
     "data/train-labels-idx1-ubyte.gz": [["train", "mnist", "--data-dir", "data", "--out", "new"]],
 }
 """Valid inputs, and the commands that read them."""
@@ -279,7 +291,11 @@ def table(kills: Sequence[dict[str, Any]], inputs: Sequence[dict[str, Any]]) -> 
         if mine:
             total = sum(r["kills"] for r in mine)
             lines.append(f"| {name} | {len(mine)} | {total} | {sum(r['same'] for r in mine)} |")
-    lines += ["", "| damaged input | tried | refused in one line | did no harm | wrong |", "|---|--:|--:|--:|--:|"]
+    lines += [
+        "",
+        "| damaged input | tried | refused in one line | did no harm | wrong |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for name in INPUTS:
         mine = [record for record in inputs if record["name"] == name]
         wrong = sum(bool(record["wrong"]) for record in mine)
@@ -294,8 +310,12 @@ def table(kills: Sequence[dict[str, Any]], inputs: Sequence[dict[str, Any]]) -> 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 1 when anything was not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("runs/endurance"), help="folder for all that is made")
-    parser.add_argument("--minutes", type=float, default=30.0, help="stop after this long; the same command goes on")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/endurance"), help="folder for all that is made"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="stop after this long; the same command goes on"
+    )
     parser.add_argument("--runs", type=int, default=20, help="killed runs of each kind")
     parser.add_argument("--steps", type=int, default=STEPS, help="updates of a run that is killed")
     parser.add_argument("--damaged", type=int, default=1000, help="damaged inputs")

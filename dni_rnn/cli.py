@@ -73,9 +73,10 @@ def _parse(arguments: list[str]) -> Any:
 
 def _check_words(arguments: list[str]) -> None:
     """Refuse an unknown command or task in one line."""
-    if arguments[:1] == ["train"] and not {"-h", "--help"} & {*arguments}:
-        if arguments[1:] and arguments[1].startswith("-"):
-            raise UsageError(f"train: name a task first, dni-rnn train TASK; known: {', '.join(TASKS)}")
+    if arguments[:1] == ["train"] and arguments[1:2] and arguments[1].startswith("-"):
+        if {"-h", "--help"} & {*arguments}:
+            return
+        raise UsageError(f"train: name a task first, dni-rnn train TASK; known: {', '.join(TASKS)}")
     known = {0: ("command", ["train", *VERBS]), 1: ("task", list(TASKS))}
     for place, (what, names) in known.items():
         if len(arguments) <= place or arguments[place].startswith("-"):

@@ -65,9 +65,16 @@ def test_round_trip(tmp_path):
     tensors, values = load_checkpoint(tmp_path / "c")
     assert values == VALUES
     assert tensors["scalar"].shape == ()
-    assert list(tensors) == sorted(TENSORS)  # whatever reads them one after the other relies on it
+    assert list(tensors) == sorted(TENSORS)
     same(tensors, TENSORS)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_tensors_come_in_the_order_of_their_names_and_numbers(tmp_path):
+    """What reads a list of them one after the other relies on it."""
+    names = [f"layer{i}.{j}" for i in (0, 1, 10) for j in range(12)]
+    save_checkpoint(tmp_path / "c", {name: torch.zeros(1) for name in reversed(names)}, {})
+    assert list(load_checkpoint(tmp_path / "c")[0]) == names
 
 
 def test_views_parameters_and_shared_memory(tmp_path):

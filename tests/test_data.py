@@ -487,7 +487,7 @@ def test_a_text_is_looked_for_where_the_user_says(tmp_path, monkeypatch):
     for path in (Path("t.txt"), Path("deeper/t.txt"), tmp_path / "t.txt"):
         assert text_of(Text(path=path).load(tmp_path / "data"), "test") == "data"
     assert text_of(Text(path=Path("t.txt")).load(None), "test") == "here"
-    with pytest.raises(UsageError, match="no t.txt there"):
+    with pytest.raises(UsageError, match=r"no t\.txt there"):
         Text(path=Path("t.txt")).load(tmp_path / "nowhere")
 
 

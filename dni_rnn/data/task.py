@@ -190,7 +190,7 @@ class Corpus:
 
 
 def content_of(data: Any) -> dict[str, Any] | None:
-    """Length and SHA-256 of all that was loaded; None where nothing was: it is generated, or a live stream."""
+    """Length and SHA-256 of all that was loaded; None where nothing was: it is generated, or live."""
     digest, length = hashlib.sha256(), 0
     for split in SPLITS:
         held = getattr(data, split, ())

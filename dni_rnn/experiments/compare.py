@@ -61,7 +61,7 @@ def read_record(path: Path, name: str) -> Record:
         last = rows[-1] if rows else {"symbols": 0, "seconds": 0.0}
         if ended is not None and last["symbols"] > ended["symbols"]:
             ended = None  # resumed with a larger budget: the summary is that of the smaller one
-        kind = installed_tasks().get(about.get("task"))
+        kind = installed_tasks().get(str(about.get("task")))
         config = from_json(RecurrentConfig if kind is None else config_of(kind), about["config"], file)
         return Record(
             name,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,23 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"{path}: not a checkpoint as it was written (its content has another checksum); put a good "
                 "copy in its place, or train anew with another --out"
             )
-        # In the order of their names, as safetensors gives them in any. Cloned, because where a tensor lies
-        # in the file decides its alignment in memory, and that the order in which vectorised kernels add:
-        # without it, a resumed run would differ in the last bits.
-        return {name: tensor.clone() for name, tensor in sorted(load(content).items())}, json.loads(text)
+        # In the order of their names, 10 after 9, as safetensors gives them in any. Cloned, because where a
+        # tensor lies in the file decides its alignment in memory, and that the order in which vectorised
+        # kernels add: without it, a resumed run would differ in the last bits.
+        tensors = load(content)
+        return {name: tensors[name].clone() for name in sorted(tensors, key=_counted)}, json.loads(text)
     except FileNotFoundError:
         raise UsageError(f"{path}: no checkpoint there") from None
     except (SafetensorError, AttributeError, KeyError, TypeError, OSError, ValueError) as error:
         raise UsageError(f"{path}: not a checkpoint of this program ({error})") from None
 
 
+def _counted(name: str) -> list[str | int]:
+    return [int(part) if part.isascii() and part.isdigit() else part for part in re.split("([0-9]+)", name)]
+
+
 def _around(content: bytes, digest: str) -> tuple[memoryview, memoryview]:
-    """What stands before and behind the digest. The header comes first in the file, and ends the values so."""
+    """What stands before and behind the digest: the first in the file that ends a text of its header so."""
     written = digest.encode()
     place = content.index(b"\\n" + written + b'"') + 2
     return memoryview(content)[:place], memoryview(content)[place + len(written) :]

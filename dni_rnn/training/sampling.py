@@ -17,8 +17,8 @@ def sample(
     """Text that the model writes after `prompt`; the prompt is included.
 
     Each symbol is drawn from softmax(logits / temperature), but never the unknown one. Without a prompt the
-    first is drawn as often as it occurs in training. Bytes are written as the UTF-8 that they make. In the `char` convention of the Penn
-    Treebank, a space of the prompt is read as `_`, and `_` is written as a space.
+    first is drawn as often as it occurs in training. Bytes are written as the UTF-8 that they make. In the
+    `char` convention of the Penn Treebank, a space of the prompt is read as `_`, which is written as a space.
 
     Raises:
       UsageError: the data are not text, the prompt holds a symbol the model has never seen, or the
