@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -246,3 +248,45 @@ def test_a_setting_of_another_kind_is_named(command, name, value, run, tmp_path,
     line = failing(capsys, *command)
     assert str(out / "config.json") in line
     assert name in line
+
+
+# All of it, at random
+
+
+def test_a_short_endurance(tmp_path):
+    """`benchmarks/endurance.py` in small; it goes on where it was stopped."""
+    script = Path(__file__).parents[1] / "benchmarks" / "endurance.py"
+    words = [sys.executable, str(script), "--out", str(tmp_path), "--runs", "1", "--steps", "20"]
+    first = subprocess.run([*words, "--damaged", "0", "--minutes", "0"], capture_output=True, text=True)
+    assert (first.returncode, first.stderr) == (0, "")
+    done = subprocess.run([*words, "--damaged", "9"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    again = subprocess.run([*words, "--damaged", "9"], capture_output=True, text=True)
+    assert again.stdout == done.stdout
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    counts = {row[0]: [int(n) for n in row[1:]] for row in rows if row[-1].isdigit()}
+    assert len(counts) == 3 + 9
+    for name, numbers in counts.items():
+        if name.startswith("`"):
+            assert (sum(numbers[1:3]), numbers[3]) == (1, 0), name
+        else:
+            assert (numbers[0], numbers[2]) == (1, 1), name
+
+
+def test_endurance_notices_what_is_wrong(tmp_path):
+    """Its verdicts: an unhandled error, an answer from a damaged checkpoint, a file that was written."""
+    script = Path(__file__).parents[1] / "benchmarks" / "endurance.py"
+    code = (
+        "import sys, runpy, pathlib\n"
+        "sys.argv = ['e', '--out', sys.argv[1], '--runs', '0', '--damaged', '2']\n"
+        "import dni_rnn.cli as cli\n"
+        "def broken(words):\n"
+        "    if 'run' in words and not pathlib.Path('run').exists(): return real(words)\n"
+        "    if '--resume' in words and pathlib.Path('run/summary.json').exists(): raise KeyError('x')\n"
+        "    return 0\n"
+        "real, cli.main = cli.main, broken\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "2 wrong: {'exit code 99': 1, 'unnoticed': 1}" in done.stdout

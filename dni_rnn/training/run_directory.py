@@ -143,16 +143,12 @@ class Run:
         symbols, counts = values.get("symbols"), values.get("counts")
         if not isinstance(self.config, RecurrentConfig) or not isinstance(symbols, list):
             return None
-        # Of earlier versions: neither a checksum nor counts.
-        counts = [1] * len(symbols) if counts is None else counts
         with understood(self.path / "config.json"):
-            if values.get("symbols_sha256", _sha256(symbols)) != _sha256(symbols):
-                raise ValueError("symbols")
-            if len(counts) != len(symbols) or not all(
-                isinstance(count, int) and count >= 0 for count in counts
-            ):
-                raise ValueError("counts")
-        return Alphabet(self.data_name, tuple(symbols), tuple(counts))
+            # Runs of earlier versions have neither counts nor a checksum.
+            if values.get("symbols_sha256", _sha256(symbols, counts)) != _sha256(symbols, counts):
+                raise ValueError("of the symbols")
+            counts = tuple([1] * len(symbols) if counts is None else counts)
+        return Alphabet(self.data_name, tuple(symbols), counts)
 
     def check_same(self) -> None:
         """Raises `UsageError` when the directory holds a run of another task, or one with other settings."""
@@ -177,13 +173,14 @@ class Run:
         """
         written = self.path / "config.json"
         before = _read_config(self.path) if written.exists() else {}
+        symbols, counts = _symbols(data), data.alphabet.counts if isinstance(data, Corpus) else None
         values = {
             "task": self.task_name,
             "task_options": to_json(self.task),
             "data": data.name,
-            "symbols": _symbols(data),
-            "symbols_sha256": _sha256(_symbols(data)),
-            "counts": data.alphabet.counts if isinstance(data, Corpus) else None,
+            "symbols": symbols,
+            "counts": counts,
+            "symbols_sha256": _sha256(symbols, counts),
             "content": content,
             "config": to_json(self.config),
             "command": ["dni-rnn", *sys.argv[1:]],
@@ -279,8 +276,8 @@ def machine_name() -> str:
     return f"{name}, {cores} cores"
 
 
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+def _sha256(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _version(package: str) -> str | None:
