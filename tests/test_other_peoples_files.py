@@ -257,12 +257,13 @@ def test_a_short_endurance(tmp_path):
     """`benchmarks/endurance.py` in small; it goes on where it was stopped."""
     script = Path(__file__).parents[1] / "benchmarks" / "endurance.py"
     words = [sys.executable, str(script), "--out", str(tmp_path), "--runs", "1", "--steps", "20"]
-    first = subprocess.run([*words, "--damaged", "0", "--minutes", "0"], capture_output=True, text=True)
-    assert (first.returncode, first.stderr) == (0, "")
     done = subprocess.run([*words, "--damaged", "9"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    again = subprocess.run([*words, "--damaged", "9"], capture_output=True, text=True)
+    kept = [(tmp_path / f"{name}.jsonl").read_text() for name in ("kills", "damaged")]
+    words = [*words, "--damaged", "10", "--minutes", "0"]
+    again = subprocess.run(words, capture_output=True, text=True)
     assert again.stdout == done.stdout
+    assert [(tmp_path / f"{name}.jsonl").read_text() for name in ("kills", "damaged")] == kept
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
     counts = {row[0]: [int(n) for n in row[1:]] for row in rows if row[-1].isdigit()}
     assert len(counts) == 3 + 9

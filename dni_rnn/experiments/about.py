@@ -18,13 +18,13 @@ of its own.
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dni_rnn.atomic_files import read_json, understood
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.sweep import Cell
 
@@ -59,6 +59,8 @@ def read_about(folder: Path, cells: Sequence[Cell] | None = None) -> About:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path}: not TOML ({error})") from None
+    with understood(folder / "speed.json"):
+        speeds = _read_speeds(folder / "speed.json")
     about = About(
         values.get("title", folder.resolve().name),
         values.get("summary", ""),
@@ -67,8 +69,12 @@ def read_about(folder: Path, cells: Sequence[Cell] | None = None) -> About:
         values.get("reference"),
         values.get("published", {}),
         values.get("counted", False),
-        _read_speeds(folder / "speed.json"),
+        speeds,
     )
+    kinds = {"title": str, "summary": str, "note": str, "shows": str, "reference": str, "published": dict}
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name, kind()), kind):
+            raise UsageError(f"{path}: {name} is {values[name]!r}; mend it, or leave it out")
     if cells is None:
         return about
     missing = sorted({cell.name for cell in cells} - set(about.speeds or [cell.name for cell in cells]))
@@ -82,7 +88,7 @@ def read_about(folder: Path, cells: Sequence[Cell] | None = None) -> About:
 
 
 def _read_speeds(path: Path) -> dict[str, int] | None:
-    return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else None
+    return read_json(path)["cells"] if path.exists() else None
 
 
 def _retimed(row: dict[str, Any], speed: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dni_rnn.atomic_files import understood
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.about import read_about
 from dni_rnn.experiments.headline import PICTURE, comparison_table, dot_panels, read_headline
@@ -25,15 +26,19 @@ def write_reports(folder: Path) -> None:
     if (folder / "sweep.toml").exists() or not (folder / "about.toml").exists():
         report_sweep(folder)
     elif (folder / "table.md").exists():
-        table = (folder / "table.md").read_text(encoding="utf-8")
+        with understood(folder / "table.md"):
+            table = (folder / "table.md").read_text(encoding="utf-8")
         write_text(folder / "report.html", render_page(table, folder))
         print(f"{folder}: table.md -> report.html")
     elif parts := result_folders(folder):
         for part in filter(_measured, parts):
             write_reports(part)
-        write_text(folder / "README.md", render_index(folder))
-        if panels := read_headline(folder).panels:
-            save_dots(folder / PICTURE, dot_panels(folder, panels))
+        with understood(folder):
+            page, panels = render_index(folder), read_headline(folder).panels
+            dots = dot_panels(folder, panels) if panels else None
+        write_text(folder / "README.md", page)
+        if dots:
+            save_dots(folder / PICTURE, dots)
         print(f"{folder}: {len(parts)} folders -> README.md")
     else:
         raise UsageError(f"{folder}: no table.md there yet; run what makes it first")
