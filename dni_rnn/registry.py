@@ -81,14 +81,11 @@ def built(flag: str, text: str, kind: Any, *arguments: Any, **options: Any) -> A
     Raises:
       UsageError: it does not take these, or that class fails.
     """
-    try:
-        inspect.signature(kind).bind(*arguments, **options)
-    except TypeError as error:
-        raise UsageError(f"{flag} {text}: {error}") from None
     if not is_import(text.partition(",")[0]):
         try:
+            inspect.signature(kind).bind(*arguments, **options)
             return kind(*arguments, **options)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UsageError(f"{flag} {text}: {error}") from None
     with theirs(f"{flag} {text}: cannot be made"):
         return kind(*arguments, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 
 from dni_rnn.config import RecurrentConfig
@@ -61,6 +63,10 @@ def build_estimator(config: RecurrentConfig, model: SequenceModel, data: Data) -
         name, options = config.estimator_spec
         kind, given = find("estimators", name), {"penalty": penalty} if penalty else {}
         options = options | given | trace
+        try:
+            inspect.signature(kind).bind(**options)
+        except TypeError as error:
+            raise UsageError(f"--estimator {config.estimator}: {error}") from None
         return built("--estimator", config.estimator or name, kind, **options)
     aux = None
     if config.aux:
