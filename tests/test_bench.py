@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dni_rnn.cli import main
+from dni_rnn.experiments import bench
 from dni_rnn.experiments.bench import METHODS, PLAIN, Size, learner, memory, plain_step, report, time_in_turns
 
 TINY = Size(hidden=8, bptt=2, batch_size=4, device="cpu", threads=1, precision="float32")
@@ -53,7 +54,7 @@ def test_both_sides_do_the_same_work():
 
 def test_a_larger_net_needs_more_memory():
     large = Size(2048, 2, 4, "cpu", 1, "float32")  # in processes of their own: a peak is never forgotten
-    assert _elsewhere(memory, TINY, PLAIN) < _elsewhere(memory, large, PLAIN)
+    assert bench._elsewhere(memory, TINY, PLAIN) < bench._elsewhere(memory, large, PLAIN)
 
 
 @pytest.mark.parametrize(
