@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ import torch
 from safetensors.torch import save
 
 from dni_rnn.cli import main
-from dni_rnn.data.task import Corpus
+from dni_rnn.data.labelled import Examples
+from dni_rnn.data.task import Corpus, content_of
 from dni_rnn.training.checkpoint import load_checkpoint, save_checkpoint
 from dni_rnn.training.inference import load_run
 from dni_rnn.training.recurrent import evaluate
+from dni_rnn_tasks.recall import Recall
 
 TINY = "--hidden 8 --embedding 4 --batch-size 4 --bptt 4 --threads 1 --device cpu --log-every 5".split()  # noqa: SIM905
 TEXT = "she sells sea shells by the sea shore, and the shells she sells are sea shells, I am sure.\n" * 60
@@ -86,6 +89,27 @@ def test_a_run_does_not_go_on_with_other_data(change, said, run, tmp_path, capsy
     assert held(out) == before
     text.write_text(TEXT)
     assert train(text, out, 20, "--resume") == 0
+
+
+def test_the_content_of_data_is_all_of_it():
+    """By length and hash, whatever way the arrays lie in memory; nothing where nothing was loaded."""
+    numbers = np.arange(24, dtype=np.uint8).reshape(6, 4)
+    splits: list[Any] = [(numbers[i : i + 2], np.array([i, 1])) for i in (0, 2, 4)]
+
+    def content(splits: list[Any], name: str = "x") -> Any:
+        return content_of(Examples(name, ("a",), splits[0], splits[1], splits[2]))
+
+    expected = content(splits)
+    assert expected["length"] == 6
+    assert content(splits, "y") == expected
+    assert content([(np.asfortranarray(inputs), targets) for inputs, targets in splits]) == expected
+    for split in range(3):
+        for part in range(2):
+            other = [tuple(array.copy() for array in pair) for pair in splits]
+            other[split][part].flat[-1] += 1
+            assert content(other) != expected
+    assert content([(numbers[:0], numbers[:0, 0])] * 3) is None
+    assert content_of(Recall().load(None)) is None
 
 
 def test_a_checkpoint_says_itself_what_it_was_trained_on(run, tmp_path, capsys):

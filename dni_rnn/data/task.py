@@ -194,10 +194,11 @@ def content_of(data: Any) -> dict[str, Any] | None:
     digest, length = hashlib.sha256(), 0
     for split in SPLITS:
         held = getattr(data, split, ())
-        arrays = held if isinstance(held, tuple) else (held,)
+        arrays = [each for each in (held if isinstance(held, tuple) else (held,)) if hasattr(each, "tobytes")]
         for array in arrays:
             digest.update(f"{split} {array.dtype} {array.shape}".encode())
-            digest.update(memoryview(array).cast("B") if array.flags.c_contiguous else array.tobytes())
+            whole = array.flags.c_contiguous and array.size  # then it need not be copied
+            digest.update(memoryview(array).cast("B") if whole else array.tobytes())
         length += len(arrays[0]) if arrays else 0
     return {"length": length, "sha256": digest.hexdigest()} if length else None
 

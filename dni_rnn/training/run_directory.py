@@ -93,7 +93,8 @@ class Run:
             if "content" in written and written["content"] != now:
                 raise UsageError(
                     f"{self.path} was trained on other data than {data.name} is now "
-                    f"({_change(written['content'], now)}); put the old data back, or give another --out"
+                    f"({_change(written['content'], now)}); put the old data back, or give another --out "
+                    "(eval --file scores another text)"
                 )
 
     def prepare(self, needed_bytes: int) -> None:
