@@ -71,8 +71,22 @@ class Task(Protocol):
         ...
 
 
+class _OfSymbols:
+    """What predicts the symbols that it reads."""
+
+    symbols: tuple[str, ...]
+
+    @property
+    def input_symbols(self) -> int:
+        return len(self.symbols)
+
+    @property
+    def target_symbols(self) -> int:
+        return len(self.symbols)
+
+
 @dataclass(frozen=True)
-class Alphabet:
+class Alphabet(_OfSymbols):
     """The symbols of a text, without the text: what a model needs to write.
 
     Attributes:
@@ -85,17 +99,9 @@ class Alphabet:
     symbols: tuple[str, ...]
     counts: tuple[int, ...]
 
-    @property
-    def input_symbols(self) -> int:
-        return len(self.symbols)
-
-    @property
-    def target_symbols(self) -> int:
-        return len(self.symbols)
-
 
 @dataclass(frozen=True)
-class Corpus:
+class Corpus(_OfSymbols):
     """A text as symbol numbers, in three splits.
 
     Attributes:
@@ -112,14 +118,6 @@ class Corpus:
     train: np.ndarray
     valid: np.ndarray
     test: np.ndarray
-
-    @property
-    def input_symbols(self) -> int:
-        return len(self.symbols)
-
-    @property
-    def target_symbols(self) -> int:
-        return len(self.symbols)
 
     @property
     def alphabet(self) -> Alphabet:

@@ -26,10 +26,10 @@ class TruncatedBPTT(Estimator):
 
     Args:
       penalty: on the state that ends each window, a term of the objective.
-      trace: steps that a trace (`dni_rnn.traces.Traced`) keeps of what came before the window; 0 is none,
-        "all" the carried form.
-        With it, what comes back at the start of a window reaches the steps before it, along the own path of
-        each cell (exactly in an element-wise core), the embedding included.
+      trace: steps that a trace (`dni_rnn.traces.Traced`) keeps of what came before the window; 0: none,
+        "all": every one, in the carried form. What comes back at the start of a window then reaches the
+        steps before it, along the own path of each cell (exactly in an element-wise core), the embedding
+        included.
       trace_decay: factor on the trace per step.
 
     Source: Williams & Peng 1990, "An efficient gradient-based algorithm for on-line training of
