@@ -53,7 +53,10 @@ def test_both_sides_do_the_same_work():
 
 
 def test_a_larger_net_needs_more_memory():
-    large = Size(2048, 2, 4, "cpu", 1, "float32")  # in processes of their own: a peak is never forgotten
+    """Each in a process of its own: a peak is never forgotten, nor that of the process it is started from."""
+    large = Size(2048, 2, 4, "cpu", 1, "float32")
+    held = torch.ones(2**28)  # a gigabyte, more than either needs
+    assert held.sum() > 0
     assert bench._elsewhere(memory, TINY, PLAIN) < bench._elsewhere(memory, large, PLAIN)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -314,12 +316,16 @@ def peak_memory(device: torch.device) -> int:
     """Largest memory in bytes: allocated on a CUDA device, or resident in this process; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # Linux, whose getrusage keeps the peak of what started this process
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if peak is not None:
+        return int(peak[1]) * 1024
     try:
         import resource
     except ImportError:  # not on Windows
         return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
 
 
 def device_name(device: torch.device) -> str:
