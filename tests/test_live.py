@@ -316,3 +316,15 @@ def test_the_lag_is_what_the_synthesizer_is_conditioned_on(words, method, window
 def test_lags_that_make_no_sense(words, message, capsys):
     assert main(["train", "live", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_readings_of_the_memory(tmp_path):
+    """`benchmarks/live_memory.py` in small."""
+    script = Path(__file__).parents[1] / "benchmarks" / "live_memory.py"
+    words = [sys.executable, str(script), "--out", str(tmp_path), "--minutes", "0.1", "--rate", "400"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    readings = [json.loads(line) for line in (tmp_path / "readings.jsonl").read_text().splitlines()]
+    assert len(readings) > 3
+    assert all(50 < reading["mb"] < 5000 for reading in readings)
+    assert "| minutes | bytes learnt | MB, mean |" in (tmp_path / "table.md").read_text()

@@ -384,6 +384,10 @@ def test_a_budget_goes_to_the_first_cells_where_the_order_says_what_they_are_wor
     pretend(monkeypatch, start)
     assert run_sweep(folder, tmp_path / "work", 2, budget=2.0) == 0
     assert started == ["a", "b"]
+    path.write_text(path.read_text().replace("in_order = true", 'in_order = "yes"'))
+    with pytest.raises(UsageError, match=r"in_order is 'yes'; give true or false"):
+        run_sweep(folder, tmp_path / "work", 2, budget=2.0)
+    assert len(started) == 2
 
 
 def test_time_of_a_run_that_has_not_begun_is_not_over(tmp_path, monkeypatch):

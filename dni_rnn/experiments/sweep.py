@@ -76,8 +76,8 @@ def read_sweep(folder: Path) -> list[Cell]:
       UsageError: there is no such file, or it does not say what a sweep needs.
     """
     path = folder / "sweep.toml"
+    values = _values(path)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
         shared, seeds, cells = values["train"], values["seeds"], values["cells"]
         retired = values.get("retired", {})
         found = [
@@ -85,12 +85,8 @@ def read_sweep(folder: Path) -> list[Cell]:
             for seed in seeds
             for name, added in [*cells.items(), *retired.items()]
         ]
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no sweep there") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UsageError(f"{path}: not a sweep ({error}); it needs train, seeds and [cells]") from None
+        raise _not_a_sweep(path, error) from None
     folders = Counter(cell.folder for cell in found)
     for folder_name, times in folders.items():
         if times > 1:
@@ -99,9 +95,31 @@ def read_sweep(folder: Path) -> list[Cell]:
 
 
 def runs_in_order(folder: Path) -> bool:
-    """Whether a sweep that `read_sweep` has read gives a time budget to its first cells first."""
-    values = tomllib.loads((folder / "sweep.toml").read_text(encoding="utf-8"))
-    return values.get("in_order", False) is True
+    """Whether a time budget goes to the first cells first, as its `sweep.toml` says.
+
+    Raises:
+      UsageError: as `read_sweep`, or `in_order` is neither true nor false.
+    """
+    path = folder / "sweep.toml"
+    in_order = _values(path).get("in_order", False)
+    if not isinstance(in_order, bool):
+        raise UsageError(f"{path}: in_order is {in_order!r}; give true or false")
+    return in_order
+
+
+def _values(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no sweep there") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise _not_a_sweep(path, error) from None
+
+
+def _not_a_sweep(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"{path}: not a sweep ({error}); it needs train, seeds and [cells]")
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
