@@ -210,7 +210,7 @@ def lstm_window_kept(kept: Kept, x: Tensor) -> Window:
 
 
 def gru_terms(name: Callable[[str], str], hidden: int, bias: bool) -> tuple[list[Term], list[Term]]:
-    """Terms of a GRU; `name` makes a parameter\'s name, such as weight_ih_l0."""
+    """Terms of a GRU; `name` makes a parameter's name, such as weight_ih_l0."""
     return _dense_terms(name, hidden, (1, 2, 3), (1, 2, 0), 0, bias), []
 
 
@@ -237,7 +237,7 @@ def gru_window(
 
 
 def rnn_terms(name: Callable[[str], str], hidden: int, bias: bool) -> tuple[list[Term], list[Term]]:
-    """Terms of a tanh RNN; `name` makes a parameter\'s name, such as weight_ih_l0."""
+    """Terms of a tanh RNN; `name` makes a parameter's name, such as weight_ih_l0."""
     return _dense_terms(name, hidden, (0,), (0,), 0, bias), []
 
 
