@@ -17,6 +17,7 @@ from dni_rnn.commands.compare import Compare
 from dni_rnn.commands.demo import Demo
 from dni_rnn.commands.diagnose import Diagnose
 from dni_rnn.commands.eval import Eval
+from dni_rnn.commands.export import Export
 from dni_rnn.commands.output import never_fail
 from dni_rnn.commands.report import Report
 from dni_rnn.commands.sample import Sample
@@ -33,6 +34,7 @@ TASKS = installed_tasks()
 VERBS: dict[str, type] = {
     "eval": Eval,
     "sample": Sample,
+    "export": Export,
     "compare": Compare,
     "diagnose": Diagnose,
     "demo": Demo,

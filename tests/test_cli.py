@@ -45,7 +45,19 @@ BUNDLED = (
     "addition", "cifar", "copy", "counting", "live", "mnist", "ptb", "recall", "repeat-copy", "surface",
     "text",
 )  # fmt: skip
-COMMANDS = ("train", "eval", "sample", "compare", "diagnose", "demo", "sweep", "report", "bench", "tasks")
+COMMANDS = (
+    "train",
+    "eval",
+    "sample",
+    "export",
+    "compare",
+    "diagnose",
+    "demo",
+    "sweep",
+    "report",
+    "bench",
+    "tasks",
+)
 SMALL = shlex.split(
     "--hidden 8 --embedding 4 --batch-size 4 --bptt 5 --log-every 5 --eval-every 400 --threads 1"
 )

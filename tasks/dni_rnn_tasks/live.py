@@ -115,6 +115,7 @@ class LiveData:
     name: str = "live"
     input_symbols: int = BYTES
     target_symbols: int = BYTES
+    of_bytes: bool = True
 
     def stream(self, split: Split, batch_size: int, seed: int) -> LiveStream:
         from dni_rnn_tasks.live_learner import LiveStream, standard_input
