@@ -38,7 +38,7 @@ def programs(page: str) -> list[str]:
 
 def commands(page: str = README) -> list[str]:
     lines = [line for block in blocks("bash", page) for line in block.splitlines()]
-    return [line.split("#")[0].strip() for line in lines if line.startswith("dni-rnn")]
+    return [re.split("[#<]", line)[0].strip() for line in lines if line.startswith("dni-rnn")]
 
 
 def test_commands_of_the_guides_run_in_the_order_given(
@@ -73,8 +73,56 @@ def test_commands_of_the_guides_run_in_the_order_given(
     assert "<h1>Recall" in (tmp_path / "results" / "mine" / "report.html").read_text()
 
 
+TUTORIALS = [name for name in PAGES if name.startswith("docs/tutorials/")]
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_a_tutorial_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All of its code, in the order given, with a budget of moments, up to its picture."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("Agg")
+    monkeypatch.chdir(tmp_path)
+    budgets = {"UPDATES = 6000": "UPDATES = 40", "[:200_000]": "[:4000]", "--steps 4000": "--steps 30"}
+    page = PAGES[name]
+    for whole, small in {**budgets, "--epochs 40": "--epochs 0.3"}.items():
+        page = page.replace(whole, small)
+    if page == PAGES[name]:
+        pytest.fail("no budget of this page is known here: it would run for minutes")
+    for language, block in re.findall(r"```(python|bash)\n(.*?)```", page, re.DOTALL):
+        if language == "python":
+            exec(compile(block, name, "exec"), {"__name__": "__main__"})
+            plt.close("all")
+            continue
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            source = words.pop() if "<" in words else os.devnull
+            words = [word for word in words[1:] if word != "<"]
+            if words[0] == "train":
+                words += ["--threads", "1", "--device", "cpu"]
+            before = os.dup(0)
+            with open(source) as heard:
+                os.dup2(heard.fileno(), 0)
+                if "--processes" in words:  # ends its process
+                    subprocess.run([sys.executable, "-m", "dni_rnn", *words], check=True)
+                else:
+                    assert main(words) == 0, line
+                os.dup2(before, 0)
+            os.close(before)
+    (picture,) = re.findall(r"`?(\w+\.png)`?", page.split("## From here")[0])[-1:]
+    assert (tmp_path / picture).stat().st_size > 5000
+    assert "## From here" in page
+    assert len(re.sub(r"```.*?```", "", page, flags=re.DOTALL).split()) < 350, "links, in place of more"
+
+
 @pytest.mark.parametrize(
-    "name", [name for name, text in {"README.md": README, **PAGES}.items() if programs(text)]
+    "name",
+    [
+        name
+        for name, text in {"README.md": README, **PAGES}.items()
+        if programs(text) and name not in TUTORIALS
+    ],
 )
 def test_python_of_a_page_runs(name: str) -> None:
     for block in programs({"README.md": README, **PAGES}[name]):
