@@ -54,8 +54,8 @@ net.load_state_dict(load_file("model.safetensors"))
 
 
 def step(numbers, state=None):  # symbols (T, B) -> logits (T, B, symbols), and the state to go on from
-    output, state = net["rnn"](net["embedding"](numbers), state)
-    return net["readout"](output), state
+    output, state = net.rnn(net.embedding(numbers), state)
+    return net.readout(output), state
 
 
 """
