@@ -37,7 +37,7 @@ def programs(page: str) -> list[str]:
 
 
 def commands(page: str = README) -> list[str]:
-    lines = [line for block in blocks("bash", page) for line in block.splitlines()]
+    lines = [line for block in blocks("bash", page) for line in block.replace("\\\n", "").splitlines()]
     return [re.split("[#<]", line)[0].strip() for line in lines if line.startswith("dni-rnn")]
 
 
