@@ -130,8 +130,16 @@ def test_a_tutorial_runs(
         if programs(text) and name not in TUTORIALS
     ],
 )
-def test_python_of_a_page_runs(name: str) -> None:
-    for block in programs({"README.md": README, **PAGES}[name]):
+def test_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = {"README.md": README, **PAGES}[name]
+    if "model.json" in page:  # its program runs where an exported text model is
+        text, run = tmp_path / "text.txt", tmp_path / "run"
+        text.write_text("The sea shells that she sells are sea shells of the sea shore.\n" * 60)
+        small = "--hidden 8 --batch-size 4 --bptt 4 --steps 2 --threads 1 --device cpu"
+        assert main(["train", "text", str(text), *small.split(), "--out", str(run)]) == 0
+        assert main(["export", str(run)]) == 0
+        monkeypatch.chdir(run / "export")
+    for block in programs(page):
         exec(compile(block, name, "exec"), {"__name__": "__main__"})
 
 

@@ -41,12 +41,13 @@ OF_THE_MACHINE = ("data_dir", "out", "device", "threads", "resume", "processes",
 """Settings that say nothing of the weights, and something of whose machine it was."""
 
 LOAD = """import json
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-card = json.load(open("model.json"))
+card = json.loads(Path("model.json").read_text())
 made = {name: getattr(nn, kind)(**arguments) for name, (kind, arguments) in card["modules"].items()}
 """
 RECURRENT = """net = nn.ModuleDict(made)
