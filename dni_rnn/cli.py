@@ -27,7 +27,8 @@ from dni_rnn.commands.train import leave, train_command, train_run
 from dni_rnn.config import RunConfig
 from dni_rnn.data.task import Task, installed_tasks
 from dni_rnn.distributed import processes as distributed
-from dni_rnn.errors import DivergedError, LostError, ReportedElsewhere, UsageError
+from dni_rnn.errors import DivergedError, LostError, ReportedElsewhere, UsageError, of_files
+from dni_rnn.starter import end_with_starter
 
 TASKS = installed_tasks()
 
@@ -119,6 +120,7 @@ def parse_train(arguments: list[str]) -> tuple[str, Task, Any]:
 def script() -> None:
     """The command `dni-rnn`: `main`, and the end of the process with its exit code."""
     never_fail()
+    end_with_starter()
     if not distributed.launched():
         sys.exit(main())
     try:
@@ -154,6 +156,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        said = of_files(error)
+        if said is None:
+            raise
+        print(f"dni-rnn: {said}", file=sys.stderr)
+        return 2
     return 0
 
 

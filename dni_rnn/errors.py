@@ -1,4 +1,22 @@
-"""The two ways a command fails on purpose. Everything else is a bug and keeps its traceback."""
+"""The ways a command fails on purpose. Everything else is a bug and keeps its traceback."""
+
+import errno
+
+ROOM = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+ACCESS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
+
+
+def of_files(error: OSError) -> str | None:
+    """What to tell the user of a file that cannot be read or written; None where it is something else."""
+    if error.errno not in (*ROOM, *ACCESS):
+        return None
+    file = "" if error.filename is None else f"{error.filename}: "
+    if error.errno in ROOM:
+        return f"{file}cannot be written ({error.strerror}); make room and give the same command again"
+    return f"{file}cannot be read or written ({error.strerror})"
 
 
 class UsageError(Exception):

@@ -22,8 +22,6 @@ class Sample:
     """Below 1 the model prefers what it finds likely; 1 samples its own distribution."""
     seed: int = 0
     """Of the sampling."""
-    data_dir: Path | None = None
-    """Not needed: what a run wrote of its symbols is enough."""
 
     def __call__(self) -> None:
         from dni_rnn.training.inference import load_writer

@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
+from dni_rnn.atomic_files import write_atomically
 from dni_rnn.errors import UsageError
 from dni_rnn.metrics import Metric, Point
 
@@ -139,7 +140,7 @@ def save_curves(paths: Sequence[Path], curves: Sequence[Curve], metric: Metric) 
       curves: what to draw; those with nothing to average (`mean_curve`) are left out.
       metric: whose validations they are.
     Raises:
-      UsageError: a file has another ending or cannot be written.
+      UsageError: a file has another ending.
     """
     drawn = [curve for curve in curves if mean_curve(curve.runs)]
     _save(paths, lambda: _draw(drawn, metric), fingerprint(curves, metric))
@@ -282,10 +283,7 @@ def _save(paths: Sequence[Path], draw: Callable[[], Figure], content: str) -> No
             if path.suffix == ".svg":
                 style = f"<style>@media (prefers-color-scheme: dark) {{{DARK}}}</style>"
                 drawn = drawn.replace(b" <metadata>", f" {style}\n <metadata>".encode(), 1)
-            try:
-                path.write_bytes(drawn)
-            except OSError as error:
-                raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
+            write_atomically(path, drawn)
 
 
 def _draw(curves: Sequence[Curve], metric: Metric) -> Figure:

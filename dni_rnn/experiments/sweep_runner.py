@@ -34,6 +34,7 @@ from dni_rnn.experiments.sweep import (
 )
 from dni_rnn.experiments.sweep_progress import SweepProgress, best_score
 from dni_rnn.metrics import metric_of
+from dni_rnn.starter import environment
 
 POLL_SECONDS = 0.5
 LEAST_TURN = 20.0
@@ -271,4 +272,5 @@ def _start(cell: Cell, work: Path, device: str | None) -> subprocess.Popen[bytes
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
+            env=environment(),
         )

@@ -365,11 +365,12 @@ class Traced(nn.Module):
         return {f"{layer}.{i}": t for layer, tensors in state.items() for i, t in enumerate(tensors)}
 
     def load_named_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `named_state`."""
-        state: dict[str, list[Tensor]] = {}
+        """The inverse of `named_state`, in whatever order the tensors come."""
+        state: dict[str, dict[int, Tensor]] = {}
         for name, tensor in tensors.items():
-            state.setdefault(name.partition(".")[0], []).append(tensor)
-        self.load_trace_state(state)
+            layer, _, number = name.partition(".")
+            state.setdefault(layer, {})[int(number)] = tensor
+        self.load_trace_state({layer: [t[i] for i in range(len(t))] for layer, t in state.items()})
 
     def reset(self) -> None:
         """Forget all: as before the first window."""
