@@ -1,14 +1,22 @@
-"""How a run takes `kill -9`, and every command inputs that are damaged. Prints a table in Markdown.
+"""How runs take `kill -9` and a disk that fills up, and every command inputs that are damaged.
 
-    python benchmarks/endurance.py --out runs/endurance --minutes 30
+    python benchmarks/endurance.py --out runs/endurance --minutes 60 --table results/endurance
 
 A killed run is killed again and again, each time at a random moment, and resumed until it ends: then every
-logged number and every weight must be that of a run that was left alone. A damaged input is made from a valid
-one; a command must refuse it in one line, with exit code 2 and without having written anything, or do what it
-does when the damage means nothing. Of a checkpoint no changed byte may go unnoticed.
+logged number and every weight must be that of a run that was left alone. Of a run in several processes one
+process is killed, or all that train, or what started them; of a sweep what runs it, and its rows must be
+those of a sweep that was left alone, but for times. Nothing that was started may be left.
+
+A damaged input is made from a valid one; a command must refuse it in one line, with exit code 2 and without
+having written anything, or do what it does when the damage means nothing. Of a checkpoint no changed byte may
+go unnoticed.
+
+A disk fills up before a command or while it runs, but for some room. The command must end in one line and
+leave no part of a file; with room again it must end as it ends when there was always room. The disk is a
+tmpfs in a mount namespace of its own; where that is not allowed, no file may become longer than some size.
 
 What was tried is kept in `--out`, by number, and not tried again: the same command goes on.
-Needs `fork`, so not Windows.
+Needs `fork`, so not Windows, and for processes and sweeps /proc, so Linux.
 """
 
 from __future__ import annotations
@@ -21,11 +29,14 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,8 +44,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dni_rnn.atomic_files import exclusive, read_jsonl, write_jsonl
+from dni_rnn.atomic_files import exclusive, read_jsonl, write_atomically, write_jsonl
 from dni_rnn.cli import main as dni_rnn
+from dni_rnn.experiments.report import markdown_table
 from dni_rnn.experiments.sweep import Cell, make_row
 from dni_rnn.training.checkpoint import load_checkpoint
 
@@ -46,8 +58,18 @@ RUNS = {
     "recurrent, copy with a trace": f"copy {SMALL} --trace 8".split(),
     "feed-forward, addition": ["addition", "--width", "16", "--batch-size", "32", "--method", "dni"],
 }  # fmt: skip
+PARTS = "addition --layers 2 --width 16 --batch-size 32 --decoupled --processes 2"
+APART = {
+    "data-parallel": f"text text.txt {SMALL} --dni --processes 2".split(),
+    "decoupled, queue of 1": [*PARTS.split(), "--queue", "1"],
+    "decoupled, queue of 2": PARTS.split(),
+}
+"""Runs in several processes. What more than one message under way does is up to the machine: such a run is
+compared with the spread of some that were left alone."""
+LEFT_ALONE = 5
+VICTIMS = ("one that trains", "all that train", "what started them")
 STEPS, EVAL_EVERY = 300, 2_000
-SECONDS = 120.0
+SECONDS = 300.0
 """After which a command hangs."""
 
 
@@ -59,14 +81,32 @@ class Ended(NamedTuple):
     err: str
 
 
-def run(folder: Path, words: Sequence[str], seconds: float = SECONDS) -> Ended:
-    """`dni-rnn WORDS` in `folder`, in a process of its own that is killed after so many seconds."""
-    files = [folder / ".out", folder / ".err"]
-    child = os.fork()
-    if child == 0:
+MARK = "DNI_RNN_ENDURANCE"
+"""Environment variable by which processes that a command has started are found."""
+
+
+class Command:
+    """`dni-rnn WORDS` in `folder`, in a process of its own; a stream reads the text.
+
+    Args:
+      longest: bytes of a file that it may write; None: any number.
+    """
+
+    def __init__(self, folder: Path, words: Sequence[str], longest: int | None = None) -> None:
+        self.mark = str(uuid.uuid4())
+        self._files = [folder.parent / f".{folder.name}.{name}" for name in ("out", "err")]
+        stream = next((place for place in (folder, folder.parent) if (place / "text.txt").exists()), None)
+        self.pid = os.fork()
+        if self.pid:
+            return
         os.chdir(folder)
-        for descriptor, file in zip((1, 2), files, strict=True):
+        os.environ[MARK] = self.mark
+        sources = os.devnull if stream is None else stream / "text.txt"
+        os.dup2(os.open(sources, os.O_RDONLY), 0)
+        for descriptor, file in zip((1, 2), self._files, strict=True):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
+        if longest is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (longest, longest))
         code = 99
         try:
             code = dni_rnn([str(word) for word in words])
@@ -79,20 +119,49 @@ def run(folder: Path, words: Sequence[str], seconds: float = SECONDS) -> Ended:
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(code)
-    until = time.monotonic() + seconds
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            break
-        if time.monotonic() >= until:
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            break
-        time.sleep(0.002)
-    out, err = (file.read_text(errors="replace") if file.exists() else "" for file in files)
-    for file in files:
-        file.unlink(missing_ok=True)
-    return Ended(os.WEXITSTATUS(status) if os.WIFEXITED(status) else None, out, err)
+
+    def wait(self, seconds: float) -> Ended | None:
+        """How it ended; None while it runs."""
+        until = time.monotonic() + seconds
+        while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.002)
+        out, err = (file.read_text(errors="replace") if file.exists() else "" for file in self._files)
+        for file in self._files:
+            file.unlink(missing_ok=True)
+        return Ended(os.WEXITSTATUS(ended[1]) if os.WIFEXITED(ended[1]) else None, out, err)
+
+    def kill(self) -> Ended:
+        os.kill(self.pid, signal.SIGKILL)
+        ended = self.wait(SECONDS)
+        assert ended is not None
+        return ended
+
+    def started(self) -> list[int]:
+        """Numbers of the processes that it has started, and these in turn, as far as they are at work."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"{MARK}={self.mark}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                    found.append(int(path.name))
+        return found
+
+    def left(self, seconds: float = 20.0) -> int:
+        """How many of them are still there after so long at most; they are then killed."""
+        until = time.monotonic() + seconds
+        while (found := self.started()) and time.monotonic() < until:
+            time.sleep(0.05)
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return len(found)
+
+
+def run(folder: Path, words: Sequence[str], seconds: float = SECONDS) -> Ended:
+    """A command that is killed after so many seconds."""
+    command = Command(folder, words)
+    return command.wait(seconds) or command.kill()
 
 
 @functools.cache
@@ -108,31 +177,45 @@ def warm(folder: Path) -> None:
 
 
 def training(name: str, out: str, steps: int) -> list[str]:
-    task, *words = RUNS[name]
+    task, *words = (RUNS | APART)[name]
     budget = ["--steps", str(steps), "--eval-every", str(EVAL_EVERY)]
     return ["train", task, *words, *SHARED, *budget, "--out", out]
 
 
-def result_of(path: Path) -> Any:
-    """Every logged number of a run that is not a time, and its weights, as one digest."""
+def result_of(path: Path, apart: bool = False) -> Any:
+    """Every logged number of a run that is not a time, and its weights, as one digest.
+
+    Args:
+      apart: of the numbers those of validations alone: what a part has heard of others is up to the moment.
+    """
     rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_jsonl(path / "metrics.jsonl")]
+    rows = [row for row in rows if not apart or "valid_loss" in row or "valid_error" in row]
     digest = hashlib.sha256(json.dumps(rows).encode())
-    for name in ("checkpoint", "best"):
-        tensors, _ = load_checkpoint(path / f"{name}.safetensors")
+    parts = [
+        files[-1] for part in sorted(path.glob("part*")) if (files := sorted(part.glob("*.safetensors")))
+    ]
+    for file in (path / "checkpoint.safetensors", path / "best.safetensors", *parts):
+        tensors, _ = load_checkpoint(file)
         for key in sorted(tensors):
             digest.update(key.encode() + tensors[key].flatten().view(torch.uint8).numpy().tobytes())
     return len(rows), digest.hexdigest()
 
 
+def left_alone(folder: Path, name: str, steps: int, number: int = 0) -> Path:
+    """A run of a kind from beginning to end, made once; how long it took is in its file `seconds`."""
+    whole, began = folder / f"whole {name} {number}", time.monotonic()
+    if not (whole / "seconds").exists():
+        shutil.rmtree(whole, ignore_errors=True)
+        ended = run(folder, training(name, whole.name, steps))
+        assert ended.code == 0, ended
+        (whole / "seconds").write_text(str(time.monotonic() - began))
+    return whole
+
+
 def killed(folder: Path, name: str, number: int, steps: int) -> dict[str, Any]:
     """One run of a kind, killed at random moments until it ends; `same` is whether that left no mark."""
     warm(folder)
-    whole = folder / f"whole {name}"
-    began = time.monotonic()
-    if not (whole / "summary.json").exists():
-        shutil.rmtree(whole, ignore_errors=True)
-        assert run(folder, training(name, whole.name, steps)).code == 0
-        (whole / "seconds").write_text(str(time.monotonic() - began))
+    whole = left_alone(folder, name, steps)
     seconds, chance = float((whole / "seconds").read_text()), random.Random(f"{name} {number}")
     shutil.rmtree(folder / "killed", ignore_errors=True)
     kills, moment = 0, 0
@@ -146,6 +229,116 @@ def killed(folder: Path, name: str, number: int, steps: int) -> dict[str, Any]:
         kills += 1
     same = ended.code == 0 and result_of(folder / "killed") == result_of(whole)
     return {"name": name, "number": number, "kills": kills, "same": same, "said": ended.err[-300:]}
+
+
+def killed_apart(folder: Path, name: str, number: int, steps: int) -> dict[str, Any]:
+    """The same of a run in several processes. What it had started must be gone when what started it is."""
+    whole, chance = left_alone(folder, name, steps), random.Random(f"{name} {number}")
+    shutil.rmtree(folder / "killed", ignore_errors=True)
+    words, metrics = training(name, "killed", steps), folder / "killed" / "metrics.jsonl"
+    left, rows = 0, len(read_jsonl(whole / "metrics.jsonl"))
+    victims = Counter[str]()
+    command = Command(folder, [*words, "--resume"])
+    for moment in sorted(chance.uniform(-0.3, 0.9) for _ in range(4)):
+        # A share of its rows; before the first at any moment of its start.
+        until = time.monotonic() + (SECONDS if moment >= 0.0 else chance.uniform(0.0, 6.0))
+        ended = command.wait(0.01)
+        while ended is None and time.monotonic() < until:
+            if moment >= 0.0 and metrics.exists() and metrics.read_bytes().count(b"\n") >= moment * rows:
+                break
+            ended = command.wait(0.01)
+        there = command.started()
+        if ended is not None or not there:
+            continue
+        victim = chance.choice(VICTIMS)
+        victims[victim] += 1
+        if victim == VICTIMS[2]:
+            command.kill()
+            left += command.left()
+            command = Command(folder, [*words, "--resume"])
+            continue
+        for pid in there if victim == VICTIMS[1] else [chance.choice(there)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    ended = command.wait(SECONDS) or command.kill()
+    left += command.left()
+    if ended.code == 1 and "giving up" in ended.err:  # killed too often for one start
+        ended = run(folder, [*words, "--resume"])
+    same = ended.code == 0 and not left
+    if same and "queue of 2" in name:
+        others = [left_alone(folder, name, steps, other) for other in range(LEFT_ALONE)]
+        known = [test_error(path) for path in others]
+        spread = max(known) - min(known)
+        same = min(known) - spread <= test_error(folder / "killed") <= max(known) + spread
+    elif same:
+        apart = name.startswith("decoupled")
+        same = result_of(folder / "killed", apart) == result_of(whole, apart)
+    record = {"name": name, "number": number, "kills": victims.total(), "same": same, "left": left}
+    return record | {"victims": dict(victims), "said": ended.err[-300:]}
+
+
+def test_error(path: Path) -> float:
+    return json.loads((path / "summary.json").read_text())["test_error"]
+
+
+SHORT = "--hidden 8 --embedding 4 --batch-size 4 --threads 1 --device cpu --save-every 0 --log-every 2"
+SWEEP = f"""train = "text text.txt {SHORT} --steps 60 --eval-every 400"
+seeds = [0]
+
+[cells]
+"T=4" = "--bptt 4 --dni"
+"T=2" = "--bptt 2 --trace 8"
+"""
+OF_TIME = ("seconds", "symbols_per_second", "peak_memory_mb")
+
+
+def sweep(folder: Path, name: str) -> list[str]:
+    (folder / name).mkdir(exist_ok=True)
+    (folder / name / "sweep.toml").write_text(SWEEP)
+    return ["sweep", name, "--work", f"{name} at work"]
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a sweep without times."""
+
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: timeless(v) for k, v in value.items() if k not in OF_TIME}
+        return [timeless(each) for each in value] if isinstance(value, list) else value
+
+    return [timeless(row) for row in read_jsonl(folder / "rows.jsonl")]
+
+
+def swept(folder: Path, seconds: float = 4 * SECONDS) -> Path:
+    """A sweep that was left alone, made once."""
+    whole, began = folder / "whole sweep", time.monotonic()
+    if not (whole / "seconds").exists():
+        shutil.rmtree(whole, ignore_errors=True)
+        ended = run(folder, sweep(folder, whole.name), seconds)
+        assert ended.code == 0, ended
+        (whole / "seconds").write_text(str(time.monotonic() - began))
+    return whole
+
+
+def killed_sweep(folder: Path, number: int) -> dict[str, Any]:
+    """A sweep, killed at random moments; the runs that it had started must be gone too."""
+    whole, chance = swept(folder), random.Random(f"sweep {number}")
+    seconds = float((whole / "seconds").read_text())
+    for name in ("killed sweep", "killed sweep at work"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    kills, left = 0, 0
+    while True:
+        command = Command(folder, sweep(folder, "killed sweep"))
+        ended = command.wait(chance.uniform(0.0, seconds * (0.4 + 0.2 * kills)))
+        if ended is not None:
+            break
+        command.kill()
+        kills += 1
+        left += command.left()
+    same = ended.code == 0 and not left and rows_of(folder / "killed sweep") == rows_of(whole)
+    failed = (folder / "killed sweep" / "failed.jsonl").exists()
+    record = {"name": "sweep", "number": number, "kills": kills, "same": same and not failed, "left": left}
+    return record | {"said": ended.err[-300:]}
 
 
 # Damaged inputs
@@ -249,7 +442,7 @@ def valid(folder: Path) -> Path:
         shutil.rmtree(made, ignore_errors=True)
         (made / "sweep").mkdir(parents=True)
         (made / "data").mkdir()
-        (made / "text.txt").write_text(TEXT[:6000])
+        (made / "text.txt").write_text(TEXT)
         assert run(made, training(NAME, "run", 10)).code == 0
         (made / "sweep" / "sweep.toml").write_text(
             'train = "text --hidden 16"\nseeds = [0, 1]\ntitle = "T"\n\n[cells]\n"a T=4" = "--bptt 4 --dni"\n'
@@ -299,30 +492,249 @@ def damaged(folder: Path, number: int) -> dict[str, Any]:
     return record | {"refused": ended.code == 2, "wrong": wrong, "said": ended.err[-600:] if wrong else ""}
 
 
+# A disk that fills up
+
+BENCH = "--hidden 4 --bptt 1 --batch-size 2 --rounds 1 --processes 1"
+FILLED: dict[str, list[str]] = {
+    **{f"train, {name}": training(name, "new", 40) for name in RUNS},
+    "train, live": ["train", "live", *SMALL.split(), "--lag", "0", "--trace", "8", *SHARED, "--out", "new"],
+    "train, decoupled": training("decoupled, queue of 1", "new", 40),
+    "train, data-parallel": training("data-parallel", "new", 40),
+    "sweep": ["sweep", "grid", "--work", "work"],
+    "report": ["report", "sweep"],
+    "compare": ["compare", "run", "--out", "new.png"],
+    "eval": ["eval", "run", "--device", "cpu"],
+    "sample": SAMPLE,
+    "diagnose": ["diagnose", "run", "--bptt", "1", "--device", "cpu"],
+    "demo": ["demo", "--out", "new"],
+    "bench": ["bench", *BENCH.split(), "--out", "new.md"],
+}
+"""Commands while the disk is full. Of a demo, which takes minutes, only the failing is watched."""
+INSIDE = "DNI_RNN_ENDURANCE_MOUNTS"
+
+
+def may_mount() -> bool:
+    """Whether this process may mount what nobody else sees; where it can, it starts itself anew so."""
+    if INSIDE in os.environ or not shutil.which("unshare"):
+        return INSIDE in os.environ
+    words = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
+    probe = subprocess.run([*words, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True)
+    if probe.returncode == 0:
+        os.environ[INSIDE] = "1"
+        os.execvp(words[0], [*words, sys.executable, __file__, *sys.argv[1:]])
+    return False
+
+
+def whole_files(folder: Path) -> str:
+    """Which file in a folder is not whole, or that there is none such."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".tmp":
+            return f"{path.name} was left"
+        content = path.read_bytes() if path.is_file() else b""
+        try:
+            if path.suffix == ".safetensors":
+                load_checkpoint(path)
+            elif path.suffix == ".json":
+                json.loads(content)
+            elif path.suffix == ".jsonl":
+                read_jsonl(path)
+        except Exception as error:
+            return f"{path.name}: {error}"
+        ends = {".png": b"IEND\xaeB`\x82", ".svg": b"</svg>", ".html": b"</html>", ".md": b"", ".toml": b""}
+        if not content.rstrip().endswith(ends.get(path.suffix, b"")):
+            return f"{path.name} is a part of a file"
+    return ""
+
+
+def outcome(there: Path, name: str, out: str) -> Any:
+    """What a command has made, without times."""
+    if name.startswith("train, decoupled") or name == "train, live":
+        return True
+    if name.startswith("train"):
+        return result_of(there / "new")
+    if name == "sweep":
+        return rows_of(there / "grid")
+    if name == "report":
+        return {path.name: path.read_bytes() for path in sorted((there / "sweep").iterdir())}
+    if name == "compare":
+        return (there / "new.png").read_bytes()
+    return out if name in ("eval", "sample") else True
+
+
+def prepared(folder: Path, there: Path) -> None:
+    shutil.copytree(valid(folder), there, dirs_exist_ok=True)
+    (there / "grid").mkdir()
+    (there / "grid" / "sweep.toml").write_text(SWEEP)
+
+
+def filled(folder: Path, number: int, mounts: bool) -> dict[str, Any]:
+    """One command whose disk fills up; `wrong` says what should not be, if anything."""
+    warm(folder)
+    chance, name = random.Random(f"disk {number}"), list(FILLED)[number % len(FILLED)]
+    words, there, example = FILLED[name], folder / "disk", folder / "ample" / name
+    if name != "demo" and not (folder / f"ample {name}.json").exists():
+        shutil.rmtree(example, ignore_errors=True)
+        example.mkdir(parents=True)
+        prepared(folder, example)
+        before, began = sum(map(len, held(example).values())), time.monotonic()
+        ended = run(example, words)
+        assert ended.code == 0, ended
+        wrote = sum(map(len, held(example).values())) - before
+        about = {"wrote": wrote, "seconds": time.monotonic() - began, "out": ended.out}
+        (folder / f"ample {name}.json").write_text(json.dumps(about))
+    about = {"wrote": 100_000, "seconds": 4.0}
+    if name != "demo":
+        about = json.loads((folder / f"ample {name}.json").read_text())
+    shutil.rmtree(there, ignore_errors=True)
+    there.mkdir()
+    size = 40_000_000
+    if mounts:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(there)], check=True)
+    try:
+        prepared(folder, there)
+        room = chance.randrange(1 + int(1.3 * about["wrote"]))
+        moment = (
+            0.0 if chance.random() < 0.3 or name == "demo" else chance.uniform(0.0, 1.2 * about["seconds"])
+        )
+        if mounts and not moment:
+            fill(there, room)
+        command = Command(there, words, longest=None if mounts else room)
+        ended = command.wait(moment) if mounts and moment else None
+        if mounts and moment and ended is None:
+            fill(there, room)
+        ended = ended or command.wait(SECONDS if name != "demo" else 20.0) or command.kill()
+        wrong, lines = "", [line for line in ended.err.splitlines() if line.startswith("dni-rnn: ")]
+        if ended.code is None and name != "demo":
+            wrong = "hangs"
+        elif "Traceback" in ended.err:
+            wrong = "traceback"
+        elif ended.code not in (None, 0, 2) and not (name == "sweep" and ended.code == 1):
+            wrong = f"exit code {ended.code}"
+        elif ended.code == 2 and len(lines) != 1:
+            wrong = "not in one line"
+        elif command.left(10.0):
+            wrong = "something still runs"
+        else:
+            wrong = whole_files(there)
+        (there / "ballast").unlink(missing_ok=True)
+        failed, said = ended.code != 0, ended.err
+        if failed and not wrong and name != "demo":
+            ended = run(there, [*words, "--resume"] if words[0] == "train" else words)
+            wrong = "" if ended.code == 0 else f"does not go on: exit code {ended.code}"
+            said += ended.err
+        if (
+            not wrong
+            and name != "demo"
+            and outcome(there, name, ended.out) != outcome(example, name, about["out"])
+        ):
+            wrong = "ends otherwise"
+        record = {"name": name, "number": number, "room": room, "failed": failed, "wrong": wrong}
+        return record | {"said": said[-600:] if wrong else ""}
+    finally:
+        if mounts:
+            subprocess.run(["umount", "--lazy", str(there)], check=True)
+
+
+def fill(there: Path, room: int) -> None:
+    """Leave so much room on a disk."""
+    with open(there / "ballast", "wb") as ballast, contextlib.suppress(OSError):
+        while (free := shutil.disk_usage(there).free - room) > 0:
+            ballast.write(bytes(min(free, 1 << 16)))
+            ballast.flush()
+
+
 # What was tried, and the table
 
 
-def table(kills: Sequence[dict[str, Any]], inputs: Sequence[dict[str, Any]]) -> str:
-    lines = ["| killed run | runs | kills | the same bit for bit |", "|---|--:|--:|--:|"]
-    for name in RUNS:
-        mine = [record for record in kills if record["name"] == name]
+class Kind(NamedTuple):
+    """One table: what was tried, and how a column counts the records of a name."""
+
+    file: str
+    title: str
+    columns: dict[str, Callable[[list[dict[str, Any]]], int]]
+
+
+def _count(of: Callable[[dict[str, Any]], Any]) -> Callable[[list[dict[str, Any]]], int]:
+    return lambda records: sum(int(of(record)) for record in records)
+
+
+KINDS = [
+    Kind("kills", "killed run", {
+        "runs": len, "kills": _count(lambda r: r["kills"]), "left behind": _count(lambda r: r.get("left", 0)),
+        "the same": _count(lambda r: r["same"]),
+    }),
+    Kind("damaged", "damaged input", {
+        "tried": len, "refused in one line": _count(lambda r: r["refused"] and not r["wrong"]),
+        "did no harm": _count(lambda r: not r["refused"] and not r["wrong"]),
+        "wrong": _count(lambda r: bool(r["wrong"])),
+    }),
+    Kind("full", "command on a disk that fills up", {
+        "tried": len, "failed in one line, then went on": _count(lambda r: r["failed"] and not r["wrong"]),
+        "had room": _count(lambda r: not r["failed"] and not r["wrong"]),
+        "wrong": _count(lambda r: bool(r["wrong"])),
+    }),
+]  # fmt: skip
+
+
+def counted(kind: Kind, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each name."""
+    names = list(dict.fromkeys(record["name"] for record in records))
+    rows = []
+    for name in names:
+        mine = [record for record in records if record["name"] == name]
+        rows.append({"of": kind.title, "name": name} | {k: count(mine) for k, count in kind.columns.items()})
+    return rows
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of each kind, in Markdown."""
+    texts = []
+    for kind in KINDS:
+        mine = [row for row in rows if row["of"] == kind.title]
+        columns = list(kind.columns)
+        lines = [[row["name"], *(f"{row[column]:,}" for column in columns)] for row in mine]
+        total = ["all", *(f"{sum(row[column] for row in mine):,}" for column in columns)]
         if mine:
-            total = sum(r["kills"] for r in mine)
-            lines.append(f"| {name} | {len(mine)} | {total} | {sum(r['same'] for r in mine)} |")
-    lines += [
-        "",
-        "| damaged input | tried | refused in one line | did no harm | wrong |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for name in INPUTS:
-        mine = [record for record in inputs if record["name"] == name]
-        wrong = sum(bool(record["wrong"]) for record in mine)
-        refused = sum(record["refused"] and not record["wrong"] for record in mine)
-        if mine:
-            lines.append(f"| `{name}` | {len(mine)} | {refused} | {len(mine) - refused - wrong} | {wrong} |")
-    why = Counter(record["wrong"] for record in inputs if record["wrong"])
-    lines += ["", f"{len(inputs)} damaged inputs, {sum(why.values())} wrong" + f": {dict(why)}" * bool(why)]
-    return "\n".join(lines)
+            texts.append(markdown_table([kind.title, *columns], [*lines, total]))
+    return "\n".join(texts)
+
+
+PAGE = """# Endurance
+
+Runs of {steps} updates, killed with `kill -9` at random moments and resumed until they ended, against the
+same run left alone: *the same* are those of which every logged number that is no time, and every weight, is
+equal bit for bit. Of decoupled ones the numbers are those of validations; with two messages under way it is
+up to the machine what they do, and the same means a test error within the spread of {alone} runs left alone.
+Of runs in processes one of them was killed, or all that train, or what started them; *left behind* are
+processes that were still there 20 seconds later. A sweep is the same when its rows are, but for times.
+
+Damaged inputs: cut, bytes flipped, overwritten, left out, put in or zeroed, values of another kind, each read
+by a command that needs it. *Did no harm*: the command ended with exit code 0, as where a space was changed,
+or a digit that nothing checks.
+
+Disks fill up before a command or while it runs, but for a random room. *Failed in one line, then went on*:
+with room again the same command ended with what it makes when there was always room.
+
+{tables}
+Made by `{command}` from [rows.jsonl](rows.jsonl), which has the counts.
+"""
+
+
+def write_page(folder: Path, rows: list[dict[str, Any]], steps: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder / "rows.jsonl", rows)
+    command = "python benchmarks/endurance.py --minutes 60 --table results/endurance"
+    page = PAGE.format(steps=steps, alone=LEFT_ALONE, tables=tables(rows), command=command)
+    write_atomically(folder / "table.md", page.encode())
+
+
+class Job(NamedTuple):
+    """Something to be tried, once."""
+
+    kind: str
+    name: str
+    number: int
+    act: Callable[[], dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -332,35 +744,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("runs/endurance"), help="folder for all that is made"
     )
     parser.add_argument(
-        "--minutes", type=float, default=30.0, help="stop after this long; the same command goes on"
+        "--minutes", type=float, default=60.0, help="stop after this long; the same command goes on"
     )
     parser.add_argument("--runs", type=int, default=20, help="killed runs of each kind")
+    parser.add_argument("--apart", type=int, default=5, help="the same, in several processes")
+    parser.add_argument("--sweeps", type=int, default=10, help="killed sweeps")
     parser.add_argument("--steps", type=int, default=STEPS, help="updates of a run that is killed")
     parser.add_argument("--damaged", type=int, default=1000, help="damaged inputs")
+    parser.add_argument("--full", type=int, default=150, help="commands on a disk that fills up")
+    parser.add_argument("--table", type=Path, help="folder for table.md and rows.jsonl")
     options = parser.parse_args(arguments)
+    mounts = options.full > 0 and may_mount()
     torch.set_num_threads(1)
     until = time.monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
     folder = options.out.resolve()
     (folder / "text.txt").write_text(TEXT)
-    files = [folder / "kills.jsonl", folder / "damaged.jsonl"]
+    jobs = [
+        Job("kills", name, n, functools.partial(act, folder, name, n, options.steps))
+        for kinds, act, count in ((RUNS, killed, options.runs), (APART, killed_apart, options.apart))
+        for n in range(count)
+        for name in kinds
+    ]
+    jobs += [
+        Job("kills", "sweep", n, functools.partial(killed_sweep, folder, n)) for n in range(options.sweeps)
+    ]
+    jobs += [Job("damaged", "", n, functools.partial(damaged, folder, n)) for n in range(options.damaged)]
+    jobs += [Job("full", "", n, functools.partial(filled, folder, n, mounts)) for n in range(options.full)]
+    records: dict[str, list[dict[str, Any]]] = {}
     with exclusive(folder):
-        kills, inputs = (read_jsonl(file) if file.exists() else [] for file in files)
-        done = {(record["name"], record["number"]) for record in kills}
-        for number in range(max(options.runs, -(-options.damaged // 10))):  # both sides in turns
-            for name in RUNS if number < options.runs else ():
-                if (name, number) not in done and time.monotonic() < until:
-                    kills.append(killed(folder, name, number, options.steps))
-                    write_jsonl(files[0], kills)
-            for each in range(10 * number, min(10 * number + 10, options.damaged)):
-                if each >= len(inputs) and time.monotonic() < until:
-                    inputs.append(damaged(folder, each))
-            write_jsonl(files[1], inputs)
-    print(table(kills, inputs))
-    for record in (*kills, *inputs):
-        if not record.get("same", True) or record.get("wrong"):
-            print(json.dumps(record), file=sys.stderr)
-    return int(any(record["wrong"] for record in inputs) or not all(record["same"] for record in kills))
+        for kind in KINDS:
+            file = folder / f"{kind.file}.jsonl"
+            records[kind.file] = read_jsonl(file) if file.exists() else []
+        done = {(kind, r["number"], r["name"]) for kind, rs in records.items() for r in rs}
+        done |= {(kind, number, "") for kind, number, _ in done}
+        most = Counter((job.kind, job.name) for job in jobs)
+        # All kinds in turns, so that a short time has some of each.
+        for job in sorted(jobs, key=lambda job: job.number / most[job.kind, job.name]):
+            if (job.kind, job.number, job.name) not in done and time.monotonic() < until:
+                records[job.kind].append(job.act())
+                write_jsonl(folder / f"{job.kind}.jsonl", records[job.kind])
+    rows = [row for kind in KINDS for row in counted(kind, records[kind.file])]
+    print(tables(rows), end="")
+    if options.table is not None:
+        write_page(options.table, rows, options.steps)
+    bad = [r for rs in records.values() for r in rs if not r.get("same", True) or r.get("wrong")]
+    for record in bad:
+        print(json.dumps(record), file=sys.stderr)
+    return int(bool(bad))
 
 
 if __name__ == "__main__":

@@ -40,13 +40,19 @@ def ask(
       dtype: M's, as last known; a message in another is turned into M's.
 
     Raises:
-      ValueError: M does not return tensors of the shapes of the message.
+      ValueError: M does not return tensors of the shapes of the message, or has changed the message in place.
     """
     told = [leaf.detach() for leaf in leaves]
+    before = _versions(leaves)
     if {leaf.dtype for leaf in told} != {dtype} and not torch.is_autocast_enabled(told[0].device.type):
         own = dtype_of(synthesizer)
         told = told if own is None else [leaf.to(own) for leaf in told]
     answer = synthesizer(unflatten(told, spec), context)
+    if _versions(leaves) != before:
+        raise ValueError(
+            "the synthesizer changed its message in place, which is the sender's too: begin it with a clone, "
+            "or with a layer that does not work in place"
+        )
     answer, losses = (answer.gradient, [answer.losses]) if isinstance(answer, Critique) else (answer, [])
     rows, features = layout.sizes(leaves)
     if losses and losses[0].shape != (rows,):
@@ -56,6 +62,13 @@ def ask(
     parts, _ = flatten(answer, has_rows)
     alike(parts, leaves, "what the synthesizer returns")
     return [layout.rows(parts), *losses]
+
+
+def _versions(leaves: list[Tensor]) -> list[int]:
+    """By which a change in place is seen; a compiler does not, and tensors without history have none."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return []
+    return [0 if leaf.is_inference() else leaf._version for leaf in leaves]
 
 
 def batch_dim_of(synthesizer: nn.Module) -> Tree:

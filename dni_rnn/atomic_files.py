@@ -39,6 +39,11 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.close(folder)
 
 
+def name_of(path: Path) -> str:
+    """That of what a path or link leads to, in symbols that can be written; links may lead round."""
+    return os.path.basename(os.path.realpath(path)).encode(errors="replace").decode()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a file of JSON holds.
 

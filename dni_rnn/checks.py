@@ -122,15 +122,19 @@ def done_rows(done: Done, rows: int, device: torch.device) -> Tensor | None:
     """
     if done is None:
         return None
-    if type(done) is Tensor and done.dtype is torch.bool and done.shape == (rows,) and done.device == device:
+    known = type(done) is Tensor and done.dtype is torch.bool and done.layout is torch.strided
+    if known and done.shape == (rows,) and done.device == device:
         return done
     if not isinstance(done, Tensor):
         try:
-            done = torch.as_tensor(done)
+            # An array may be a view, turned round or of objects, that torch does not take.
+            done = torch.as_tensor(done.tolist() if hasattr(done, "tolist") else done)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(
                 f"done must be {rows} booleans, one a row, or None; it is a {type(done).__name__}"
             ) from None
+    if done.layout is not torch.strided:
+        raise ValueError(f"done must be a dense tensor, not {done.layout}")
     if done.dim() == 2 and done.shape[1] == 1:
         done = done.squeeze(1)
     if done.shape != (rows,):

@@ -8,6 +8,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from functools import reduce
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Annotated, Any, Union
 
 import tyro
@@ -75,7 +76,15 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _check_words(arguments: list[str]) -> None:
-    """Refuse an unknown command or task in one line."""
+    """Refuse an unknown command or task, and an empty word, in one line.
+
+    A path that is empty would be the working directory.
+    """
+    for before, word in pairwise(["dni-rnn", *arguments]):
+        option, equals, value = word.partition("=")
+        empty = not word or (option.startswith("--") and equals and not value)
+        if empty and "--prompt" not in (before, option):
+            raise UsageError(f"nothing behind {option or before}: was a variable meant that is not set?")
     if arguments[:1] == ["train"] and arguments[1:2] and arguments[1].startswith("-"):
         if {"-h", "--help"} & {*arguments}:
             return

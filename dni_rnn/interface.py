@@ -112,7 +112,8 @@ class Interface(Running):
     Raises:
       ValueError: `decay` does not lie in [0, 1); or, when it is called, the tensors of a message differ
         in the number of their rows or lie elsewhere than the interface, `done` is not one value for each row,
-        or M does not return tensors of the shapes of the message.
+        or M does not return tensors of the shapes of the message, changes the message in place, or returns
+        what has no graph although it has parameters to train.
       TypeError: a message holds something that has no place in one (`dni_rnn.pytree.flatten`).
 
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §2.
@@ -359,7 +360,13 @@ class Interface(Running):
         return without(done, predicted), bool(losses)
 
     def _edge(self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None) -> list[Tensor]:
-        tensors = (*leaves, *self._call(leaves, spec, context))
+        answers = self._call(leaves, spec, context)
+        if not answers[0].requires_grad and any(p.requires_grad for p in self.synthesizer.parameters()):
+            raise ValueError(
+                "what the synthesizer returns has no graph, so its parameters would never be trained: is "
+                "there a detach or a no_grad in it? (One that is not to be trained: requires_grad_(False))"
+            )
+        tensors = (*leaves, *answers)
         self._reached[0] = True
         return list(Edge.apply(self, done, len(leaves), *tensors))  # type: ignore[arg-type]
 

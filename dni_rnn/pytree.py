@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
@@ -199,8 +200,8 @@ def batch_dims(batch_dim: int | Tree) -> BatchDim:
     Raises:
       TypeError: it is something else.
     """
-    if isinstance(batch_dim, int):
-        return batch_dim
+    if hasattr(batch_dim, "__index__") and not isinstance(batch_dim, bool | Tensor):
+        return operator.index(batch_dim)
     found: list[int] = []
 
     def collect(spec: Spec) -> None:
@@ -258,7 +259,13 @@ def flatten_rows(tree: Tree, batch_dim: BatchDim = -2) -> Tensor:
 
 
 def side_by_side(leaves: Sequence[Tensor], batch_dim: BatchDim = -2) -> Tensor:
-    """`flatten_rows` of tensors that all have rows."""
+    """`flatten_rows` of tensors that all have rows.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if not leaves:
+        raise ValueError("nothing here has rows: give a tensor of real numbers, or a tree with one in it")
     if isinstance(batch_dim, int):
         rows = [_row_first(leaf, batch_dim) for leaf in leaves]
     else:

@@ -92,6 +92,8 @@ FORMS = {
     "list": ENDED.tolist(),
     "list of numbers": [1, 0, 1.0, 0],
     "tuple": tuple(ENDED.tolist()),
+    "array turned round": ENDED.flip(0).numpy()[::-1],
+    "array of objects": ENDED.numpy().astype(object),
 }
 
 
@@ -143,8 +145,9 @@ def test_done_of_any_type_is_one_truth_value_a_row(kind, form, generator):
         True,
         "yes",
         [ENDED.tolist()] * 2,
+        ENDED.to_sparse(),
     ],
-    ids=["(1, B)", "too few", "one", "0-d", "(B, 2)", "a bool", "a str", "(2, B)"],
+    ids=["(1, B)", "too few", "one", "0-d", "(B, 2)", "a bool", "a str", "(2, B)", "sparse"],
 )
 def test_done_that_is_something_else_is_refused_at_the_call(done, generator):
     state = torch.zeros(1, B, H, dtype=torch.float64)
@@ -572,7 +575,7 @@ def test_rows_that_lie_elsewhere_are_noticed(generator):
     m = MLPSynthesizer(torch.zeros(1, B, H))
     with pytest.raises(ValueError, match=r"built for a message \(B, 6\), not \(1, 24\)"):
         Interface(m).receive(torch.zeros(B, 1, H))
-    with pytest.raises(ValueError, match=r"inputs.*have 4 rows"):
+    with pytest.raises(ValueError, match=r"inputs.*go with a state \[\(1, 4, 6\)\], not \[\(1, 3, 6\)\]"):
         Traced(nn.GRU(3, H))(torch.zeros(2, B, 3), torch.zeros(1, 3, H))
 
 
@@ -585,6 +588,76 @@ def test_what_m_and_an_audit_say_has_the_shapes_of_the_message(generator):
         Interface(Mean()).receive(torch.zeros(B, H))
     with pytest.raises(ValueError, match="a real gradient must be tensors like the message"):
         made(torch.zeros(B, H), generator).audit(torch.zeros(B, H), torch.zeros(H))
+
+
+class Answering(nn.Module):
+    """M whose one layer is used by a function."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(H, H), function
+
+    def forward(self, message: Tensor, context: Any) -> Tensor:
+        return self.function(self.layer, message)
+
+
+def test_an_m_that_would_do_harm_or_never_learn_is_refused(generator):
+    """It shares the message with the sender, and is trained through its answer."""
+    message = random(generator, B, H).float()
+    for harm in (torch.relu_, lambda m: m.mul_(0.5), lambda m: m[:1].zero_()):
+        working = Interface(Answering(lambda layer, m, harm=harm: layer(harm(m))))
+        for call in (working.receive, working.send, working.predict):
+            with pytest.raises(ValueError, match="changed its message in place"):
+                call(message.clone())
+    Interface(Answering(lambda layer, m: layer(m.clone().relu_()))).receive(message)
+    cut = Interface(Answering(lambda layer, m: layer(m).detach()))
+    with pytest.raises(ValueError, match="would never be trained"):
+        cut.receive(message)
+    cut.requires_grad_(False).receive(message)
+    with torch.inference_mode():
+        cut.predict(random(generator, B, H).float())
+
+
+def test_an_example_without_rows_is_none():
+    for example in (None, (), torch.zeros(2, 3).long(), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="nothing here has rows"):
+            MLPSynthesizer(example)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "cell"])
+def test_a_state_that_is_not_of_the_core_is_refused_where_it_enters(kind):
+    """Also where a kernel would take what it needs of it, as the first layer of two."""
+    core = {"lstm": nn.LSTM(3, H), "gru": nn.GRU(3, H), "cell": nn.GRUCell(3, H)}[kind]
+    x = torch.zeros(2, B, 3) if kind != "cell" else torch.zeros(B, 3)
+    shape = (1, B, H) if kind != "cell" else (B, H)
+    right: Any = torch.zeros(shape)
+    wrong = [torch.zeros(2, B, H), torch.zeros(*shape[:-1], H + 1), (right, right, right)]
+    if kind == "lstm":
+        wrong = [(w, w) for w in wrong[:2]] + [right, (torch.zeros(B, H), torch.zeros(B, H))]
+    for mode in (True, False):
+        for state in wrong:
+            with pytest.raises(ValueError, match="go with a state"):
+                Traced(core).train(mode)(x, state)
+    if kind != "cell":
+        for inputs, error in ((x[:0], "one step"), (nn.utils.rnn.pack_sequence([x[0]]), "are a tensor")):
+            with pytest.raises((ValueError, TypeError), match=error):
+                Traced(core)(inputs)
+
+
+def test_a_core_that_does_more_than_torchs_is_not_traced_as_torchs():
+    class Doubled(nn.LSTM):
+        def forward(self, x: Tensor, state: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(2 * x, state)
+
+    class Named(nn.LSTM):
+        pass
+
+    with pytest.raises(TypeError, match="a forward of its own"):
+        Traced(Doubled(3, H))
+    for normed in (nn.utils.parametrizations.weight_norm, torch.nn.utils.spectral_norm):
+        with pytest.raises(ValueError, match="weight norm"):
+            Traced(normed(nn.GRU(3, H), "weight_hh_l0"))
+    Traced(Named(3, H))(torch.zeros(2, B, 3))
 
 
 def test_a_batch_without_rows_passes(generator):

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dni_rnn.training.checkpoint import load_checkpoint, save_checkpoint
 from dni_rnn.training.inference import load_run
 from dni_rnn.training.recurrent import evaluate
 from dni_rnn_tasks.recall import Recall
+from dni_rnn_tasks.text import Text
 
 TINY = "--hidden 8 --embedding 4 --batch-size 4 --bptt 4 --threads 1 --device cpu --log-every 5".split()  # noqa: SIM905
 TEXT = "she sells sea shells by the sea shore, and the shells she sells are sea shells, I am sure.\n" * 60
@@ -121,6 +123,36 @@ def test_a_checkpoint_says_itself_what_it_was_trained_on(run, tmp_path, capsys):
     text.write_text(TEXT[:-2] + ",\n")
     assert train(text, out, 20, "--resume") == 2
     assert "changed inside" in capsys.readouterr().err
+
+
+def test_a_mark_at_the_beginning_of_a_text_is_no_symbol(tmp_path):
+    """Editors on Windows put it there, in each file of a folder."""
+    for name, mark in {"plain": "", "marked": "\ufeff"}.items():
+        (tmp_path / name).mkdir()
+        for part in "ab":
+            (tmp_path / name / f"{part}.txt").write_text(mark + TEXT[:2000], encoding="utf-8")
+    plain, marked = (Text(path=tmp_path / name).load(None) for name in ("plain", "marked"))
+    assert plain.symbols == marked.symbols
+    assert np.array_equal(plain.train, marked.train)
+    as_bytes = Text(path=tmp_path / "marked", symbols="bytes").load(None)
+    assert sum(map(len, (as_bytes.train, as_bytes.valid, as_bytes.test))) == 2 * (2000 + 3)
+
+
+def test_paths_that_lead_nowhere(tmp_path, capsys, monkeypatch):
+    """Links that lead round, and the empty path of a variable that is not set: not the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "round").symlink_to("round")
+    for words in (["train", "text", "round"], ["compare", "round"], ["sweep", "round"], ["eval", "round"]):
+        assert "round" in failing(capsys, *words)
+    for words in (
+        ["train", "text", ""],
+        ["train", "text", "a.txt", "--out", ""],
+        ["train", "text", "a.txt", "--out="],
+        ["eval", ""],
+    ):
+        assert "variable meant that is not set" in failing(capsys, *words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "round"]
 
 
 # Another text than the run's own
@@ -280,22 +312,22 @@ def test_a_setting_of_another_kind_is_named(command, name, value, run, tmp_path,
 def test_a_short_endurance(tmp_path):
     """`benchmarks/endurance.py` in small; it goes on where it was stopped."""
     script = Path(__file__).parents[1] / "benchmarks" / "endurance.py"
-    words = [sys.executable, str(script), "--out", str(tmp_path), "--runs", "1", "--steps", "20"]
-    done = subprocess.run([*words, "--damaged", "9"], capture_output=True, text=True)
+    words = [sys.executable, str(script), "--out", str(tmp_path / "all"), "--runs", "1", "--steps", "20"]
+    words += ["--apart", "0", "--sweeps", "0", "--table", str(tmp_path / "table")]
+    done = subprocess.run([*words, "--damaged", "9", "--full", "4"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    kept = [(tmp_path / f"{name}.jsonl").read_text() for name in ("kills", "damaged")]
-    words = [*words, "--damaged", "10", "--minutes", "0"]
+    names = ("kills", "damaged", "full")
+    kept = [(tmp_path / "all" / f"{name}.jsonl").read_text() for name in names]
+    words = [*words, "--damaged", "10", "--full", "5", "--minutes", "0"]
     again = subprocess.run(words, capture_output=True, text=True)
     assert again.stdout == done.stdout
-    assert [(tmp_path / f"{name}.jsonl").read_text() for name in ("kills", "damaged")] == kept
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
-    counts = {row[0]: [int(n) for n in row[1:]] for row in rows if row[-1].isdigit()}
-    assert len(counts) == 3 + 9
-    for name, numbers in counts.items():
-        if name.startswith("`"):
-            assert (sum(numbers[1:3]), numbers[3]) == (1, 0), name
-        else:
-            assert (numbers[0], numbers[2]) == (1, 1), name
+    assert [(tmp_path / "all" / f"{name}.jsonl").read_text() for name in names] == kept
+    assert done.stdout in (tmp_path / "table" / "table.md").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "table" / "rows.jsonl").read_text().splitlines()]
+    assert Counter(row["of"].split()[0] for row in rows) == {"killed": 3, "damaged": 9, "command": 4}
+    for row in rows:
+        assert row.get("wrong", 0) == row.get("left behind", 0) == 0, row
+        assert row.get("tried", 1) == row.get("runs", 1) == row.get("the same", 1) == 1, row
 
 
 def test_endurance_notices_what_is_wrong(tmp_path):
@@ -303,7 +335,8 @@ def test_endurance_notices_what_is_wrong(tmp_path):
     script = Path(__file__).parents[1] / "benchmarks" / "endurance.py"
     code = (
         "import sys, runpy, pathlib\n"
-        "sys.argv = ['e', '--out', sys.argv[1], '--runs', '0', '--damaged', '2']\n"
+        "sys.argv = ['e', '--out', sys.argv[1], *'--runs 0 --apart 0 --sweeps 0 --full 0'.split()]\n"
+        "sys.argv += ['--damaged', '2']\n"
         "import dni_rnn.cli as cli\n"
         "def broken(words):\n"
         "    if 'run' in words and not pathlib.Path('run').exists(): return real(words)\n"
@@ -314,4 +347,4 @@ def test_endurance_notices_what_is_wrong(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "2 wrong: {'exit code 99': 1, 'unnoticed': 1}" in done.stdout
+    assert [json.loads(line)["wrong"] for line in done.stderr.splitlines()] == ["exit code 99", "unnoticed"]

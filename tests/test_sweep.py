@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from filelock import FileLock
 
 from dni_rnn.cli import main, parse_train
 from dni_rnn.errors import UsageError
@@ -156,7 +157,7 @@ def test_rows_of_other_seeds_do_not_count(finished, tmp_path, monkeypatch, capsy
 
 
 def test_a_killed_sweep_goes_on_elsewhere(finished, tmp_path, capsys):
-    """kill -9 of the sweep and of what it had started, in the middle of its second run; what is left is
+    """kill -9 of the sweep, in the middle of its second run, which then ends too; what is left is
     carried to another folder. While it runs, nobody else gets at its folders.
     """
     shared = (finished[0] / "sweep.toml").read_text().replace("[0, 1]", "[1]")
@@ -175,8 +176,10 @@ def test_a_killed_sweep_goes_on_elsewhere(finished, tmp_path, capsys):
     assert main([*words, "--resume", "--out", str(second)]) == 2
     there = "another process is at work there; let it end, or stop it"
     assert capsys.readouterr().err == f"dni-rnn: {folder}: {there}\ndni-rnn: {second}: {there}\n"
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
+    with FileLock(second / ".lock", timeout=60):  # what it had started has ended
+        pass
     assert [row["cell"] for row in read_rows(folder)] == ["bptt T=5"]
     assert not (second / "summary.json").exists()
     saved = load_checkpoint(second / "checkpoint.safetensors")[1]["step"]
@@ -190,6 +193,36 @@ def test_a_killed_sweep_goes_on_elsewhere(finished, tmp_path, capsys):
     assert [comparable(row) for row in read_rows(folder)] == expected
     # It went on from its checkpoint: the rows before it are the first attempt's, times included.
     assert (second / "metrics.jsonl").read_text().splitlines()[: len(kept)] == kept
+
+
+STARTS = """
+import os, subprocess, sys
+from dni_rnn.starter import environment
+child = '''
+import os, sys, time
+from dni_rnn.starter import end_with_starter
+end_with_starter()
+os.write(int(sys.argv[1]), b"x")
+time.sleep(2)
+print("there")
+'''
+env = {"sweep": environment(), "torchrun": os.environ | {"TORCHELASTIC_RUN_ID": "x"}, "shell": None}
+read, write = os.pipe()
+subprocess.Popen([sys.executable, "-c", child, str(write)], env=env[sys.argv[1]], pass_fds=[write])
+os.read(read, 1)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process does not learn of the end of what started it")
+def test_what_was_started_ends_with_what_started_it():
+    """But for what a shell has started."""
+    starters = {
+        kind: subprocess.Popen([sys.executable, "-c", STARTS, kind], stdout=subprocess.PIPE)
+        for kind in ("sweep", "torchrun", "shell")
+    }
+    said = {kind: process.communicate()[0] for kind, process in starters.items()}  # to the end of the child
+    assert said == {"sweep": b"", "torchrun": b"", "shell": b"there\n"}
 
 
 def test_a_row_that_a_crash_cut_short_is_run_again(finished, tmp_path, monkeypatch):

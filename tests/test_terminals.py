@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -79,6 +80,15 @@ def test_training_outlives_the_reader_of_its_output(folder):
     os.close(write)
     assert done.returncode == 0
     assert (folder / "run" / "summary.json").exists()
+
+
+def test_streams_that_are_closed(folder):
+    """Files that are opened then do not take their places, where messages would be written into them."""
+    words = [*DNI_RNN, "train", "text", "naïve.txt", *TINY, "--steps", "2", "--out", "closed"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words])
+    assert done.returncode == 0
+    kept = (folder / "closed" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["step"] for line in kept)
 
 
 def test_a_full_disk_under_the_output_is_said():

@@ -37,7 +37,17 @@ class Output(io.TextIOWrapper):
 
 
 def never_fail() -> None:
-    """Put an `Output` in the place of both standard streams of this process."""
+    """Put an `Output` in the place of both standard streams of this process.
+
+    One that was closed before the start leads nowhere: else the next file that is opened takes its number,
+    and whatever torch's own code prints would be written into that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # None where there is none, something else under a debugger

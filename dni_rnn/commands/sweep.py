@@ -9,6 +9,8 @@ from typing import Literal
 
 import tyro
 
+from dni_rnn.atomic_files import name_of
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -33,7 +35,7 @@ class Sweep:
 
         failed = run_sweep(
             self.folder,
-            self.work / self.folder.resolve().name,
+            self.work / name_of(self.folder),
             self.parallel,
             budget=None if self.budget is None else parse_duration(self.budget),
             device=self.device,

@@ -190,6 +190,9 @@ def _pieces(path: Path, of_bytes: bool, only_text: bool) -> Iterator[np.ndarray]
     with path.open("rb") as file:
         while True:
             data = file.read(PIECE)
+            if not of_bytes and not before and data.startswith(codecs.BOM_UTF8):
+                before = len(codecs.BOM_UTF8)  # it says that this is UTF-8, and nothing else
+                data = data[before:]
             if of_bytes:
                 yield np.frombuffer(data, np.uint8)
             elif only_text and b"\0" in data:

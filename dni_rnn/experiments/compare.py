@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dni_rnn.atomic_files import read_json, read_jsonl, understood
+from dni_rnn.atomic_files import name_of, read_json, read_jsonl, understood
 from dni_rnn.config import RecurrentConfig, from_json
 from dni_rnn.data.task import config_of, installed_tasks
 from dni_rnn.errors import UsageError
@@ -139,7 +139,7 @@ LAYERED = ("cosine", "explained", "trust", "synthesizer_loss")
 def compare_runs(paths: Sequence[Path], out: Path) -> None:
     """Print a table of runs and save the plot of their validation curves."""
     check_format(out)
-    names = [path.resolve().name for path in paths]
+    names = [name_of(path) for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     records = [read_record(path, name) for path, name in zip(paths, names, strict=True)]

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dni_rnn.atomic_files import exclusive, understood, write_jsonl
+from dni_rnn.atomic_files import exclusive, name_of, understood, write_jsonl
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.carry import pack_runs, unpack_runs
 from dni_rnn.experiments.sweep import (
@@ -160,7 +160,7 @@ class _Sweep:
         self.begun = False
         self.running: list[_Running] = []
         self.failed = 0
-        name = folder.resolve().name
+        name = name_of(folder)
         self.asked = {(cell.name, cell.seed) for cell in cells}
         there = len(self._finished())
         self.progress_shown = SweepProgress(name, len(cells), min(parallel, len(cells)), there, self.deadline)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from dni_rnn.pytree import LSTMState, Tree, flatten
 from dni_rnn.traces.lstm import steps as steps_of_lstm
@@ -57,11 +58,55 @@ def check(core: nn.Module) -> None:
             raise ValueError("the own path of an LSTM with proj_size is not known")
     if isinstance(core, nn.RNN | nn.RNNCell) and core.nonlinearity != "tanh":
         raise ValueError("the own path of an RNN is that of tanh, not of relu")
-    if not isinstance(core, tuple(KINDS)) and not isinstance(core, Traceable):
+    kind = next((kind for kind in KINDS if isinstance(core, kind)), None)
+    if kind is not None:
+        if getattr(core.forward, "__func__", None) is not kind.forward:
+            raise TypeError(
+                f"{type(core).__name__} has a forward of its own, of which a trace knows nothing: trace the "
+                f"{kind.__name__} in it, or write a dni_rnn.traces.Traceable"
+            )
+        if core._forward_pre_hooks or is_parametrized(core):
+            raise ValueError(
+                f"a trace is of the weights that the {kind.__name__} has, not of ones that are made for each "
+                "call: remove the weight norm, parametrization or forward pre-hook"
+            )
+    elif not isinstance(core, Traceable):
         raise TypeError(
             f"{type(core).__name__} does not say how it is traced: it needs run(inputs, state) and "
             "initial_state(batch) as in dni_rnn.traces.Traceable"
         )
+
+
+def rows_of(core: nn.Module, inputs: Any, embedded: bool, leaves: Sequence[Tensor] | None) -> int:
+    """How many rows a window has.
+
+    Args:
+      inputs: as the core takes them, or `embedded` symbols.
+      leaves: of its state, by rows; None of the initial one.
+
+    Raises:
+      TypeError, ValueError: the inputs have no rows or no step, or the state is not of them or of the core.
+    """
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs are a tensor, not a {type(inputs).__name__}")
+    cell = isinstance(core, nn.RNNCellBase)
+    batch_dim = 0 if cell or getattr(core, "batch_first", False) else 1
+    if inputs.dim() + embedded < (2 if cell else 3):
+        raise ValueError(f"inputs must have rows: got {tuple(inputs.shape)}")
+    if not cell and not inputs.shape[1 - batch_dim]:
+        raise ValueError(f"a window has one step at least: got {tuple(inputs.shape)}")
+    rows = inputs.shape[batch_dim]
+    if leaves is None:
+        return rows
+    shapes = [tuple(leaf.shape) for leaf in leaves]
+    if isinstance(core, nn.RNNBase | nn.RNNCellBase):
+        shape = (rows, core.hidden_size) if cell else (core.num_layers, rows, core.hidden_size)
+        wanted = [shape] * (2 if isinstance(core, nn.LSTM | nn.LSTMCell) else 1)
+        if shapes != wanted:
+            raise ValueError(f"inputs {tuple(inputs.shape)} go with a state {wanted}, not {shapes}")
+    elif leaves and shapes[0][-2] != rows:
+        raise ValueError(f"inputs {tuple(inputs.shape)} have {rows} rows, and the state is {shapes}")
+    return rows
 
 
 def run_untraced(core: nn.Module, vectors: Tensor, state: Tree) -> Any:

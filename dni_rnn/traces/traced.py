@@ -16,7 +16,7 @@ from dni_rnn.pytree import LSTMState, Tree, flatten, has_rows, unflatten
 from dni_rnn.traces.layer import Layer
 from dni_rnn.traces.memory import Gradients, Plan
 from dni_rnn.traces.rules import KINDS, Record
-from dni_rnn.traces.running import check, no_autocast, run, run_untraced
+from dni_rnn.traces.running import check, no_autocast, rows_of, run, run_untraced
 
 EMBEDDING = "embedding.weight"
 _END = "_ends_a_traced_window"
@@ -199,18 +199,11 @@ class Traced(nn.Module):
           sent: ĝ, where it came from no interface: what was injected into the state, a list like its leaves,
             without `loss_scale`, 0 in rows of `done`.
         """
-        anew = state is None
-        cell = isinstance(self.core, nn.RNNCellBase)
-        batch_dim = 0 if cell or getattr(self.core, "batch_first", False) else 1
-        if inputs.dim() + (self.embedding is not None) < (2 if cell else 3):
-            raise ValueError(f"inputs must have rows: got {tuple(inputs.shape)}")
+        anew, symbols = state is None, self.embedding is not None
         if anew:
-            state = self.initial_state(inputs.shape[batch_dim])
+            state = self.initial_state(rows_of(self.core, inputs, symbols, None))
         leaves, spec, done = _LAYOUT.enter(state, done)
-        rows = inputs.shape[batch_dim]
-        if _LAYOUT.count(leaves) != rows:
-            shapes = [tuple(leaf.shape) for leaf in leaves]
-            raise ValueError(f"inputs {tuple(inputs.shape)} have {rows} rows, and the state is {shapes}")
+        rows = rows_of(self.core, inputs, symbols, leaves)
         if sent is not None:
             alike(sent, leaves, "sent")
         if not (torch.is_grad_enabled() and self.training):
@@ -233,7 +226,7 @@ class Traced(nn.Module):
         output, end, passage.records = run(self.core, inputs, received, self.embedding, self.fused)
         for leaf in flatten(end, has_rows)[0]:
             setattr(leaf, _END, True)
-        return end if cell else (output, end)
+        return end if isinstance(self.core, nn.RNNCellBase) else (output, end)
 
     def _parameters_traced(self) -> dict[str, Tensor]:
         parameters: dict[str, Tensor] = dict(self.core.named_parameters())

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dni_rnn.atomic_files import name_of
 from dni_rnn.data.task import Corpus
 from dni_rnn.data.texts import read_under
 from dni_rnn.errors import UsageError
@@ -70,8 +71,7 @@ def load_elsewhere(path: Path, device: torch.device, file: Path) -> Elsewhere:
     text, unknown, has = read_under(file, symbols)
     if len(text) < 2:
         raise UsageError(f"{file}: {len(text)} symbols that the run knows; give a longer text")
-    name = f"text/{file.resolve().name}".encode(errors="replace").decode()
-    data = Corpus(name, symbols, text, text, text)
+    data = Corpus(f"text/{name_of(file)}", symbols, text, text, text)
     words = f"{unknown:,} unknown to the run{'' if has or not unknown else ', left out'}"
     return Elsewhere(loaded._replace(data=data), words)
 

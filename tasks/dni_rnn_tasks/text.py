@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dni_rnn.atomic_files import name_of
 from dni_rnn.data.task import Corpus
 from dni_rnn.errors import UsageError
 
@@ -74,8 +75,7 @@ class Text:
                 raise UsageError(
                     f"--data-dir {data_dir}: no {self.path.name} there; put it there, or leave --data-dir out"
                 )
-            # A file's name that is no text must not stop what writes it.
-            name = f"text/{path.resolve().name}".encode(errors="replace").decode()
+            name = f"text/{name_of(path)}"
             numbers = read(path, of_bytes=of_bytes)
             train, valid = self._lengths(name, numbers.length)
         name = f"{name}/bytes" if of_bytes else name
