@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
+from dni_rnn.cores.lstm import LSTM
 from dni_rnn.pytree import LSTMState, Tree, flatten
 from dni_rnn.traces.lstm import steps as steps_of_lstm
 from dni_rnn.traces.rules import (
@@ -60,7 +61,8 @@ def check(core: nn.Module) -> None:
         raise ValueError("the own path of an RNN is that of tanh, not of relu")
     kind = next((kind for kind in KINDS if isinstance(core, kind)), None)
     if kind is not None:
-        if getattr(core.forward, "__func__", None) is not kind.forward:
+        # That of `LSTM` only names the state.
+        if getattr(core.forward, "__func__", None) not in (kind.forward, LSTM.forward):
             raise TypeError(
                 f"{type(core).__name__} has a forward of its own, of which a trace knows nothing: trace the "
                 f"{kind.__name__} in it, or write a dni_rnn.traces.Traceable"
