@@ -506,6 +506,7 @@ FILLED: dict[str, list[str]] = {
     "eval": ["eval", "run", "--device", "cpu"],
     "sample": SAMPLE,
     "diagnose": ["diagnose", "run", "--bptt", "1", "--device", "cpu"],
+    "export": ["export", "run"],
     "demo": ["demo", "--out", "new"],
     "bench": ["bench", *BENCH.split(), "--out", "new.md"],
 }
