@@ -171,6 +171,7 @@ def test_a_killed_sweep_goes_on_elsewhere(finished, tmp_path, capsys):
         )
     second = work / "grid" / "dni-T-5-seed1"
     wait_for(lambda: last_step(second) >= 30, process, log)
+    os.killpg(process.pid, signal.SIGSTOP)  # both hold what they hold, and the run does not end meanwhile
     assert main(["sweep", str(folder), "--work", str(tmp_path / "other")]) == 2
     _, *words = shlex.split(read_sweep(folder)[1].command)
     assert main([*words, "--resume", "--out", str(second)]) == 2
@@ -178,6 +179,7 @@ def test_a_killed_sweep_goes_on_elsewhere(finished, tmp_path, capsys):
     assert capsys.readouterr().err == f"dni-rnn: {folder}: {there}\ndni-rnn: {second}: {there}\n"
     process.kill()
     process.wait()
+    os.killpg(process.pid, signal.SIGCONT)
     with FileLock(second / ".lock", timeout=60):  # what it had started has ended
         pass
     assert [row["cell"] for row in read_rows(folder)] == ["bptt T=5"]
