@@ -8,6 +8,7 @@ from .feedforward import Decoupled as Decoupled
 from .feedforward import decouple as decouple
 from .interface import Critique as Critique
 from .interface import Interface as Interface
+from .local_loss import LocalLoss as LocalLoss
 from .penalty import StatePenalty as StatePenalty
 from .pytree import LSTMState as LSTMState
 from .pytree import detach as detach

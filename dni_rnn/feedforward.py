@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from dni_rnn.agreement import Agreement, agreement_of, frozen
 from dni_rnn.edges import attach
 from dni_rnn.interface import Interface
+from dni_rnn.local_loss import LocalLoss
 from dni_rnn.pytree import has_rows
 from dni_rnn.synthesizers import ContextMLP, Critic, OneHotTokens, Rows, units
 
-Method = Literal["bprop", "none", "dni", "cdni", "critic"]
+Method = Literal["bprop", "none", "dni", "cdni", "critic", "local", "local+critic"]
 
 
 def fcn(features: int, outputs: int, layers: int, width: int) -> nn.Sequential:
@@ -96,12 +97,14 @@ class Decoupled(nn.Module):
         optimizer.zero_grad(); loss.backward(); optimizer.step()
 
     That one backward brings each part the gradient of its own objective: the last part that of the
-    loss, every other the synthetic gradient at its output; no gradient crosses a cut. In evaluation
-    mode, or where no gradients are recorded, the parts are simply chained.
+    loss, every other the synthetic gradient at its output, that of its local loss, or the sum of both; no
+    gradient crosses a cut. In evaluation mode, or where no gradients are recorded, the parts are simply
+    chained.
 
     Args:
       parts: in order; a part maps a tensor (B, ...) to a tensor (B, ...).
-      interfaces: one per cut. With none given, nothing comes across the cuts: only the last part learns.
+      interfaces: one per cut, or none: then nothing comes across the cuts.
+      losses: one per cut, or none: with neither, only the last part learns.
       update_probability: p. In every training step each part, independently, takes part in the backward
         pass with probability p; the gradients of the others stay None, so an optimizer passes them over.
         The synthesizer at a cut is trained when the part behind it takes part. With p = 1 nothing is drawn.
@@ -117,24 +120,26 @@ class Decoupled(nn.Module):
         parts: Sequence[nn.Module],
         interfaces: Sequence[Interface] = (),
         *,
+        losses: Sequence[LocalLoss] = (),
         update_probability: float = 1.0,
         guesses: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
-        if interfaces and len(interfaces) != len(parts) - 1:
-            raise ValueError(f"{len(parts)} parts need {len(parts) - 1} interfaces, not {len(interfaces)}")
-        if guesses and len(guesses) != len(interfaces):
-            raise ValueError(
-                f"{len(interfaces)} interfaces need as many synthetic inputs, not {len(guesses)}"
-            )
+        given = {"interfaces": interfaces, "local losses": losses, "synthetic inputs": guesses}
+        for name, modules in given.items():
+            if modules and len(modules) != len(parts) - 1:
+                raise ValueError(f"{len(parts)} parts need {len(parts) - 1} {name}, not {len(modules)}")
         if not 0.0 < update_probability <= 1.0:
             raise ValueError(
                 f"update_probability must lie above 0 and at most at 1, not {update_probability}"
             )
-        if update_probability < 1.0 and not interfaces:
-            raise ValueError("update_probability needs parts that learn by themselves, with interfaces")
+        if (update_probability < 1.0 or guesses) and not (interfaces or losses):
+            raise ValueError(
+                "sparse updates and synthetic inputs need parts that learn by themselves, with interfaces "
+                "or local losses"
+            )
         self.parts, self.interfaces = nn.ModuleList(parts), nn.ModuleList(interfaces)
-        self.guesses = nn.ModuleList(guesses)
+        self.losses, self.guesses = nn.ModuleList(losses), nn.ModuleList(guesses)
         self.update_probability = update_probability
 
     def net_parameters(self) -> list[nn.Parameter]:
@@ -142,8 +147,8 @@ class Decoupled(nn.Module):
         return list(self.parts.parameters())
 
     def synthesizer_parameters(self) -> list[nn.Parameter]:
-        """Those of the synthesizers, of gradients and of inputs."""
-        return [*self.interfaces.parameters(), *self.guesses.parameters()]
+        """Those of what stands at the cuts: synthesizers of gradients and of inputs, local losses."""
+        return [p for each in (self.interfaces, self.losses, self.guesses) for p in each.parameters()]
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """The output of the last part. `context` is what the synthesizers may know, such as the labels."""
@@ -166,7 +171,7 @@ class Decoupled(nn.Module):
 
     def _draw(self) -> list[bool]:
         """Which parts take part in this step."""
-        if not self.interfaces:
+        if not (self.interfaces or self.losses):
             return [False] * (len(self.parts) - 1) + [True]
         if self.update_probability == 1.0:
             return [True] * len(self.parts)
@@ -176,18 +181,32 @@ class Decoupled(nn.Module):
         self, cut: int, out: Tensor, x: Tensor, context: Any, updates: list[bool], terms: list[Tensor]
     ) -> Tensor:
         """What the part behind the cut starts from."""
-        if not self.interfaces:
-            return out
-        interface: Any = self.interfaces[cut]
-        if updates[cut] and updates[cut + 1] and not self.guesses:
+        interface: Any = self.interfaces[cut] if self.interfaces else None
+        if updates[cut] and self.losses:
+            loss: Any = self.losses[cut]
+            terms.append(loss.send(out, context))
+        if interface is not None and updates[cut] and updates[cut + 1] and not self.guesses:
             return interface(out, context)
-        if updates[cut]:
+        if interface is not None and updates[cut]:
             terms.append(interface.send(out, context))
         message = out.detach()
         if self.guesses:
             message = self.guesses[cut](x.detach())
             terms.append(attach(F.mse_loss(message, out.detach())))
-        return interface.receive(message, context) if updates[cut + 1] else message.detach()
+        if interface is not None and updates[cut + 1]:
+            return interface.receive(message, context)
+        return message.detach()
+
+    def gradient(self, cut: int, message: Tensor, context: Any = None) -> Tensor:
+        """What a message at a cut gets in place of the true gradient: ĝ, the local loss's, or their sum."""
+        found = torch.zeros_like(message)
+        if self.interfaces:
+            interface: Any = self.interfaces[cut]
+            found = interface.synthetic_gradient(message, context)
+        if self.losses:
+            leaf = message.detach().requires_grad_()
+            found = found + torch.autograd.grad(self.losses[cut](leaf, context), leaf)[0]
+        return found
 
     def extra_repr(self) -> str:
         return f"update_probability={self.update_probability}"
@@ -233,7 +252,7 @@ def decouple(
       classes: number of labels, for the methods that know them.
       method: `bprop` (no cut at all), `none` (nothing crosses the cuts), `dni` (regression on the message
         alone), `cdni` (regression on the message and the label), `critic` (the derivative of a predicted
-        loss, `Critic`).
+        loss, `Critic`), `local` (a loss at each cut, `LocalLoss`), `local+critic` (both, added).
       hidden: widths of the hidden layers of the synthesizers; a `Fraction` is one of the message's. The
         default is none for a critic, one layer as wide as the message for cdni (with none it could only add
         a constant per label to what it predicts from the message, and the right gradient is not of that form)
@@ -252,30 +271,38 @@ def decouple(
     """
     if method == "bprop" or not cuts:
         if update_probability < 1.0 or unlock is not None:
-            raise ValueError("sparse updates and unlock need a cut net: method none, dni, cdni or critic")
+            raise ValueError("sparse updates and unlock need a cut net: method dni, cdni, critic or local")
         return Decoupled([net])
     parts = split(net, cuts)
     if method == "none":
         if unlock is not None:
-            raise ValueError("unlock needs synthetic gradients: method dni, cdni or critic")
+            raise ValueError("unlock needs parts that learn: method dni, cdni, critic or local")
         return Decoupled(parts, update_probability=update_probability)
     if method != "dni" and synthesizer is None and classes < 2:
         raise ValueError(f"method {method} is conditioned on the labels: give their number, classes")
+    if method == "local" and not synthesizer is hidden is norm is None:
+        raise ValueError("method local has no synthesizer: use local+critic, or leave its options out")
     messages: list[Tensor] = []
     for cut, message in zip(cuts, messages_of(parts, example), strict=True):
         _check_message(cut, message, len(example))
         messages.append(message)
-    makers: list[Callable[[Tensor], nn.Module]]
-    if synthesizer is None:
+    makers: list[Callable[[Tensor], nn.Module]] = []
+    if synthesizer is not None:
+        makers = [synthesizer] * len(messages)
+    elif method != "local":
         if hidden is None:
-            hidden = [Fraction(1)] * {"dni": 2, "cdni": 1, "critic": 0}[method]
+            hidden = [Fraction(1)] * {"dni": 2, "cdni": 1}.get(method, 0)
         if any(width <= 0 for width in hidden):
             raise ValueError(f"widths of hidden layers must be positive, not {list(hidden)}")
         norm = method == "dni" if norm is None else norm
         make = functools.partial(_synthesizer, method, classes, window, hidden, norm)
         makers = [functools.partial(make, below=list(net)[:cut]) for cut in cuts]
-    else:
-        makers = [synthesizer] * len(messages)
+    losses: list[LocalLoss] = []
+    if method in ("local", "local+critic"):
+        for cut, message in zip(cuts, messages, strict=True):
+            if message.dim() == 3 and _sequence(message, list(net)[:cut]):
+                raise ValueError(f"a local loss reads no sequences, and cut {cut} hands on one")
+            losses.append(LocalLoss(message, classes, window).to(example.device))
     guesses: list[nn.Module] = []
     if unlock is not None:
         if any(message.dim() != 2 for message in messages):
@@ -286,9 +313,9 @@ def decouple(
         ]
     interfaces = [
         Interface(make(message), batch_dim=0).to(example.device)
-        for make, message in zip(makers, messages, strict=True)
+        for make, message in zip(makers, messages if makers else [], strict=True)
     ]
-    return Decoupled(parts, interfaces, update_probability=update_probability, guesses=guesses)
+    return Decoupled(parts, interfaces, losses=losses, update_probability=update_probability, guesses=guesses)
 
 
 @torch.no_grad()
@@ -320,7 +347,7 @@ def _synthesizer(
     message: Tensor,
     below: Sequence[nn.Module],
 ) -> nn.Module:
-    if method == "critic":
+    if method in ("critic", "local+critic"):
         rows = Rows(batch_dim=0)
         inputs, features = rows(message).shape[1], message.shape[1] if message.dim() > 1 else 1
         classifier = ContextMLP(inputs, units(hidden, features), window * classes, norm=norm)
@@ -366,7 +393,7 @@ class StepByStep(nn.Module):
 
 
 def agreement(model: Decoupled, x: Tensor, context: Any, loss: Callable[[Tensor], Tensor]) -> list[Agreement]:
-    """ĝ at each cut against the gradient that full backpropagation has there, on one batch.
+    """What each cut gets against the gradient that full backpropagation has there, on one batch.
 
     Costs a training step. The model is in the mode it is in (batch statistics count in training), and
     comes out with the weights, statistics and gradients it had.
@@ -381,8 +408,7 @@ def agreement(model: Decoupled, x: Tensor, context: Any, loss: Callable[[Tensor]
             messages.append(message)
             message = part(message)
         true = torch.autograd.grad(loss(message), messages)
-        interfaces: Any = model.interfaces
         return [
-            agreement_of(interface.synthetic_gradient(message.detach(), context), g)
-            for interface, message, g in zip(interfaces, messages, true, strict=True)
+            agreement_of(model.gradient(cut, message.detach(), context), g)
+            for cut, (message, g) in enumerate(zip(messages, true, strict=True))
         ]

@@ -99,10 +99,20 @@ def train_in_processes(rank, folder, settings):
 
 
 @pytest.mark.parametrize(
-    ("size", "method", "queue"), [(2, "bprop", 4), (3, "bprop", 4), (3, "critic", 1), (2, "cdni", 1)]
+    ("size", "method", "queue"),
+    [
+        (2, "bprop", 4),
+        (3, "bprop", 4),
+        (3, "critic", 1),
+        (2, "cdni", 1),
+        (3, "local", 4),
+        (2, "local+critic", 1),
+    ],
 )
 def test_parts_that_wait_are_the_same_net_in_one_process(tmp_path, size, method, queue):
-    """Lock-step is backpropagation; with one message under way, synthetic gradients are as in one process."""
+    """Lock-step is backpropagation; with one message under way, synthetic gradients are as in one process,
+    and local losses however many are under way.
+    """
     settings = config(method=method, queue=queue, cuts="1" if size == 2 else "all")
     alone = dataclasses.replace(settings, decoupled=False, queue=type(settings).queue)
     expected = train(Run(tmp_path / "alone", "addition", TASK, alone), quiet=True)

@@ -23,6 +23,7 @@ ROWS, CLASSES = 6, 3
 SHAPES = {"mlp": (5,), "cnn": (2, 9, 9)}
 every_net = pytest.mark.parametrize("kind", list(SHAPES))
 every_method = pytest.mark.parametrize("method", ["dni", "cdni", "critic"])
+or_local = pytest.mark.parametrize("method", ["dni", "cdni", "critic", "local", "local+critic"])
 
 
 def make_net(kind: str, generator: torch.Generator) -> nn.Sequential:
@@ -37,10 +38,11 @@ def batch(kind: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def cut(net: nn.Sequential, method: Any, kind: str, generator: torch.Generator, **options: Any) -> Decoupled:
-    """With synthesizers that say something."""
-    options = {"hidden": [4], "norm": False, **options}
+    """With synthesizers and local losses that say something."""
+    if method != "local":
+        options = {"hidden": [4], "norm": False, **options}
     model = decouple(net, [1, 2, 3], torch.zeros(2, *SHAPES[kind]).double(), CLASSES, method, **options)
-    for module in (model.interfaces, model.guesses):
+    for module in (model.interfaces, model.losses, model.guesses):
         module.double()
         randomize(module, generator)
     for interface in model.interfaces:
@@ -136,7 +138,7 @@ def test_method_bprop_is_the_net_itself(kind, generator):
 
 
 @every_net
-@every_method
+@or_local
 def test_batch_statistics_and_values_are_those_of_the_uncut_net(kind, method, generator):
     net = make_net(kind, generator)
     plain = copy.deepcopy(net)
@@ -152,7 +154,7 @@ def test_batch_statistics_and_values_are_those_of_the_uncut_net(kind, method, ge
 
 
 @every_net
-@every_method
+@or_local
 def test_the_order_of_updates_does_not_matter(kind, method, generator):
     """Each part's objective alone, one backward each, in every order: the gradients of the one backward."""
     model = cut(make_net(kind, generator), method, kind, generator)
@@ -163,20 +165,20 @@ def test_the_order_of_updates_does_not_matter(kind, method, generator):
     assert all(any(g is not None and g.any() for g in part) for part in part_gradients(whole))
     for order in itertools.permutations(range(4)):
         fresh, message, objectives = copy.deepcopy(model), x, []
-        interfaces: Any = fresh.interfaces
+        cuts: Any = [list(each) for each in (fresh.interfaces, fresh.losses) if each]
         for number, part in enumerate(fresh.parts):
             out = part(message)
             if number == 3:
                 objectives.append(F.cross_entropy(out, labels))
             else:
-                objectives.append(interfaces[number].send(out, labels))
-                message = interfaces[number].receive(out, labels)
+                objectives.append(torch.stack([each[number].send(out, labels) for each in cuts]).sum())
+                message = fresh.interfaces[number].receive(out, labels) if fresh.interfaces else out.detach()  # pyright: ignore
         for number in order:
             objectives[number].backward()
         close(gradients(fresh), wanted)
 
 
-@every_method
+@or_local
 def test_full_probability_is_the_plain_update_and_draws_nothing(method, generator):
     model = cut(make_net("mlp", generator), method, "mlp", generator)
     sparse = copy.deepcopy(model)
@@ -189,7 +191,7 @@ def test_full_probability_is_the_plain_update_and_draws_nothing(method, generato
     close(gradients(sparse), gradients(model))
 
 
-@every_method
+@or_local
 @pytest.mark.parametrize("drawn", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_sparse_updates(method, drawn, generator, monkeypatch):
     """Who takes part gets the gradient of the full update; who does not gets none at all."""
@@ -208,9 +210,10 @@ def test_sparse_updates(method, drawn, generator, monkeypatch):
             close(got, [p.grad for p in full.parts[number].parameters()])
         else:
             assert got == [None] * len(got)
-    for number, takes_part in enumerate(drawn[1:]):
-        got = [p.grad for p in model.interfaces[number].parameters()]
-        assert all(g is not None for g in got) if takes_part else got == [None] * len(got)
+    for taking, modules in ((drawn[1:], model.interfaces), (drawn, model.losses)):
+        for takes_part, module in zip(taking, modules, strict=False):
+            got = [p.grad for p in module.parameters()]
+            assert all(g is not None for g in got) if takes_part else got == [None] * len(got)
 
 
 def test_draws_have_the_probability_asked_for():
@@ -238,7 +241,7 @@ def leaves_of(tensor: Tensor) -> set[int]:
     return found
 
 
-@every_method
+@or_local
 def test_unlock_no_graph_of_one_part_reaches_another(method, generator):
     model = cut(make_net("mlp", generator), method, "mlp", generator, unlock=[4])
     outs: list[Tensor] = []
@@ -397,7 +400,7 @@ def test_hidden_layers_may_be_parts_of_the_message(generator):
         ({"cuts": [0]}, "cuts must rise"),
         ({"cuts": [4]}, "between 1 and 3"),
         ({"classes": 0}, "give their number"),
-        ({"method": "none", "unlock": [3]}, "needs synthetic gradients"),
+        ({"method": "none", "unlock": [3]}, "needs parts that learn"),
         ({"method": "bprop", "update_probability": 0.5}, "need a cut net"),
         ({"method": "none", "update_probability": 0.5}, "with interfaces"),
         ({"update_probability": 0.0}, "above 0"),
@@ -421,5 +424,5 @@ def test_counts_must_match():
     interface = Interface(ContextMLP(2, [], 2))
     with pytest.raises(ValueError, match="3 parts need 2 interfaces, not 1"):
         Decoupled(parts, [interface])
-    with pytest.raises(ValueError, match="as many synthetic inputs, not 1"):
+    with pytest.raises(ValueError, match="2 synthetic inputs, not 1"):
         Decoupled(parts, [interface, interface], guesses=[nn.Linear(2, 2)])

@@ -314,10 +314,10 @@ def run_of(path: Path, **settings: object) -> Run:
     return Run(path, "addition", Addition(bits=4), config)
 
 
-@pytest.mark.parametrize("method", ["bprop", "none", "dni", "cdni", "critic"])
+@pytest.mark.parametrize("method", ["bprop", "none", "dni", "cdni", "critic", "local", "local+critic"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, tmp_path, monkeypatch):
     settings = {"method": method}
-    if method in ("cdni", "critic"):
+    if method not in ("bprop", "none", "dni"):
         settings |= {"update_probability": 0.6, "unlock": True, "agreement_every": 2}
     whole = train(run_of(tmp_path / "whole", **settings), quiet=True)
     update = FeedforwardLearner.update
@@ -421,8 +421,9 @@ def test_the_published_recipe():
         ("--cuts 0", "--cuts 0: give all"),
         ("--cuts 2,1", "rising"),
         ("--cuts x", "rising"),
-        ("--method bprop --update-probability 0.5", "needs synthetic gradients"),
-        ("--method none --unlock", "needs synthetic gradients"),
+        ("--method bprop --update-probability 0.5", "needs learning parts"),
+        ("--method none --unlock", "needs learning parts"),
+        ("--method local --synthesizer mlp", "has no synthesizer"),
         ("--update-probability 0", "above 0"),
         ("--synthesizer deep", "--synthesizer deep"),
         ("--synthesizer my.place:Mine", "--synthesizer my.place:Mine: give linear, mlp"),

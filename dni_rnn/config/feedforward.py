@@ -36,8 +36,9 @@ class FeedforwardConfig(RunConfig):
     """Layers, the last one included; of vgg always 12."""
     width: int | None = None
     """Units or channels per layer; the default is the published one of the task."""
-    method: Literal["bprop", "none", "dni", "cdni", "critic"] = "critic"
-    """No cut, nothing across it, or synthetic gradients: regressed, with labels, or of a predicted loss."""
+    method: Literal["bprop", "none", "dni", "cdni", "critic", "local", "local+critic"] = "critic"
+    """No cut, nothing across it, synthetic gradients (regressed, with labels, of a predicted loss), or a
+    local loss at each cut, alone or with the last of these."""
     cuts: str = "all"
     """Between which layers: all (of vgg three, after every third), or numbers such as 1,3."""
     update_probability: float = 1.0
@@ -102,11 +103,13 @@ class FeedforwardConfig(RunConfig):
             for name in ("update_probability", "unlock", "agreement_every"):
                 if getattr(self, name) != getattr(type(self), name):
                     raise UsageError(
-                        f"--{name.replace('_', '-')} needs synthetic gradients: --method dni, cdni or critic"
+                        f"--{name.replace('_', '-')} needs learning parts: --method dni, cdni, critic, local"
                     )
         if self.unlock and self.model in ("cnn", "vgg"):
             raise UsageError("--unlock needs layers that hand on vectors: --model mlp or sigmoid")
         if self.synthesizer is not None:
+            if self.method == "local":
+                raise UsageError("--method local has no synthesizer: leave --synthesizer out")
             parse_synthesizer(self.synthesizer)
         cuts = self.cut_positions
         if list(cuts) != sorted(set(cuts)) or not all(0 < cut < self.layers for cut in cuts):
@@ -179,7 +182,9 @@ class FeedforwardConfig(RunConfig):
             "lr": 3e-5 if slow else 3e-3,
             "synthesizer_lr": 1e-2 if self.method == "cdni" else 3e-3,
             "smoothing": 0.1 if slow else 0.0,
-            "synthesizer": {"dni": "mlp:256,256", "cdni": "mlp", "critic": "linear"}.get(self.method),
+            "synthesizer": {"dni": "mlp:256,256", "cdni": "mlp"}.get(
+                self.method, "linear" if "critic" in self.method else None
+            ),
         }
 
     @property

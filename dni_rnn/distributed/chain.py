@@ -50,7 +50,9 @@ class ChainPart(ProcessPart):
     Attributes:
       part: the layers of this process; the last part has the loss.
       interface: at its end, with the synthesizer of the gradients that come from the next part; None in
-        the last part, and with bprop, where a part waits for the gradient itself.
+        the last part, with local losses alone, and with bprop, where a part waits for the gradient itself.
+      ends: what it learns from at its end without waiting: the interface, a local loss, or both. With a
+        local loss alone what comes back is no gradient, only word that the message has been learnt from.
       kept: messages whose gradients have not come back, by number.
       stale: updates that this part made between that with a message and learning from its gradient, one
         number per gradient since the last metrics row; in one process it would be 0.
@@ -70,10 +72,14 @@ class ChainPart(ProcessPart):
         self.parts: Any = parts
         interfaces: Any = self.model.interfaces
         self.interfaces: list[Any] = [*interfaces, *[None] * (len(parts) - len(interfaces))]
+        losses: Any = self.model.losses
+        self.losses: list[Any] = [*losses, *[None] * (len(parts) - len(losses))]
         self.part, self.interface = parts[self.rank], self.interfaces[self.rank]
+        self.ends = [end for end in (self.interface, self.losses[self.rank]) if end is not None]
+        self.gradients = config.method != "local"  # they come back
         groups = [(list(self.part.parameters()), config.lr or 0.0)]
-        if self.interface is not None:
-            groups.append((list(self.interface.parameters()), config.synthesizer_lr or 0.0))
+        if self.ends:
+            groups.append(([p for end in self.ends for p in end.parameters()], config.synthesizer_lr or 0.0))
         net, synthesizer = self.model.net_parameters(), self.model.synthesizer_parameters()
         self.record = TrainingRecord(
             self.modules_of(self.rank), net, synthesizer, adam(groups, device), (), device
@@ -94,8 +100,8 @@ class ChainPart(ProcessPart):
         return self.counters.step >= self.steps
 
     def modules_of(self, rank: int) -> dict[str, nn.Module]:
-        interface = self.interfaces[rank]
-        return {"part": self.parts[rank]} | ({} if interface is None else {"interface": interface})
+        modules = {"part": self.parts, "interface": self.interfaces, "local_loss": self.losses}
+        return {name: each[rank] for name, each in modules.items() if each[rank] is not None}
 
     def connect(self) -> None:
         config, rank = self.config, self.rank
@@ -108,11 +114,11 @@ class ChainPart(ProcessPart):
         if not self.last:
             message = messages[rank]
             self.onward = [Outgoing(rank + 1, Layout([message, targets]), capacity, forth)]
-            self.awaited = [Incoming(rank + 1, Layout([message]), capacity, back, delay)]
+            self.awaited = [Incoming(rank + 1, Layout([message][: self.gradients]), capacity, back, delay)]
         if rank:
             message = messages[rank - 1]
             self.source = Incoming(rank - 1, Layout([message, targets]), capacity, forth, delay)
-            self.back = [Outgoing(rank - 1, Layout([message]), capacity, back)]
+            self.back = [Outgoing(rank - 1, Layout([message][: self.gradients]), capacity, back)]
 
     def update(self) -> None:
         x, targets = self.batches.batch(self.counters.step)
@@ -129,7 +135,7 @@ class ChainPart(ProcessPart):
         config, number = self.config, self.counters.step
         self._collect()
         self.record.set_rates(rate_factor(config, number, self.steps))
-        x = x.detach().requires_grad_(self.rank > 0)
+        x = x.detach().requires_grad_(self.rank > 0 and self.gradients)
         out = self.part(x)
         for link in self.onward:
             link.put(Packet(MESSAGE, number, [out.detach(), targets]))
@@ -138,17 +144,16 @@ class ChainPart(ProcessPart):
             loss = loss_of(out, targets, config.smoothing)
             seen = (1.0, float(loss.detach()), float(wrong(out, targets)))
             self.seen = tuple(map(operator.add, self.seen, seen))
-        elif self.interface is not None:
+        elif self.ends:
             context = context_of(targets)
             self.kept[number] = Kept(out.detach(), context, self.own_updates + 1)
-            loss = self.interface.send(out, context)
+            loss = torch.stack([end.send(out, context) for end in self.ends]).sum()
         else:
             loss, gradient = out, self._gradient(number)
         self.record.optimizer.zero_grad()
         loss.backward(gradient)
         for link in self.back:
-            assert x.grad is not None
-            link.put(Packet(GRADIENT, number, [x.grad], self.seen))
+            link.put(Packet(GRADIENT, number, [] if x.grad is None else [x.grad], self.seen))
         self.record.optimizer.step()
         self.own_updates += 1
 
@@ -161,7 +166,7 @@ class ChainPart(ProcessPart):
 
     def _collect(self) -> None:
         """Learn from the gradients that have come; wait for some when too many messages are under way."""
-        if self.interface is None:
+        if not self.ends:
             return
         answers, queue = self.awaited[0], self.config.queue
         while (packet := answers.poll()) is not None:
@@ -179,7 +184,7 @@ class ChainPart(ProcessPart):
         for number in [n for n in self.kept if n < packet.number]:
             self._forget(number)
         kept = self.kept.pop(packet.number, None)
-        if kept is None:
+        if kept is None or self.interface is None:
             return
         gradient = packet.tensors[0].to(self.device)
         self.record.optimizer.zero_grad()
@@ -211,7 +216,11 @@ class ChainPart(ProcessPart):
     def part_metrics(self) -> dict[str, float]:
         row = super().part_metrics()
         if self.interface is not None:
-            row |= {"synthesizer_loss": float(self.interface.regression_loss), "lost": self.lost}
+            row["synthesizer_loss"] = float(self.interface.regression_loss)
+        if (loss := self.losses[self.rank]) is not None:
+            row["local_loss"] = float(loss.value)
+        if self.ends:
+            row["lost"] = self.lost
         if self.stale:
             row |= {"staleness": sum(self.stale) / len(self.stale), "staleness_max": max(self.stale)}
         if self.last:

@@ -199,4 +199,7 @@ class FeedforwardLearner(Learner):
         interfaces: Any = self.model.interfaces
         for cut, interface in enumerate(interfaces, start=1):
             row[f"synthesizer_loss_{cut}"] = float(interface.regression_loss)
+        losses: Any = self.model.losses
+        for cut, loss in enumerate(losses, start=1):
+            row[f"local_loss_{cut}"] = float(loss.value)
         return row | self.agreements
