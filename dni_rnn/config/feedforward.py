@@ -76,6 +76,8 @@ class FeedforwardConfig(RunConfig):
     """What a part does when so many are under way: wait until one arrives, or go on and lose messages."""
     delay: float = 0.0
     """Milliseconds by which every message is held back: what a slow network would do."""
+    correct: bool = False
+    """Learn from the true gradient of a message when it comes, less the synthetic one: late, not wrong."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,12 +123,16 @@ class FeedforwardConfig(RunConfig):
         if not self.delay >= 0:
             raise UsageError("--delay must not be negative")
         if not self.decoupled:
-            for name in ("queue", "when_full", "delay"):
+            for name in ("queue", "when_full", "delay", "correct"):
                 if getattr(self, name) != getattr(type(self), name):
                     raise UsageError(f"--{name.replace('_', '-')} does nothing without --decoupled")
             return
-        if self.method == "none":
-            raise UsageError("--method none with --decoupled: only the last part would learn; use another")
+        if self.method == "none" and not self.correct:
+            raise UsageError(
+                "--method none with --decoupled: only the last part would learn; add --correct or use another"
+            )
+        if self.method == "bprop" and self.correct:
+            raise UsageError("--correct: with bprop parts wait for true gradients; leave out one of the two")
         for name in ("update_probability", "unlock", "agreement_every"):
             if getattr(self, name) != getattr(type(self), name):
                 raise UsageError(f"--{name.replace('_', '-')} works in one process: leave out --decoupled")

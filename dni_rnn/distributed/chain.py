@@ -1,17 +1,29 @@
 """A feed-forward net cut into a chain of parts, each in a process of its own.
 
-A message is learnt from and handed on at once, with a synthetic gradient; its gradient comes back when it
-comes, and trains the synthesizer that served it.
+A message is learnt from and handed on at once, with a synthetic gradient ĝ; its gradient g comes back when
+it comes, and trains the synthesizer that served it. With `--correct` the part then backpropagates g − ĝ too,
+and only now answers the message, with the sum:
+
+    at once:       θ += ĝ·∂out/∂θ
+    when g comes:  θ += (g − ĝ)·∂out/∂θ,   and back goes  ĝ·∂out/∂x + (g − ĝ)·∂out/∂x = g·∂out/∂x
+
+(as gradients). Both through the graph of one forward pass, at its weights. The last part answers with its
+true gradient, so what comes back is true for every part, and what a part learns from a message sums to the
+true gradient whatever M is: late, not wrong. With ĝ = 0 (method none) this is delayed-gradient model
+parallelism, and weights of the forward pass are what PipeDream calls weight stashing (Narayanan et al. 2019,
+arXiv:1806.03377, §3.3).
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dni_rnn.config import FeedforwardConfig
 from dni_rnn.data.labelled import Batches, Examples
@@ -36,12 +48,33 @@ FORGET = 4
 """Where messages may get lost: how many are kept for their gradients, in units of `queue`."""
 
 
+class Forward:
+    """A forward pass that can be differentiated after the weights have moved: it has a copy of them.
+
+    Attributes:
+      out: of the part; backward adds to `.grad` of the input and of `weights`.
+      weights: the copy, by name.
+    """
+
+    def __init__(self, part: nn.Module, x: Tensor) -> None:
+        self.x = x
+        self.weights = {name: p.detach().clone().requires_grad_() for name, p in part.named_parameters()}
+        self.out: Tensor = functional_call(part, self.weights, (x,))
+
+
+def backward(roots: Sequence[tuple[Tensor, Tensor | None]], retain_graph: bool = False) -> None:
+    """From several tensors at once, each with its gradient; None for a scalar is 1."""
+    torch.autograd.backward(*zip(*roots, strict=True), retain_graph=retain_graph)
+
+
 class Kept(NamedTuple):
     """A message whose gradient has not come back yet."""
 
     message: Tensor
     context: Tensor
     updates: int  # of the part, that with this message included
+    synthetic: Tensor | None  # ĝ
+    made: Forward | None  # how, to correct what ĝ did
 
 
 class ChainPart(ProcessPart):
@@ -49,14 +82,17 @@ class ChainPart(ProcessPart):
 
     Attributes:
       part: the layers of this process; the last part has the loss.
-      interface: at its end, with the synthesizer of the gradients that come from the next part; None in
-        the last part, with local losses alone, and with bprop, where a part waits for the gradient itself.
-      ends: what it learns from at its end without waiting: the interface, a local loss, or both. With a
-        local loss alone what comes back is no gradient, only word that the message has been learnt from.
+      interface: at its end, with the synthesizer of the gradients that come from the next part; None where
+        there is none.
+      local: at its end, a local loss; None where there is none.
+      free: it does not wait for the gradient of a message; not the last part, and none with bprop.
+      corrects: it learns from the gradient when it comes.
+      gradients: they come back; with a local loss alone only word does that a message has been learnt from.
       kept: messages whose gradients have not come back, by number.
       stale: updates that this part made between that with a message and learning from its gradient, one
         number per gradient since the last metrics row; in one process it would be 0.
       lost: messages without a gradient, since the start.
+      pending: gradients by the name of the weight that no step has been made with.
     """
 
     def __init__(
@@ -75,11 +111,12 @@ class ChainPart(ProcessPart):
         losses: Any = self.model.losses
         self.losses: list[Any] = [*losses, *[None] * (len(parts) - len(losses))]
         self.part, self.interface = parts[self.rank], self.interfaces[self.rank]
-        self.ends = [end for end in (self.interface, self.losses[self.rank]) if end is not None]
+        self.local = self.losses[self.rank]
         self.gradients = config.method != "local"  # they come back
         groups = [(list(self.part.parameters()), config.lr or 0.0)]
-        if self.ends:
-            groups.append(([p for end in self.ends for p in end.parameters()], config.synthesizer_lr or 0.0))
+        ends = [p for end in (self.interface, self.local) if end is not None for p in end.parameters()]
+        if ends:
+            groups.append((ends, config.synthesizer_lr or 0.0))
         net, synthesizer = self.model.net_parameters(), self.model.synthesizer_parameters()
         self.record = TrainingRecord(
             self.modules_of(self.rank), net, synthesizer, adam(groups, device), (), device
@@ -88,8 +125,11 @@ class ChainPart(ProcessPart):
         self.steps = planned_updates(config, self.batches)
         self.one_pass = self.steps * self.batches.batch_size
         self.last = self.rank == processes.size - 1
+        self.free = not self.last and config.method != "bprop"
+        self.corrects = self.free and config.correct
         self.kept: dict[int, Kept] = {}
         self.lost = 0
+        self.pending: dict[str, Tensor] = {}
         self.reset_metrics()
 
     build = staticmethod(FeedforwardLearner.build)
@@ -114,10 +154,12 @@ class ChainPart(ProcessPart):
         if not self.last:
             message = messages[rank]
             self.onward = [Outgoing(rank + 1, Layout([message, targets]), capacity, forth)]
-            self.awaited = [Incoming(rank + 1, Layout([message][: self.gradients]), capacity, back, delay)]
+            layout = Layout([message][: self.gradients])
+            self.awaited = [Incoming(rank + 1, layout, capacity, back, delay, self.arrivals)]
         if rank:
             message = messages[rank - 1]
-            self.source = Incoming(rank - 1, Layout([message, targets]), capacity, forth, delay)
+            layout = Layout([message, targets])
+            self.source = Incoming(rank - 1, layout, capacity, forth, delay, self.arrivals)
             self.back = [Outgoing(rank - 1, Layout([message][: self.gradients]), capacity, back)]
 
     def update(self) -> None:
@@ -136,26 +178,60 @@ class ChainPart(ProcessPart):
         self._collect()
         self.record.set_rates(rate_factor(config, number, self.steps))
         x = x.detach().requires_grad_(self.rank > 0 and self.gradients)
-        out = self.part(x)
+        made = Forward(self.part, x) if self.corrects else None
+        out = self.part(x) if made is None else made.out
         for link in self.onward:
             link.put(Packet(MESSAGE, number, [out.detach(), targets]))
-        gradient = None
+        roots: list[tuple[Tensor, Tensor | None]] = []
         if self.last:
             loss = loss_of(out, targets, config.smoothing)
+            roots.append((loss, None))
             seen = (1.0, float(loss.detach()), float(wrong(out, targets)))
             self.seen = tuple(map(operator.add, self.seen, seen))
-        elif self.ends:
-            context = context_of(targets)
-            self.kept[number] = Kept(out.detach(), context, self.own_updates + 1)
-            loss = torch.stack([end.send(out, context) for end in self.ends]).sum()
+        elif self.free:
+            context, gradient = context_of(targets), None
+            if self.interface is not None:
+                gradient = self.interface.synthetic_gradient(out.detach(), context)
+                roots.append((out, gradient))
+            if self.local is not None:
+                roots.append((self.local.send(out, context), None))
+            self.kept[number] = Kept(out.detach(), context, self.own_updates + 1, gradient, made)
         else:
-            loss, gradient = out, self._gradient(number)
-        self.record.optimizer.zero_grad()
-        loss.backward(gradient)
+            roots.append((out, self._gradient(number)))
+        if made is None:
+            self.record.optimizer.zero_grad()
+            backward(roots)
+            self._answer(number, x)
+            self.record.optimizer.step()
+        elif roots:
+            backward(roots, retain_graph=True)
+            self._take_over(made)
+            self._step()
+        self.own_updates += 1
+
+    def _answer(self, number: int, x: Tensor) -> None:
         for link in self.back:
             link.put(Packet(GRADIENT, number, [] if x.grad is None else [x.grad], self.seen))
+
+    def _take_over(self, made: Forward) -> None:
+        """What backward left at the weights of a forward pass is pending now."""
+        for name, weight in made.weights.items():
+            if weight.grad is not None:
+                before = self.pending.get(name)
+                self.pending[name] = weight.grad if before is None else before + weight.grad
+                weight.grad = None
+
+    def _step(self) -> None:
+        """One step with all that is pending: one of ĝ with what corrects older messages.
+
+        Adam makes one step of their sum smaller than two steps, and where M is wrong for all messages alike,
+        the sum is right.
+        """
+        self.record.optimizer.zero_grad()
+        for name, p in self.part.named_parameters():
+            p.grad = self.pending.get(name)
         self.record.optimizer.step()
-        self.own_updates += 1
+        self.pending = {}
 
     def _gradient(self, number: int) -> Tensor:
         """Wait for the gradient of a message: no part does anything else meanwhile."""
@@ -166,7 +242,7 @@ class ChainPart(ProcessPart):
 
     def _collect(self) -> None:
         """Learn from the gradients that have come; wait for some when too many messages are under way."""
-        if not self.ends:
+        if not self.free:
             return
         answers, queue = self.awaited[0], self.config.queue
         while (packet := answers.poll()) is not None:
@@ -178,18 +254,25 @@ class ChainPart(ProcessPart):
             self._forget(min(self.kept))
 
     def take_gradient(self, packet: Packet) -> None:
-        """Train the synthesizer that served a message on the gradient that comes back for it."""
+        """Train the synthesizer that served a message on the gradient that comes back, and correct it."""
         self.seen = packet.notes
         # Links keep the order: whatever was sent before will not be answered any more.
         for number in [n for n in self.kept if n < packet.number]:
             self._forget(number)
         kept = self.kept.pop(packet.number, None)
-        if kept is None or self.interface is None:
+        if kept is None or not packet.tensors:
             return
         gradient = packet.tensors[0].to(self.device)
-        self.record.optimizer.zero_grad()
-        self.interface.receive(kept.message, kept.context).backward(gradient)
-        self.record.optimizer.step()
+        if self.interface is not None:
+            self.record.optimizer.zero_grad()
+            self.interface.receive(kept.message, kept.context).backward(gradient)
+            self.record.optimizer.step()
+        if kept.made is not None:
+            kept.made.out.backward(gradient if kept.synthetic is None else gradient - kept.synthetic)
+            self._take_over(kept.made)
+            self._answer(packet.number, kept.made.x)
+            if kept.synthetic is None:  # no update of the message itself that it could join
+                self._step()
         self.stale.append(self.own_updates - kept.updates)
 
     def _forget(self, number: int) -> None:
@@ -199,6 +282,8 @@ class ChainPart(ProcessPart):
     def drained(self) -> None:
         for number in list(self.kept):
             self._forget(number)
+        if self.pending:
+            self._step()
 
     def reset_metrics(self) -> None:
         super().reset_metrics()
@@ -217,9 +302,9 @@ class ChainPart(ProcessPart):
         row = super().part_metrics()
         if self.interface is not None:
             row["synthesizer_loss"] = float(self.interface.regression_loss)
-        if (loss := self.losses[self.rank]) is not None:
-            row["local_loss"] = float(loss.value)
-        if self.ends:
+        if self.local is not None:
+            row["local_loss"] = float(self.local.value)
+        if self.free:
             row["lost"] = self.lost
         if self.stale:
             row |= {"staleness": sum(self.stale) / len(self.stale), "staleness_max": max(self.stale)}

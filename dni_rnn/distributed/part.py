@@ -6,6 +6,7 @@ save, end) come the same way as messages, so that each part carries them out aft
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class ProcessPart(Learner):
       awaited: links on which gradients come; an order has been carried out when it has come there too.
       back: links on which an order is acknowledged.
       weights: links on which weights go to process 0, by the rank at the other end.
+      arrivals: told of what comes on `source` and on `awaited`, so that a part can wait for both.
       waited: seconds spent waiting for another process, since the start.
       seen: by the last part: updates, sum of the losses, wrong rows. Travels back with the gradients.
     """
@@ -63,6 +65,7 @@ class ProcessPart(Learner):
         self.awaited: list[Incoming] = []
         self.back: list[Outgoing] = []
         self.weights: dict[int, Any] = {}
+        self.arrivals = threading.Condition()
         self.waited, self.own_updates = 0.0, 0
         self.gathered, self.saved = 0, 0
 
@@ -91,13 +94,23 @@ class ProcessPart(Learner):
 
     # Waiting
 
-    def wait(self, link: Incoming) -> Packet:
-        """The next packet, however long it takes, as long as all processes give signs of life."""
+    def wait(self, link: Incoming, *serving: Incoming) -> Packet:
+        """The next packet, however long it takes, as long as all processes give signs of life.
+
+        Args:
+          serving: links on which gradients may come meanwhile, which are then learnt from; with `link` they
+            share `arrivals`.
+        """
         began = time.monotonic()
-        while (packet := link.take(BEAT_SECONDS)) is None:
+        while (packet := link.take(BEAT_SECONDS, *serving)) is None:
             self.heartbeat.beat()
             if time.monotonic() - began > self.heartbeat.timeout:
                 self.heartbeat.check()
+            for other in serving:
+                if (gradient := other.poll()) is not None:
+                    self.waited += time.monotonic() - began
+                    self.take_gradient(gradient)
+                    began = time.monotonic()
         self.waited += time.monotonic() - began
         return packet
 
@@ -202,7 +215,7 @@ class ProcessPart(Learner):
         try:
             with stop_requests() as stop:
                 while True:
-                    packet = self.wait(self.source)
+                    packet = self.wait(self.source, *self.awaited)
                     if stop:
                         self.heartbeat.ask_to_stop(stop.pop())
                     if packet.kind == MESSAGE:

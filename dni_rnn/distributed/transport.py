@@ -85,13 +85,16 @@ class Mailbox:
 
     Orders are never dropped and do not count. Whoever lets no more than `capacity` messages be under way
     loses none.
+
+    Args:
+      changed: told of whatever comes. Mailboxes that share one can be waited for together.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, changed: threading.Condition | None = None) -> None:
         self.capacity = capacity
         self._packets: deque[Packet] = deque()
         self._lost: LostError | None = None
-        self._changed = threading.Condition()
+        self._changed = changed or threading.Condition()
 
     def put(self, packet: Packet) -> None:
         """Add a packet at the end.
@@ -108,14 +111,20 @@ class Mailbox:
                 del self._packets[messages[0]]
             self._changed.notify()
 
-    def take(self, timeout: float | None) -> Packet | None:
+    def take(self, timeout: float | None, *others: Mailbox) -> Packet | None:
         """The oldest packet, or None when none comes within `timeout` seconds.
+
+        Args:
+          others: share the condition `changed`; as soon as one of them has something for `poll`, and this one
+            nothing, None too.
 
         Raises:
           LostError: none will come any more.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._packets or self._lost, timeout)
+            self._changed.wait_for(
+                lambda: self._packets or self._lost or any(other._pollable for other in others), timeout
+            )
             if self._packets:
                 return self._packets.popleft()
             if self._lost:
@@ -125,9 +134,11 @@ class Mailbox:
     def poll(self) -> Packet | None:
         """The oldest packet, if there is one now and it is no order: an order is waited for."""
         with self._changed:
-            if self._packets and self._packets[0].kind in (MESSAGE, GRADIENT):
-                return self._packets.popleft()
-            return None
+            return self._packets.popleft() if self._pollable else None
+
+    @property
+    def _pollable(self) -> bool:
+        return bool(self._packets) and self._packets[0].kind in (MESSAGE, GRADIENT)
 
     def fail(self, lost: LostError) -> None:
         """The other side is gone."""
@@ -144,11 +155,19 @@ class _Link:
       layout: of all packets.
       capacity: of the mailbox.
       group: the process group of all links in this direction.
+      changed: see `Mailbox`.
     """
 
-    def __init__(self, peer: int, layout: Layout, capacity: int, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        peer: int,
+        layout: Layout,
+        capacity: int,
+        group: dist.ProcessGroup,
+        changed: threading.Condition | None = None,
+    ) -> None:
         self.peer, self.layout, self.group = peer, layout, group
-        self.box = Mailbox(capacity)
+        self.box = Mailbox(capacity, changed)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -190,13 +209,19 @@ class Incoming(_Link):
     """
 
     def __init__(
-        self, peer: int, layout: Layout, capacity: int, group: dist.ProcessGroup, delay: float = 0.0
+        self,
+        peer: int,
+        layout: Layout,
+        capacity: int,
+        group: dist.ProcessGroup,
+        delay: float = 0.0,
+        changed: threading.Condition | None = None,
     ) -> None:
         self.delay = delay
-        super().__init__(peer, layout, capacity, group)
+        super().__init__(peer, layout, capacity, group, changed)
 
-    def take(self, timeout: float | None) -> Packet | None:
-        return self.box.take(timeout)
+    def take(self, timeout: float | None, *others: Incoming) -> Packet | None:
+        return self.box.take(timeout, *[other.box for other in others])
 
     def poll(self) -> Packet | None:
         return self.box.poll()

@@ -199,13 +199,13 @@ class SurfacePart(ProcessPart):
             self.onward = [
                 Outgoing(ORACLE, message, capacity, groups[0]), Outgoing(OUTPUT, message, capacity, groups[1])
             ]  # fmt: skip
-            self.awaited = [Incoming(ORACLE, Layout([h]), capacity, groups[2], late)]
+            self.awaited = [Incoming(ORACLE, Layout([h]), capacity, groups[2], late, self.arrivals)]
         elif self.rank == ORACLE:
-            self.source = Incoming(INPUT, message, capacity, groups[0], late)
-            self.awaited = [Incoming(OUTPUT, lesson, capacity, groups[3], late)]
+            self.source = Incoming(INPUT, message, capacity, groups[0], late, self.arrivals)
+            self.awaited = [Incoming(OUTPUT, lesson, capacity, groups[3], late, self.arrivals)]
             self.back = [Outgoing(INPUT, Layout([h]), capacity, groups[2])]
         else:
-            self.source = Incoming(INPUT, message, capacity, groups[1], late)
+            self.source = Incoming(INPUT, message, capacity, groups[1], late, self.arrivals)
             self.onward = [Outgoing(ORACLE, lesson, capacity, groups[3])]
 
     def update(self) -> None:
