@@ -7,11 +7,11 @@ and only now answers the message, with the sum:
     at once:       θ += ĝ·∂out/∂θ
     when g comes:  θ += (g − ĝ)·∂out/∂θ,   and back goes  ĝ·∂out/∂x + (g − ĝ)·∂out/∂x = g·∂out/∂x
 
-(as gradients). Both through the graph of one forward pass, at its weights. The last part answers with its
-true gradient, so what comes back is true for every part, and what a part learns from a message sums to the
-true gradient whatever M is: late, not wrong. With ĝ = 0 (method none) this is delayed-gradient model
-parallelism, and weights of the forward pass are what PipeDream calls weight stashing (Narayanan et al. 2019,
-arXiv:1806.03377, §3.3).
+(as gradients, each with an optimizer step). Both go through the graph of the one forward pass, at its
+weights. The last part answers with its true gradient, so what comes back is true for every part, and what a
+part learns from a message sums to the true gradient whatever M is: late, not wrong. With ĝ = 0 (method none)
+this is delayed-gradient model parallelism with what PipeDream calls weight stashing (Harlap et al. 2018,
+arXiv:1806.03377).
 """
 
 from __future__ import annotations
@@ -52,19 +52,30 @@ class Forward:
     """A forward pass that can be differentiated after the weights have moved: it has a copy of them.
 
     Attributes:
-      out: of the part; backward adds to `.grad` of the input and of `weights`.
+      out: of the part.
       weights: the copy, by name.
     """
 
     def __init__(self, part: nn.Module, x: Tensor) -> None:
-        self.x = x
+        self.part, self.x = part, x
         self.weights = {name: p.detach().clone().requires_grad_() for name, p in part.named_parameters()}
         self.out: Tensor = functional_call(part, self.weights, (x,))
 
+    def backward(self, gradient: Tensor, again: bool = False) -> None:
+        """Set `.grad` of the part to what `gradient` at `out` brings, and add to that of the input.
 
-def backward(roots: Sequence[tuple[Tensor, Tensor | None]], retain_graph: bool = False) -> None:
+        Args:
+          again: there will be another one.
+        """
+        self.out.backward(gradient, retain_graph=again)
+        for name, p in self.part.named_parameters():
+            copy = self.weights[name]
+            p.grad, copy.grad = copy.grad, None
+
+
+def backward(roots: Sequence[tuple[Tensor, Tensor | None]]) -> None:
     """From several tensors at once, each with its gradient; None for a scalar is 1."""
-    torch.autograd.backward(*zip(*roots, strict=True), retain_graph=retain_graph)
+    torch.autograd.backward(*zip(*roots, strict=True))
 
 
 class Kept(NamedTuple):
@@ -92,7 +103,6 @@ class ChainPart(ProcessPart):
       stale: updates that this part made between that with a message and learning from its gradient, one
         number per gradient since the last metrics row; in one process it would be 0.
       lost: messages without a gradient, since the start.
-      pending: gradients by the name of the weight that no step has been made with.
     """
 
     def __init__(
@@ -129,7 +139,6 @@ class ChainPart(ProcessPart):
         self.corrects = self.free and config.correct
         self.kept: dict[int, Kept] = {}
         self.lost = 0
-        self.pending: dict[str, Tensor] = {}
         self.reset_metrics()
 
     build = staticmethod(FeedforwardLearner.build)
@@ -183,13 +192,14 @@ class ChainPart(ProcessPart):
         for link in self.onward:
             link.put(Packet(MESSAGE, number, [out.detach(), targets]))
         roots: list[tuple[Tensor, Tensor | None]] = []
+        gradient = None
         if self.last:
             loss = loss_of(out, targets, config.smoothing)
             roots.append((loss, None))
             seen = (1.0, float(loss.detach()), float(wrong(out, targets)))
             self.seen = tuple(map(operator.add, self.seen, seen))
         elif self.free:
-            context, gradient = context_of(targets), None
+            context = context_of(targets)
             if self.interface is not None:
                 gradient = self.interface.synthetic_gradient(out.detach(), context)
                 roots.append((out, gradient))
@@ -198,40 +208,18 @@ class ChainPart(ProcessPart):
             self.kept[number] = Kept(out.detach(), context, self.own_updates + 1, gradient, made)
         else:
             roots.append((out, self._gradient(number)))
+        self.record.optimizer.zero_grad()
         if made is None:
-            self.record.optimizer.zero_grad()
             backward(roots)
             self._answer(number, x)
-            self.record.optimizer.step()
-        elif roots:
-            backward(roots, retain_graph=True)
-            self._take_over(made)
-            self._step()
+        elif gradient is not None:
+            made.backward(gradient, again=True)
+        self.record.optimizer.step()
         self.own_updates += 1
 
     def _answer(self, number: int, x: Tensor) -> None:
         for link in self.back:
             link.put(Packet(GRADIENT, number, [] if x.grad is None else [x.grad], self.seen))
-
-    def _take_over(self, made: Forward) -> None:
-        """What backward left at the weights of a forward pass is pending now."""
-        for name, weight in made.weights.items():
-            if weight.grad is not None:
-                before = self.pending.get(name)
-                self.pending[name] = weight.grad if before is None else before + weight.grad
-                weight.grad = None
-
-    def _step(self) -> None:
-        """One step with all that is pending: one of ĝ with what corrects older messages.
-
-        Adam makes one step of their sum smaller than two steps, and where M is wrong for all messages alike,
-        the sum is right.
-        """
-        self.record.optimizer.zero_grad()
-        for name, p in self.part.named_parameters():
-            p.grad = self.pending.get(name)
-        self.record.optimizer.step()
-        self.pending = {}
 
     def _gradient(self, number: int) -> Tensor:
         """Wait for the gradient of a message: no part does anything else meanwhile."""
@@ -263,16 +251,13 @@ class ChainPart(ProcessPart):
         if kept is None or not packet.tensors:
             return
         gradient = packet.tensors[0].to(self.device)
+        self.record.optimizer.zero_grad()
         if self.interface is not None:
-            self.record.optimizer.zero_grad()
             self.interface.receive(kept.message, kept.context).backward(gradient)
-            self.record.optimizer.step()
         if kept.made is not None:
-            kept.made.out.backward(gradient if kept.synthetic is None else gradient - kept.synthetic)
-            self._take_over(kept.made)
+            kept.made.backward(gradient if kept.synthetic is None else gradient - kept.synthetic)
             self._answer(packet.number, kept.made.x)
-            if kept.synthetic is None:  # no update of the message itself that it could join
-                self._step()
+        self.record.optimizer.step()
         self.stale.append(self.own_updates - kept.updates)
 
     def _forget(self, number: int) -> None:
@@ -282,8 +267,6 @@ class ChainPart(ProcessPart):
     def drained(self) -> None:
         for number in list(self.kept):
             self._forget(number)
-        if self.pending:
-            self._step()
 
     def reset_metrics(self) -> None:
         super().reset_metrics()
