@@ -337,7 +337,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="find
 @linux
 def test_a_part_that_is_killed_is_restarted_from_its_checkpoint(tmp_path):
     """By torchrun itself; what --processes starts is in the next test."""
-    with Training(tmp_path / "run", epochs=60, launcher=TORCHRUN) as training:
+    with Training(tmp_path / "run", epochs=60, launcher=TORCHRUN, arguments="--correct") as training:
         training.wait_for_rows(3)
         os.kill(training.parts()[1], signal.SIGKILL)
         code, said = training.end()
