@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import in_processes
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.func import functional_call
 
 from dni_rnn.cli import main
