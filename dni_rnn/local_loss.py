@@ -39,7 +39,6 @@ class LocalLoss(nn.Module):
       window: targets per row, W.
       similarity: β.
       projected: features of z, at most as many as the message has.
-      projected: features of z, at most as many as the message has.
 
     Shapes: message like the example, context (B,) or (W, B), integers, -1 where nothing is known: there a
     row adds nothing to pred, and none of its pairs count in sim. Returns a scalar.

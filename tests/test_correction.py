@@ -224,6 +224,7 @@ def test_so_it_is_in_processes(tmp_path, method):
     [
         ("--correct", "--correct does nothing without --decoupled"),
         ("--decoupled --processes 2 --correct --method bprop", "leave out one of the two"),
+        ("--decoupled --processes 2 --correct --method local+critic", "has losses at its cuts"),
         ("--decoupled --processes 2 --method none", "add --correct"),
     ],
 )

@@ -131,8 +131,9 @@ class FeedforwardConfig(RunConfig):
             raise UsageError(
                 "--method none with --decoupled: only the last part would learn; add --correct or use another"
             )
-        if self.method == "bprop" and self.correct:
-            raise UsageError("--correct: with bprop parts wait for true gradients; leave out one of the two")
+        if self.correct and self.method not in ("none", "dni", "cdni", "critic"):
+            does = "waits for true gradients" if self.method == "bprop" else "has losses at its cuts"
+            raise UsageError(f"--correct: --method {self.method} {does}; leave out one of the two")
         for name in ("update_probability", "unlock", "agreement_every"):
             if getattr(self, name) != getattr(type(self), name):
                 raise UsageError(f"--{name.replace('_', '-')} works in one process: leave out --decoupled")
