@@ -75,7 +75,8 @@ class Forward:
 
 def backward(roots: Sequence[tuple[Tensor, Tensor | None]]) -> None:
     """From several tensors at once, each with its gradient; None for a scalar is 1."""
-    torch.autograd.backward(*zip(*roots, strict=True))
+    tensors, gradients = zip(*roots, strict=True)
+    torch.autograd.backward(tensors, gradients)
 
 
 class Kept(NamedTuple):
