@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 
 from dni_rnn.atomic_files import exclusive, read_jsonl, write_atomically, write_jsonl
 from dni_rnn.cli import main as dni_rnn
@@ -70,7 +71,7 @@ UP_TO_THE_MACHINE = "decoupled, queue of 2"
 LEFT_ALONE = 5
 VICTIMS = ("one that trains", "all that train", "what started them")
 STEPS, EVAL_EVERY = 300, 2_000
-SECONDS = 300.0
+SECONDS = 900.0
 """After which a command hangs."""
 
 
@@ -533,7 +534,9 @@ def whole_files(folder: Path) -> str:
             return f"{path.name} was left"
         content = path.read_bytes() if path.is_file() else b""
         try:
-            if path.suffix == ".safetensors":
+            if path.parent.name == "export" and path.suffix == ".safetensors":
+                load_file(path)
+            elif path.suffix == ".safetensors":
                 load_checkpoint(path)
             elif path.suffix == ".json":
                 json.loads(content)
