@@ -4,8 +4,9 @@
 
 Parts of equal cost (2 layers of 1024 each, batch 256), one thread each. Lock-step is the same parts in the
 same processes, with exact gradients: a part sends its output and waits for the gradient (`--method bprop`).
-The two take turns, round after round, in one run; medians over rounds. Every message is held back by an
-artificial delay. About two and a half minutes on two idle cores.
+Decoupled is a critic, corrected the same with `--correct`, late gradients alone `--method none --correct`.
+They take turns, round after round, in one run; medians over rounds. Every message is held back by an
+artificial delay. About five minutes on two idle cores.
 
 Writes rows.jsonl, table.md and throughput.png (svg). `--plot` only draws and writes the table again, from
 the rows that are there; the simulation is part of that.
@@ -34,11 +35,18 @@ from dni_rnn.data.task import installed_tasks
 from dni_rnn.distributed.chain import ChainPart
 from dni_rnn.distributed.processes import Processes, joined
 from dni_rnn.experiments.plots import Panel, save_lines
+from dni_rnn.experiments.report import markdown_table
 from dni_rnn.training.run_directory import Run
 
 WIDTH, BATCH, QUEUE = 1024, 256, 32
 DELAYS = (0.0, 1.0, 10.0, 100.0)
-METHODS = {"lock-step": "bprop", "decoupled": "critic"}
+METHODS = {
+    "lock-step": ("bprop", False),
+    "decoupled": ("critic", False),
+    "corrected": ("critic", True),
+    "late gradients alone": ("none", True),
+}
+"""Method and `--correct`."""
 WARM_UP, FEWEST = 3, 5
 MICRO, MANY, LATENCIES = 8, (2, 4, 8, 16, 32), (0.1, 1.0, 10.0, 100.0)
 SIMULATED = ("lock-step", "micro-batches", "decoupled")
@@ -62,7 +70,8 @@ def measure(
     config = FeedforwardConfig(
         layers=2 * parts + 1,
         width=WIDTH,
-        method=METHODS[method],  # type: ignore[arg-type]
+        method=METHODS[method][0],  # type: ignore[arg-type]
+        correct=METHODS[method][1],
         cuts=",".join(str(2 * part) for part in range(1, parts)),
         batch_size=BATCH,
         epochs=1000.0,
@@ -128,15 +137,15 @@ def medians(rows: list[dict[str, Any]]) -> dict[tuple[int, float, str], tuple[fl
     return found
 
 
-def ratios(rows: list[dict[str, Any]], parts: int, delay: float) -> list[float]:
-    """Decoupled to lock-step throughput, round by round."""
+def ratios(rows: list[dict[str, Any]], parts: int, delay: float, method: str) -> list[float]:
+    """Its throughput to that of lock-step, round by round."""
     speeds = {
         (row["round"], row["method"]): row["messages"] / row["seconds"]
         for row in rows
         if (row["parts"], row["delay"]) == (parts, delay)
     }
-    rounds = sorted({number for number, _ in speeds})
-    return [speeds[number, "decoupled"] / speeds[number, "lock-step"] for number in rounds]
+    rounds = sorted({number for number, of in speeds if of == method})
+    return [speeds[number, method] / speeds[number, "lock-step"] for number in rounds]
 
 
 def simulated(method: str, parts: int, cost: float, extra: float, latency: float) -> float:
@@ -172,26 +181,27 @@ def write(out: Path) -> None:
     """The table and the plots of the rows that are there."""
     rows = read_jsonl(out / "rows.jsonl")
     found = medians(rows)
+    cells, panels = [], {}
+    for parts, delay in sorted({key[:2] for key in found}):
+        for method in METHODS:
+            speed, stale = found[parts, delay, method]
+            each = ratios(rows, parts, delay, method)
+            ratio = f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f}, n = {len(each)})"
+            cells.append([str(parts), f"{delay:g}", method, f"{speed:.1f}", ratio, f"{stale:.1f}"])
+            panels.setdefault(f"{method}, {parts} parts", []).append((max(delay, 0.1), speed))
     lines = [
         "# Parts in processes of their own: throughput",
         "",
         f"Messages (batches of {BATCH}) per second, parts of 2 layers of {WIDTH}, one thread each, at most "
-        f"{QUEUE} messages under way; two CPU cores shared by all parts. Medians over rounds in one run; the "
-        "ratio is the median of the ratios within a round, with the smallest and the largest.",
+        f"{QUEUE} messages under way; two CPU cores shared by all parts. `decoupled` is a critic, "
+        "`corrected` the same with `--correct`, `late gradients alone` is `--method none --correct`. Medians "
+        "over rounds in one run; the ratio is the median of the ratios within a round, with the smallest and "
+        "the largest.",
         "",
-        "| parts | delay, ms | lock-step | decoupled | decoupled / lock-step | staleness, updates |",
-        "|---|---|---|---|---|---|",
+        markdown_table(
+            ["parts", "delay, ms", "method", "messages / s", "to lock-step", "staleness, updates"], cells
+        ).rstrip(),
     ]
-    panels = {}
-    for parts, delay in sorted({key[:2] for key in found}):
-        each = ratios(rows, parts, delay)
-        lock, (free, stale) = found[parts, delay, "lock-step"][0], found[parts, delay, "decoupled"]
-        lines.append(
-            f"| {parts} | {delay:g} | {lock:.1f} | {free:.1f} | {statistics.median(each):.2f} "
-            f"({min(each):.2f} to {max(each):.2f}, n = {len(each)}) | {stale:.1f} |"
-        )
-        for method, speed in (("lock-step", lock), ("decoupled", free)):
-            panels.setdefault(f"{method}, {parts} parts", []).append((max(delay, 0.1), speed))
     cost = 1.0 / (2 * found[2, 0.0, "lock-step"][0])
     extra = max(0.0, 1.0 / found[2, 0.0, "decoupled"][0] - cost)
     lines += [
