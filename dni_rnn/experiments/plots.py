@@ -26,12 +26,12 @@ from dni_rnn.errors import UsageError
 from dni_rnn.metrics import Metric, Point
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-"""One per depth (T, or layers): Okabe and Ito's colour-blind-safe set, without the yellow lost on white, and
-with a grey for the black lost on a dark page.
+"""One per depth (T, or layers), or per method where there is a single depth: Okabe and Ito's set, which is safe
+for the colour-blind, without the yellow lost on white, and with a grey for the black lost on a dark page.
 """
 
 LINES = ("-", "--", ":", "-.")
-"""One per method."""
+"""One per method, or, where there is a single depth, for curves of one method."""
 
 MARKERS = ("", "o", "s", "^", "D", "v")
 """For curves of one method and one depth."""
@@ -62,7 +62,7 @@ class Curve(NamedTuple):
 
     Attributes:
       label: in the legend.
-      method: decides the line style.
+      method: decides the line style, or the colour where there is a single depth.
       depth: T or layers, decides the colour.
       runs: the validations of each run, in order.
     """
@@ -233,17 +233,21 @@ def save_dots(path: Path, panels: Sequence[DotPanel]) -> None:
 
     def draw() -> Figure:
         most = max(len(panel.dots) for panel in panels)
-        figure = Figure(figsize=(4.6 * len(panels), 1.5 + 0.36 * most), layout="constrained")
+        figure = Figure(figsize=(3.7 * len(panels), 1.5 + 0.36 * most), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            low, high = (edge(dot.value for dot in panel.dots) for edge in (min, max))
             for y, dot in enumerate(panel.dots):
                 colour = COLOURS[kinds.index(dot.label.split(",")[0]) % len(COLOURS)]
                 axes.errorbar(dot.value, y, xerr=dot.sd, fmt="o", color=colour, capsize=3)
-                axes.annotate(dot.text, (dot.value, y), (0, 6), textcoords="offset points", ha="center")
+                # The text of the outermost dots stays inside the panel.
+                place = (dot.value - low) / ((high - low) or 1.0)
+                side = "left" if place < 0.25 else "right" if place > 0.75 else "center"
+                axes.annotate(dot.text, (dot.value, y), (0, 6), textcoords="offset points", ha=side)
             axes.set_yticks(range(len(panel.dots)), [dot.label for dot in panel.dots])
             axes.set_ylim(len(panel.dots) - 0.6, -0.7)
             axes.margins(x=0.18)
-            axes.set_xlabel(panel.x)
-            axes.set_title(panel.title, fontsize="medium", wrap=True)
+            axes.set_xlabel(panel.x, loc="right")
+            axes.set_title(panel.title, fontsize="medium", loc="right")
         return figure
 
     _save([path], draw, fingerprint(panels))
@@ -258,6 +262,8 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set(xlabel=panel.x, ylabel=panel.y)
     if panel.logarithmic:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 4)))
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}" if panel.logarithmic else EngFormatter(sep=""))
     axes.legend(frameon=False)
 
@@ -336,14 +342,21 @@ def _draw(curves: Sequence[Curve], metric: Metric) -> Figure:
 
 
 def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside lower center",
-        ncols=LEGEND_COLUMNS,
-        handlelength=3.5,
-        frameon=False,
-    )
+    """Below the panels, in as many columns as are not wider than the figure; more rows make that taller."""
+    for columns in range(LEGEND_COLUMNS, 0, -1):
+        legend = figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=columns,
+            handlelength=3.5,
+            frameon=False,
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    more = -(-len(handles) // columns) - -(-len(handles) // LEGEND_COLUMNS)
+    figure.set_figheight(figure.get_figheight() + 0.25 * more)
 
 
 def _styles(curves: Sequence[Curve]) -> Iterator[dict[str, Any]]:
@@ -353,9 +366,12 @@ def _styles(curves: Sequence[Curve]) -> Iterator[dict[str, Any]]:
     for curve in curves:
         alike = drawn[curve.method, curve.depth]
         drawn[curve.method, curve.depth] += 1
+        method = methods.index(curve.method)
+        # Of a single depth, colours tell the methods apart, and line styles what is alike.
+        colour, line = (lengths.index(curve.depth), method) if len(lengths) > 1 else (method, alike)
         yield {
-            "color": COLOURS[lengths.index(curve.depth) % len(COLOURS)],
-            "linestyle": LINES[methods.index(curve.method) % len(LINES)],
+            "color": COLOURS[colour % len(COLOURS)],
+            "linestyle": LINES[line % len(LINES)],
             "marker": MARKERS[alike % len(MARKERS)],
             "markersize": 4,
         }
