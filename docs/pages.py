@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from posixpath import normpath, relpath
 from typing import Any
@@ -17,10 +18,12 @@ SUFFIXES = {".md", ".svg", ".png", ".csv", ".py", ".toml", ".jsonl", ".json"}
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Lists every sweep's table in the navigation."""
-    tables = sorted(ROOT.glob("results/*/table.md"))
+    """Lists every table in the navigation."""
+    tables = sorted(ROOT.glob("results/*/table.md"), key=_title)
     section: list[Any] = next(entry["Results"] for entry in config.nav or [] if "Results" in entry)
-    section[1:1] = [{_title(table): table.relative_to(ROOT).as_posix()} for table in tables]
+    section.insert(
+        1, {"All tables": [{_title(table): table.relative_to(ROOT).as_posix()} for table in tables]}
+    )
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
@@ -36,9 +39,13 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links are those of the repository; on the site the pages of docs/ stand one folder higher.
 
-    A link to a folder leads to its README.
+    A link to a folder leads to its README. A table that a benchmark wrote gets what its about.toml says of
+    it, and a table has the width of the page to itself.
     """
     source = Path(page.file.abs_src_path or "").relative_to(ROOT)
+    if source.name == "table.md":
+        page.meta["hide"] = ["toc"]
+        markdown = _with_about(markdown, (ROOT / source).with_name("about.toml"))
 
     def moved(link: re.Match[str]) -> str:
         target = normpath((source.parent / link[1]).as_posix())
@@ -49,6 +56,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"]({relpath(target.removeprefix('docs/'), Path(page.file.src_uri).parent)}{link[2] or ''})"
 
     return re.sub(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)", moved, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Short code is not broken at its hyphens (site.css); a picture of results leads to itself, in large."""
+    html = re.sub(r"(?<!</span>)<code>([^<]{1,28})</code>", r'<code class="short">\1</code>', html)
+    return re.sub(r'<img\b[^>]*\bsrc="([^"]+\.svg)"[^>]*>', r'<a class="picture" href="\1">\g<0></a>', html)
+
+
+def _with_about(markdown: str, path: Path) -> str:
+    about = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    title, _, rest = markdown.partition("\n")
+    return "\n\n".join([title, about.get("note", "").strip(), rest.strip(), about.get("shows", "").strip()])
 
 
 def _title(table: Path) -> str:
