@@ -26,7 +26,7 @@ from dni_rnn.errors import UsageError
 from dni_rnn.metrics import Metric, Point
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-"""One per depth (T, or layers), or per method where there is a single depth: Okabe and Ito's set, which is safe
+"""One per depth (T, or layers), or per method where there is a single depth: Okabe and Ito's set
 for the colour-blind, without the yellow lost on white, and with a grey for the black lost on a dark page.
 """
 
