@@ -33,11 +33,14 @@ class LocalLoss(nn.Module):
     β = 0 leaves the classifier alone, β = 1 the similarities. The classifier is zero at the start. One
     backward trains the classifier, the map and whatever made the message.
 
+    In some hundred updates similarities help fully connected layers and hinder convolutions
+    (results/what-was-tried.md), so β is 0.99 of a vector and 0 of a feature map unless it is given.
+
     Args:
       message: an example, (B, F) or (B, C, ...) of one to three dimensions of places.
       symbols: number of distinct targets.
       window: targets per row, W.
-      similarity: β.
+      similarity: β; None: see above.
       projected: features of z, at most as many as the message has.
 
     Shapes: message like the example, context (B,) or (W, B), integers, -1 where nothing is known: there a
@@ -51,8 +54,8 @@ class LocalLoss(nn.Module):
       ValueError: the message is no vector and no feature map; or, when it is called, the context is missing
         or has another size or type.
 
-    Source: Nøkland and Eidnes 2019, arXiv:1901.06656, "predsim". There z has as many features as the message,
-    and the sides of the squares are powers of two.
+    Source: Nøkland and Eidnes 2019, arXiv:1901.06656: β = 0.99 is their "predsim", β = 0 their "pred". There
+    z has as many features as the message, and the sides of the squares are powers of two.
     """
 
     value: Tensor
@@ -64,13 +67,15 @@ class LocalLoss(nn.Module):
         symbols: int,
         window: int = 1,
         *,
-        similarity: float = 0.99,
+        similarity: float | None = None,
         projected: int = 64,
     ) -> None:
         super().__init__()
         places = message.dim() - 2
         if not 0 <= places <= 3:
             raise ValueError(f"a local loss reads vectors and feature maps, not {tuple(message.shape)}")
+        if similarity is None:
+            similarity = 0.0 if places else 0.99
         if not 0.0 <= similarity <= 1.0:
             raise ValueError(f"similarity must lie between 0 and 1, not {similarity}")
         self.symbols, self.window, self.similarity = symbols, window, similarity
@@ -83,7 +88,9 @@ class LocalLoss(nn.Module):
             nn.init.zeros_(parameter)
         convolution: Any = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)[places]
         options: dict[str, Any] = {"kernel_size": 3, "padding": 1} if places else {}
-        self.projection: nn.Module = convolution(width, min(width, projected), bias=False, **options)
+        self.projection: nn.Module | None = None
+        if similarity > 0.0:
+            self.projection = convolution(width, min(width, projected), bias=False, **options)
         self.register_buffer("value", torch.zeros(()))
 
     def forward(self, message: Tensor, context: Any = None) -> Tensor:
@@ -115,6 +122,7 @@ class LocalLoss(nn.Module):
         return summed / len(message)
 
     def _similarity(self, message: Tensor, targets: Tensor) -> Tensor:
+        assert self.projection is not None
         z = self.projection(message)
         if z.dim() > 2:
             z = z.flatten(2)

@@ -43,6 +43,8 @@ def by_loops(loss: LocalLoss, message: Tensor, targets: Tensor) -> Tensor:
             if symbol >= 0:
                 chances = logits[position * SYMBOLS : (position + 1) * SYMBOLS].softmax(0)
                 pred = pred - chances[symbol].log() / len(message)
+        if not loss.similarity:
+            continue
         if sides:
             convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[len(sides) - 1]
             maps = convolution(row.unsqueeze(0), weights["projection.weight"], padding=1)[0].flatten(1)
@@ -50,6 +52,8 @@ def by_loops(loss: LocalLoss, message: Tensor, targets: Tensor) -> Tensor:
             rows.append(maps[:, 0] if single else (maps - maps.mean(1, keepdim=True)).square().mean(1).sqrt())
         else:
             rows.append(weights["projection.weight"] @ row)
+    if not loss.similarity:
+        return pred
     sim = message.new_zeros(())
     for a, b in itertools.product(known, known):
         wanted = torch.corrcoef(F.one_hot(targets[[a, b]], SYMBOLS).flatten(1).to(message))[0, 1]
@@ -83,9 +87,14 @@ def test_a_row_that_is_constant_has_finite_gradients(generator):
         message = random(generator, ROWS, *shape)
         message[1] = 0.0
         message.requires_grad_()
-        loss = LocalLoss(message, SYMBOLS).double()
+        loss = LocalLoss(message, SYMBOLS, similarity=0.5).double()
         loss(message, torch.arange(ROWS) % SYMBOLS).backward()
         assert all(torch.isfinite(grad(t)).all() for t in (message, *loss.parameters()))
+
+
+def test_similarities_are_of_vectors_alone_unless_asked_for():
+    assert LocalLoss(torch.zeros(2, 4), SYMBOLS).similarity == 0.99
+    assert LocalLoss(torch.zeros(2, 4, 3, 3), SYMBOLS).similarity == 0.0
 
 
 NETS = {"mlp": (5,), "cnn": (2, 9, 9)}
