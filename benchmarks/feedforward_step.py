@@ -28,6 +28,8 @@ METHODS: dict[str, tuple[Method, list[int] | None]] = {
     "cdni, one hidden layer as wide as the net": ("cdni", None),
     "cdni, linear": ("cdni", []),
     "critic, linear classifier": ("critic", None),
+    "local": ("local", None),
+    "local and critic": ("local+critic", None),
 }
 
 
