@@ -184,6 +184,8 @@ def write(out: Path) -> None:
     cells, panels = [], {}
     for parts, delay in sorted({key[:2] for key in found}):
         for method in METHODS:
+            if (parts, delay, method) not in found:
+                continue
             speed, stale = found[parts, delay, method]
             each = ratios(rows, parts, delay, method)
             ratio = f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f}, n = {len(each)})"
