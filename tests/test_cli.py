@@ -284,7 +284,6 @@ ONLY_WITH_DNI = (
 )
 BUDGETS = (("chars", "minutes"), ("chars", "steps"), ("minutes", "steps"))
 SYNTHESIZERS = (
-    "",
     "none",
     "mpl",
     "mlp:",
@@ -300,7 +299,7 @@ SYNTHESIZERS = (
     "mlp:-1/4",
 )
 CONTEXTS = (
-    "", "all", "next-tokens", "next-tokens:", "next-tokens:0", "next-tokens:-2", "next-tokens:2:-1",
+    "all", "next-tokens", "next-tokens:", "next-tokens:0", "next-tokens:-2", "next-tokens:2:-1",
     "next-tokens:a", "next-tokens:2:", "next-tokens:2:3:4", "none:3", "next-token:2",
     "gru", "gru:4", "gru:4:8", "next-tokens:2:3",
 )  # fmt: skip
@@ -339,7 +338,7 @@ MISTAKES = [
     ),
     *(
         (["--estimator", t], f"--estimator {t}: not known; give one of {ESTIMATORS}, or package.module:Name")
-        for t in ("rtrl", "cells:", "")
+        for t in ("rtrl", "cells:")
     ),
     (["--estimator", "full,penalty"], "--estimator full,penalty: 'penalty' is not argument=value"),
     (["--estimator", "full,a b=1"], "--estimator full,a b=1: 'a b=1' is not argument=value"),

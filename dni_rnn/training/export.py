@@ -54,7 +54,7 @@ RECURRENT = """net = nn.ModuleDict(made)
 net.load_state_dict(load_file("model.safetensors"))
 
 
-def step(numbers, state=None):  # symbols (T, B) -> logits (T, B, symbols), and the state to go on from
+def step(numbers, state=None):  # symbols (T, B) -> logits (T, B, symbols), and the next state
     output, state = net.rnn(net.embedding(numbers), state)
     return net.readout(output), state
 
