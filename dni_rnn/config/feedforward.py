@@ -183,15 +183,14 @@ class FeedforwardConfig(RunConfig):
         # Without the label, M must stay ahead of the net (faster nets end worse), and a net that is sure of
         # itself leaves it nothing to learn.
         slow = self.method == "dni"
+        synthesizers = {"dni": "mlp:256,256", "cdni": "mlp", "critic": "linear", "local+critic": "linear"}
         return {
             "width": self.widths[self.model],
             "epochs": 60.0 if slow else 10.0,
             "lr": 3e-5 if slow else 3e-3,
             "synthesizer_lr": 1e-2 if self.method == "cdni" else 3e-3,
             "smoothing": 0.1 if slow else 0.0,
-            "synthesizer": {"dni": "mlp:256,256", "cdni": "mlp"}.get(
-                self.method, "linear" if "critic" in self.method else None
-            ),
+            "synthesizer": synthesizers.get(self.method),
         }
 
     @property
