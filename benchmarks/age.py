@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from dni_rnn.atomic_files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.data.labelled import Batches
-from dni_rnn.distributed.chain import Forward
 from dni_rnn.experiments.plots import Panel, save_lines
 from dni_rnn.experiments.report import markdown_table, mean_sd
+from dni_rnn.stashed import Stashed
 from dni_rnn.training.feedforward import (
     build_model,
     context_of,
@@ -60,7 +60,8 @@ class Message(NamedTuple):
 
     out: Tensor
     synthetic: Tensor | None  # ĝ
-    made: Forward | None  # with correction
+    x: Tensor
+    made: Stashed | None  # with correction
     answer: Tensor | None  # without: the gradient that went to the part before, at once
 
 
@@ -83,7 +84,7 @@ class Part:
         """From a message, at once."""
         x = x.detach().requires_grad_()
         self.optimizer.zero_grad()
-        made = Forward(self.net, x) if corrected else None
+        made = Stashed(self.net, x) if corrected else None
         out = self.net(x) if made is None else made.out
         synthetic = None
         if self.interface is not None:
@@ -91,9 +92,9 @@ class Part:
             if made is None:
                 out.backward(synthetic)
             else:
-                made.backward(synthetic, again=True)
+                made.out.backward(synthetic, retain_graph=True)
         self.optimizer.step()
-        return Message(out.detach(), synthetic, made, x.grad if made is None else None)
+        return Message(out.detach(), synthetic, x, made, x.grad if made is None else None)
 
     def hear(self, message: Message, gradient: Tensor, context: Tensor) -> Tensor | None:
         """What comes back of a message: the true gradient, or without correction the next part's guess."""
@@ -102,9 +103,9 @@ class Part:
             self.interface.receive(message.out, context).backward(gradient)
         if message.made is not None:
             left_out = gradient if message.synthetic is None else gradient - message.synthetic
-            message.made.backward(left_out)
+            message.made.out.backward(left_out)
         self.optimizer.step()
-        return message.answer if message.made is None else message.made.x.grad
+        return message.answer if message.made is None else message.x.grad
 
     def finish(self, x: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         """The last part's update: its output and the true gradient of its input."""

@@ -12,8 +12,8 @@ Source: Jaderberg et al. 2017, arXiv:1608.05343, §3.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from dni_rnn.cores import Core
 from dni_rnn.interface import Interface
 from dni_rnn.penalty import StatePenalty
-from dni_rnn.pytree import Tree, detach
+from dni_rnn.pytree import Tree, detach, flatten, unflatten
+from dni_rnn.stashed import Stashed
 
 
 class DigitBlock(NamedTuple):
@@ -49,19 +50,6 @@ class DigitBlock(NamedTuple):
         fast = self.fast.clone()
         fast[:tick] = -1
         return torch.cat([fast, self.coming_slow(tick)])
-
-
-class Turn(NamedTuple):
-    """What one net, or both, learn from at once.
-
-    Attributes:
-      objective: a scalar to differentiate.
-      fast, slow: logits and targets of what was answered on the way.
-    """
-
-    objective: Tensor
-    fast: tuple[Tensor, Tensor] | None = None
-    slow: tuple[Tensor, Tensor] | None = None
 
 
 class Cut(nn.Module):
@@ -91,6 +79,59 @@ class Cut(nn.Module):
         if self.penalty is not None:
             terms.append(self.penalty(message, rms=rms))
         return terms
+
+
+class Sent:
+    """A message that has crossed a cut and is kept until its true gradient g is known.
+
+    Attributes:
+      taken: as its consumer takes it over; its `.grad` becomes g.
+    """
+
+    def __init__(self, cut: Cut, message: Tree, context: Tensor) -> None:
+        self.cut, self.message, self.context = cut, message, context
+        interface = cut.interface
+        self.synthetic = None if interface is None else interface.synthetic_gradient(detach(message), context)
+        leaves, spec = flatten(message)
+        self.taken = unflatten([leaf.detach().requires_grad_() for leaf in leaves], spec)
+
+    def residual(self) -> list[tuple[Tensor, Tensor]]:
+        """The tensors of the message, each with g − ĝ; what stands at the cut learns from g."""
+        found: list[Tensor] = []
+        for leaf in flatten(self.taken)[0]:
+            assert leaf.grad is not None
+            found.append(leaf.grad)
+        received = flatten(self.cut.receive(self.message, self.context))[0]
+        if any(leaf.requires_grad for leaf in received):
+            torch.autograd.backward(received, found)
+        if self.synthetic is not None:
+            found = [g - s for g, s in zip(found, flatten(self.synthetic)[0], strict=True)]
+        return list(zip(flatten(self.message)[0], found, strict=True))
+
+
+class Turn(NamedTuple):
+    """What one net, or both, learn from at once.
+
+    Attributes:
+      objective: a scalar to differentiate; None in a turn that only corrects.
+      fast, slow: logits and targets of what was answered on the way.
+      kept: what is differentiated here will be once more, by the last turn.
+      late: what was sent from each window to others, in order, where its gradient has come by now.
+    """
+
+    objective: Tensor | None = None
+    fast: tuple[Tensor, Tensor] | None = None
+    slow: tuple[Tensor, Tensor] | None = None
+    kept: bool = False
+    late: Sequence[Sequence[Sent]] = ()
+
+    def backward(self) -> None:
+        """Add to `.grad` what this turn brings."""
+        if self.objective is not None:
+            self.objective.backward(retain_graph=self.kept)
+        for window in reversed(self.late):
+            pairs = [pair for sent in window for pair in sent.residual()]
+            torch.autograd.backward([tensor for tensor, _ in pairs], [residual for _, residual in pairs])
 
 
 class FastNet(nn.Module):
@@ -170,34 +211,52 @@ class TwoRates(nn.Module):
         objective = objective + F.cross_entropy(slow, block.slow)
         yield Turn(objective, (fast.flatten(0, 1), block.fast.flatten()), (slow, block.slow))
 
-    def decoupled(self, block: DigitBlock) -> Iterator[Turn]:
-        """A turn of A after every window, and one of B after every `ticks` of them."""
+    def decoupled(self, block: DigitBlock, correct: bool = False) -> Iterator[Turn]:
+        """A turn of A after every window, and one of B after every `ticks` of them.
+
+        Args:
+          correct: keep what every window computed, at its weights, until the block ends, when every true
+            gradient g is known, and backpropagate g − ĝ in one more turn. So the gradients of the turns
+            add up to that of the block whatever the synthesizers are; with none, ĝ = 0, they come late.
+        """
         period, rows = self.period, len(block.slow)
         fast_state, slow_state = (net.core.initial_state(rows) for net in (self.fast, self.slow))
         heard: list[Tensor] = []
+        late: list[list[Sent]] = []
+
+        def cross(name: str, message: Tree, context: Tensor) -> Tree:
+            """What the consumer takes over. Of a block that is corrected no M learns before its last turn, so
+            ĝ is still what was sent."""
+            if not correct:
+                return self.cut(name).receive(message, context)
+            late[-1].append(Sent(self.cut(name), message, context))
+            return late[-1][-1].taken
+
         for tick in range(period):
-            first, last = tick == 0, tick == period - 1
-            if not first:
-                fast_state = self.cut("fast").receive(fast_state, block.coming(tick))
-            logits, message, fast_state = self.fast(block.inputs[tick], fast_state)
+            last = tick == period - 1
+            late.append([])
+            logits, message, state = _pass(self.fast, correct, block.inputs[tick], fast_state)
             terms = [F.cross_entropy(logits, block.fast[tick]) / period]
             terms += self.cut("message").send(message, block.coming_slow(tick))
             if not last:
-                terms += self.cut("fast").send(fast_state, block.coming(tick + 1))
-            yield Turn(_sum(terms), fast=(logits, block.fast[tick]))
-            fast_state = detach(fast_state)
-            heard.append(self.cut("message").receive(message, block.coming_slow(tick)))
+                terms += self.cut("fast").send(state, block.coming(tick + 1))
+            yield Turn(_sum(terms), fast=(logits, block.fast[tick]), kept=correct)
+            if not last:
+                fast_state = cross("fast", state, block.coming(tick + 1))
+            heard.append(cross("message", message, block.coming_slow(tick)))
             if (tick + 1) % self.ticks:
                 continue
-            if tick >= self.ticks:
-                slow_state = self.cut("slow").receive(slow_state, block.coming_slow(tick + 1 - self.ticks))
-            logits, slow_state = self.slow(torch.stack(heard), slow_state)
+            late.append([])
+            logits, state = _pass(self.slow, correct, torch.stack(heard), slow_state)
             heard = []
             if last:
                 yield Turn(F.cross_entropy(logits, block.slow), slow=(logits, block.slow))
-            elif terms := self.cut("slow").send(slow_state, block.coming_slow(tick + 1)):
-                yield Turn(_sum(terms))
-            slow_state = detach(slow_state)
+            elif terms := self.cut("slow").send(state, block.coming_slow(tick + 1)):
+                yield Turn(_sum(terms), kept=correct)
+            if not last:
+                slow_state = cross("slow", state, block.coming_slow(tick + 1))
+        if correct:
+            yield Turn(late=late[:-1])
 
     def cut(self, name: str) -> Cut:
         """One of the three cuts."""
@@ -218,6 +277,11 @@ class TwoRates(nn.Module):
         """All others."""
         theirs = {id(p) for p in self.synthesizer_parameters()}
         return [p for p in self.parameters() if id(p) not in theirs]
+
+
+def _pass(net: nn.Module, kept: bool, *inputs: Tree) -> Any:
+    """`net(*inputs)`; kept, it can be differentiated after the weights have moved."""
+    return Stashed(net, *inputs).out if kept else net(*inputs)
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

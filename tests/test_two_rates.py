@@ -153,7 +153,7 @@ def net_gradients(model: TwoRates) -> Parameters:
 def differentiate(model: TwoRates, turns: Any) -> None:
     model.zero_grad()
     for turn in turns:
-        turn.objective.backward()
+        turn.backward()
 
 
 def relative(got: Parameters, wanted: Parameters, part: str) -> float:
@@ -189,6 +189,34 @@ def test_with_exact_synthesizers_the_turns_add_up_to_joint_backpropagation(ticks
         interface.scale = 1.0
 
 
+@pytest.mark.parametrize("settings", [{"decoupled": True}, {"dni": True}, {"dni": True, "ticks": 1}], ids=str)
+def test_corrected_turns_add_up_to_joint_backpropagation_whatever_m_is(settings, generator):
+    model, block = small(generator, restore=0.0, **settings)
+    true = truth(model, block)
+    for interface in model.interfaces().values():
+        randomize(interface.synthesizer, generator)
+    for correct in (False, True):
+        differentiate(model, model.decoupled(block, correct))
+        apart = relative(net_gradients(model), true.parameters, "fast")
+        assert (apart < 1e-10) if correct else (apart > 1e-2), apart
+    close(net_gradients(model), true.parameters)
+
+
+def test_a_correction_is_at_the_weights_of_the_forward_pass(generator):
+    """Whatever steps were made meanwhile: here A's weights become useless before the last turn."""
+    model, block = small(generator, decoupled=True)
+    differentiate(model, model.decoupled(block, correct=True))
+    wanted = net_gradients(model)
+    model.zero_grad()
+    for turn in model.decoupled(block, correct=True):
+        if turn.late:
+            with torch.no_grad():
+                for p in model.fast.parameters():
+                    p.zero_()
+        turn.backward()
+    close(net_gradients(model), wanted)
+
+
 def test_what_arrives_at_the_message_is_the_true_gradient(generator):
     """B's window is the whole block, so the synthesizer of the message is never bootstrapped."""
     model, block = small(generator, dni=True)
@@ -213,7 +241,7 @@ def test_what_the_loss_of_b_reaches(method, generator):
     turns = model.lock_step(block) if method == "lock-step" else model.decoupled(block)
     for turn in turns:
         if turn.slow is None:
-            turn.objective.backward()
+            turn.backward()
             continue
         loss = F.cross_entropy(*turn.slow)
         nets = {net: reached(loss, getattr(model, net)) for net in ("fast", "slow")}
@@ -256,7 +284,7 @@ def test_a_penalty_pushes_back_what_is_beyond_its_bound(dni, generator):
     cut = model.cut("message")
     assert cut.penalty is not None
     (cut.penalty.mean_square if cut.interface is None else cut.interface.target_square).fill_(4.0)
-    next(model.decoupled(block)).objective.backward()
+    next(model.decoupled(block)).backward()
     net = model.fast
     outputs, _ = net.core(net.encoder(block.inputs[0]), net.core.initial_state(len(block.slow)))
     excess = (net.message(outputs[-1]).abs() - 3.0).clamp_min(0.0)

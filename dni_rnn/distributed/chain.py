@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from dni_rnn.config import FeedforwardConfig
 from dni_rnn.data.labelled import Batches, Examples
@@ -31,6 +30,7 @@ from dni_rnn.distributed.part import ProcessPart
 from dni_rnn.distributed.processes import Processes
 from dni_rnn.distributed.transport import GRADIENT, MESSAGE, Incoming, Layout, Outgoing, Packet
 from dni_rnn.feedforward import messages_of, split
+from dni_rnn.stashed import Stashed
 from dni_rnn.training.feedforward import (
     FeedforwardLearner,
     build_model,
@@ -48,31 +48,6 @@ FORGET = 4
 """Where messages may get lost: how many are kept for their gradients, in units of `queue`."""
 
 
-class Forward:
-    """A forward pass that can be differentiated after the weights have moved: it has a copy of them.
-
-    Attributes:
-      out: of the part.
-      weights: the copy, by name.
-    """
-
-    def __init__(self, part: nn.Module, x: Tensor) -> None:
-        self.part, self.x = part, x
-        self.weights = {name: p.detach().clone().requires_grad_() for name, p in part.named_parameters()}
-        self.out: Tensor = functional_call(part, self.weights, (x,))
-
-    def backward(self, gradient: Tensor, again: bool = False) -> None:
-        """Set `.grad` of the part to what `gradient` at `out` brings, and add to that of the input.
-
-        Args:
-          again: there will be another one.
-        """
-        self.out.backward(gradient, retain_graph=again)
-        for name, p in self.part.named_parameters():
-            copy = self.weights[name]
-            p.grad, copy.grad = copy.grad, None
-
-
 def backward(roots: Sequence[tuple[Tensor, Tensor | None]]) -> None:
     """From several tensors at once, each with its gradient; None for a scalar is 1."""
     tensors, gradients = zip(*roots, strict=True)
@@ -86,7 +61,8 @@ class Kept(NamedTuple):
     context: Tensor
     updates: int  # of the part, that with this message included
     synthetic: Tensor | None  # ĝ
-    made: Forward | None  # how, to correct what ĝ did
+    x: Tensor  # what it was made from
+    made: Stashed | None  # how, to correct what ĝ did
 
 
 class ChainPart(ProcessPart):
@@ -188,7 +164,7 @@ class ChainPart(ProcessPart):
         self._collect()
         self.record.set_rates(rate_factor(config, number, self.steps))
         x = x.detach().requires_grad_(self.rank > 0 and self.gradients)
-        made = Forward(self.part, x) if self.corrects else None
+        made = Stashed(self.part, x) if self.corrects else None
         out = self.part(x) if made is None else made.out
         for link in self.onward:
             link.put(Packet(MESSAGE, number, [out.detach(), targets]))
@@ -206,7 +182,7 @@ class ChainPart(ProcessPart):
                 roots.append((out, gradient))
             if self.local is not None:
                 roots.append((self.local.send(out, context), None))
-            self.kept[number] = Kept(out.detach(), context, self.own_updates + 1, gradient, made)
+            self.kept[number] = Kept(out.detach(), context, self.own_updates + 1, gradient, x, made)
         else:
             roots.append((out, self._gradient(number)))
         self.record.optimizer.zero_grad()
@@ -214,7 +190,7 @@ class ChainPart(ProcessPart):
             backward(roots)
             self._answer(number, x)
         elif gradient is not None:
-            made.backward(gradient, again=True)
+            made.out.backward(gradient, retain_graph=True)
         self.record.optimizer.step()
         self.own_updates += 1
 
@@ -256,8 +232,8 @@ class ChainPart(ProcessPart):
         if self.interface is not None:
             self.interface.receive(kept.message, kept.context).backward(gradient)
         if kept.made is not None:
-            kept.made.backward(gradient if kept.synthetic is None else gradient - kept.synthetic)
-            self._answer(packet.number, kept.made.x)
+            kept.made.out.backward(gradient if kept.synthetic is None else gradient - kept.synthetic)
+            self._answer(packet.number, kept.x)
         self.record.optimizer.step()
         self.stale.append(self.own_updates - kept.updates)
 

@@ -44,6 +44,8 @@ class CountingConfig(RunConfig):
     """Cut: A learns after T digits, B after its own ticks. Without it, one joint update per block."""
     dni: bool = False
     """Cut, with a synthetic gradient on the message and at each net's own window boundaries."""
+    correct: bool = False
+    """At the end of a block learn from the true gradients, less the synthetic ones: late, not wrong."""
     ticks: int | None = None
     """Of B, from one of its window boundaries to the next; the default is T, the whole block."""
 
@@ -90,6 +92,8 @@ class CountingConfig(RunConfig):
         check_dni(self, "ticks", "synthesizer", "context", "critic", "scale", "centre", "synthesizer_lr")
         check_critic(self)
         parse_synthesizer(self.synthesizer)
+        if self.correct and not self.cut:
+            raise UsageError("--correct works where nets are cut: add --dni or --decoupled")
         if self.restore and not self.cut:
             raise UsageError("--restore works where nets are cut: add --dni or --decoupled")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,9 @@ class CountingLearner(Learner):
         optimizer = adam([(net, config.lr), (synthesizer, config.synthesizer_lr)], device)
         averages = ("fast_wrong", "slow_wrong", "loss")
         self.record = TrainingRecord({"model": self.model}, net, synthesizer, optimizer, averages, device)
-        self.turns = self.model.decoupled if config.cut else self.model.lock_step
+        self.turns = self.model.lock_step
+        if config.cut:
+            self.turns = functools.partial(self.model.decoupled, correct=config.correct)
         self.batches = Batches(data, "train", config.bptt**2 * config.batch_size, device, config.seed)
         self.one_pass = DIGITS
 
@@ -122,7 +125,7 @@ class CountingLearner(Learner):
         block = self.block(self.data, self.batches, counters.step, config.bptt)
         for turn in self.turns(block):
             record.optimizer.zero_grad()
-            turn.objective.backward()
+            turn.backward()
             if config.clip:
                 nn.utils.clip_grad_norm_(record.net, config.clip)
             record.optimizer.step()
@@ -131,7 +134,8 @@ class CountingLearner(Learner):
                     averages["fast_wrong"] += wrong(*turn.fast)
                 if turn.slow:
                     averages["slow_wrong"] += wrong(*turn.slow)
-                averages["loss"] += turn.objective.detach()
+                if turn.objective is not None:
+                    averages["loss"] += turn.objective.detach()
         counters.advance(self.batches.batch_size)
 
     def metrics(self) -> dict[str, float]:
