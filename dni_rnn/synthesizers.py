@@ -299,28 +299,31 @@ class Critic(nn.Module):
         with torch.enable_grad():
             leaves = [leaf.detach().requires_grad_() for leaf in leaves]
             logits = self.classifier(unflatten(leaves, spec))
-            losses, slope = self._losses(logits, context)
+            losses, slope = _losses(logits, context, self.symbols, self.batch_first)
             slope = slope * (1.0 / len(losses) if self.weight is None else self.weight)
             gradients = torch.autograd.grad(
                 logits, leaves, slope, create_graph=differentiable, materialize_grads=True
             )
         return Critique(unflatten(gradients, spec), self.loss_weight * losses)
 
-    def _losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """ℓ (B,), and its derivative with respect to the logits, softmax − one-hot, as a function of them."""
-        each = logits.unflatten(1, (-1, self.symbols))  # (B, W, symbols)
-        targets = coming(targets, each.shape[1], self.batch_first, logits.device)
-        if targets.shape[1] != len(each):
-            raise ValueError(
-                f"the context is of {targets.shape[1]} rows, the message of {len(each)}: targets are (W, B), "
-                "with batch_first (B, W)"
-            )
-        targets = targets.t().unsqueeze(2)
-        known, places = targets >= 0, targets.clamp_min(0)
-        predicted = F.log_softmax(each, 2)
-        losses = -torch.where(known, predicted.gather(2, places), 0.0).sum((1, 2))
-        wanted = torch.zeros_like(predicted).scatter_(2, places, 1.0)
-        return losses, torch.where(known, predicted.exp() - wanted, 0.0).flatten(1)
+
+def _losses(
+    logits: Tensor, targets: Tensor, symbols: int, batch_first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """ℓ (B,), and its derivative with respect to the logits, softmax − one-hot, as a function of them."""
+    each = logits.unflatten(1, (-1, symbols))  # (B, W, symbols)
+    targets = coming(targets, each.shape[1], batch_first, logits.device)
+    if targets.shape[1] != len(each):
+        raise ValueError(
+            f"the context is of {targets.shape[1]} rows, the message of {len(each)}: targets are (W, B), "
+            "with batch_first (B, W)"
+        )
+    targets = targets.t().unsqueeze(2)
+    known, places = targets >= 0, targets.clamp_min(0)
+    predicted = F.log_softmax(each, 2)
+    losses = -torch.where(known, predicted.gather(2, places), 0.0).sum((1, 2))
+    wanted = torch.zeros_like(predicted).scatter_(2, places, 1.0)
+    return losses, torch.where(known, predicted.exp() - wanted, 0.0).flatten(1)
 
 
 @torch.compiler.disable
@@ -329,4 +332,64 @@ def _not_compiled(critic: Critic, message: Tree, context: Any) -> Critique:
     return critic.criticize(message, context)
 
 
-torch.serialization.add_safe_globals([OneHotTokens, ContextMLP, Rows, MLPSynthesizer, Critic])
+class ErrorFeedback(nn.Module):
+    """M as a linear map of the error of a local classifier: nothing is differentiated twice.
+
+        e        = softmax(W h + b) − onehot(target)     per row, position by position
+        ℓ_row    = Σ_i −log softmax(W h + b)_i[target_i],   i in [0, W)
+        gradient = weight · (W + U)ᵀ e
+
+    h is a row of the message. W and b are trained on `loss_weight` · ℓ alone, as a local loss would, and U on
+    the match with what arrives alone. Both are zero at the start. With U = 0 it is the gradient of that
+    local loss (a linear `Critic` without the match); U turns that into the gradient that arrives, as far as
+    the error tells it. Below a linear last layer this is the form of the true gradient.
+
+    It has none but a multiple of the error, so where the classifier makes none, nothing pushes. A regression
+    on message and label has no such rest: what it gets wrong, it gets wrong in all rows alike
+    (results/what-was-tried.md).
+
+    Args:
+      message: an example, with rows in dimension 0; only the shape of its rows is used.
+      symbols: number of distinct targets.
+      window: targets per row, W of the sum.
+      weight, loss_weight: see `Critic`.
+
+    Shapes: message (B, ...), context (B,) or (window, B), integers, -1 where nothing is known (which adds
+    nothing). Returns a `Critique`: the gradient as rows (B, features), and loss_weight · ℓ, (B,).
+
+    Raises:
+      ValueError: it is called without a context, or with one of another size or type.
+
+    Source: the error as what a layer below is told, through weights of its own: Nøkland 2016, "Direct
+    Feedback Alignment", arXiv:1609.01596 (the net's error, fixed random U).
+    """
+
+    batch_dim = 0
+
+    def __init__(
+        self,
+        message: Tensor,
+        symbols: int,
+        window: int = 1,
+        *,
+        weight: float | None = None,
+        loss_weight: float = 100.0,
+    ) -> None:
+        super().__init__()
+        self.symbols, self.weight, self.loss_weight = symbols, weight, loss_weight
+        features = message[0].numel()
+        self.classifier = nn.Linear(features, window * symbols)
+        self.feedback = nn.Linear(window * symbols, features, bias=False)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, message: Tensor, context: Any = None) -> Critique:
+        if context is None:
+            raise ValueError("an error needs targets: call it with them as context")
+        losses, error = _losses(self.classifier(message.flatten(1)), context, self.symbols)
+        error = error.detach() * (1.0 / len(losses) if self.weight is None else self.weight)
+        gradient = self.feedback(error) + F.linear(error, self.classifier.weight.detach().t())
+        return Critique(gradient, self.loss_weight * losses)
+
+
+torch.serialization.add_safe_globals([OneHotTokens, ContextMLP, Rows, MLPSynthesizer, Critic, ErrorFeedback])

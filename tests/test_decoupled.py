@@ -105,6 +105,7 @@ def train_in_processes(rank, folder, settings):
         (3, "bprop", 4),
         (3, "critic", 1),
         (2, "cdni", 1),
+        (3, "cdni error", 1),
         (3, "none", 1),
         (3, "local", 4),
         (2, "local+critic", 1),
@@ -114,8 +115,10 @@ def test_parts_that_wait_are_the_same_net_in_one_process(tmp_path, size, method,
     """Lock-step is backpropagation; with one message under way, synthetic gradients are as in one process,
     corrections alone are backpropagation, and local losses are theirs however many are under way.
     """
+    method, _, synthesizer = method.partition(" ")
     correct = method == "none"
-    settings = config(method=method, queue=queue, cuts="1" if size == 2 else "all", correct=correct)
+    cuts = "1" if size == 2 else "all"
+    settings = config(method=method, synthesizer=synthesizer or None, queue=queue, cuts=cuts, correct=correct)
     alone = dataclasses.replace(settings, decoupled=False, queue=type(settings).queue, correct=False)
     if correct:
         alone = dataclasses.replace(alone, method="bprop")

@@ -128,6 +128,7 @@ LEARNERS = {
     "growing, trace": lambda **k: recurrent(Recall(grow=True), bptt=1, trace=8, dni=True, **k),
     "growing, critic": lambda **k: recurrent(Recall(grow=True), bptt=2, dni=True, critic=True, **k),
     "critic": lambda **k: layered(method="critic", **k),
+    "error feedback": lambda **k: layered(method="cdni", synthesizer="error", **k),
     "layers, bprop": lambda **k: layered(method="bprop", **k),
 }
 

@@ -314,9 +314,12 @@ def run_of(path: Path, **settings: object) -> Run:
     return Run(path, "addition", Addition(bits=4), config)
 
 
-@pytest.mark.parametrize("method", ["bprop", "none", "dni", "cdni", "critic", "local", "local+critic"])
+@pytest.mark.parametrize(
+    "method", ["bprop", "none", "dni", "cdni", "cdni error", "critic", "local", "local+critic"]
+)
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, tmp_path, monkeypatch):
-    settings = {"method": method}
+    method, _, synthesizer = method.partition(" ")
+    settings = {"method": method, "synthesizer": synthesizer or None}
     if method not in ("bprop", "none", "dni"):
         settings |= {"update_probability": 0.6, "unlock": True, "agreement_every": 2}
     whole = train(run_of(tmp_path / "whole", **settings), quiet=True)
@@ -424,6 +427,7 @@ def test_the_published_recipe():
         ("--method bprop --update-probability 0.5", "needs learning parts"),
         ("--method none --unlock", "needs learning parts"),
         ("--method local --synthesizer mlp", "has no synthesizer"),
+        ("--method critic --synthesizer error", "--synthesizer error is one of --method cdni"),
         ("--update-probability 0", "above 0"),
         ("--synthesizer deep", "--synthesizer deep"),
         ("--synthesizer my.place:Mine", "--synthesizer my.place:Mine: give linear, mlp"),

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from dni_rnn.interface import Interface
 from dni_rnn.pytree import LSTMState, Tree, flatten, flatten_rows, map_tree, part, unflatten
-from dni_rnn.synthesizers import ContextEncoder, ContextMLP, Critic, MLPSynthesizer, OneHotTokens, Rows, units
+from dni_rnn.synthesizers import (
+    ContextEncoder,
+    ContextMLP,
+    Critic,
+    ErrorFeedback,
+    MLPSynthesizer,
+    OneHotTokens,
+    Rows,
+    units,
+)
 
 SYMBOLS, WINDOW, ROWS, WIDTH = 5, 3, 4, 6
 
@@ -497,3 +506,63 @@ def test_what_a_critic_sends_is_in_units_of_the_loss(scale, generator):
     passed = message.clone().requires_grad_()
     (3.0 * interface(passed, labels)).sum().backward()
     close(grad(passed), wanted)
+
+
+# The error of a local classifier.
+
+
+@pytest.mark.parametrize("shape", ["vector", "maps"])
+@pytest.mark.parametrize("window", [1, WINDOW])
+@pytest.mark.parametrize("weight", [None, 0.3])
+def test_error_feedback_is_its_equation(shape, window, weight, generator):
+    message, _ = messages(generator)[shape]
+    made = ErrorFeedback(message, SYMBOLS, window, weight=weight, loss_weight=7.0).double()
+    randomize(made, generator)
+    given = tokens(generator, window, ROWS)
+    given[0, 1] = -1
+    back = made.classifier.weight.t() + made.feedback.weight
+    losses, wanted = [], []
+    for row in range(ROWS):
+        logits = made.classifier.weight @ message[row].flatten() + made.classifier.bias
+        each, loss = logits.view(window, SYMBOLS), message.new_zeros(())
+        errors = torch.zeros(window, SYMBOLS, dtype=torch.float64)
+        for position, target in enumerate(given[:, row].tolist()):
+            if target >= 0:
+                errors[position] = each[position].softmax(0)
+                errors[position, target] -= 1.0
+                loss = loss - each[position].log_softmax(0)[target]
+        losses.append(7.0 * loss)
+        wanted.append((1 / ROWS if weight is None else weight) * back @ errors.flatten())
+    said = made(message, given)
+    close([said.gradient, said.losses], [torch.stack(wanted), torch.stack(losses)])
+    alone = made(message, given[0]) if window == 1 else said
+    close(alone.gradient, said.gradient)
+
+
+@pytest.mark.parametrize("shape", ["vector", "maps"])
+def test_error_feedback_without_feedback_is_the_gradient_of_a_local_loss(shape, generator):
+    """And its parts are trained apart: the classifier on the targets, the feedback on what arrives."""
+    message, labels = messages(generator)[shape][0], tokens(generator, ROWS)
+    made = ErrorFeedback(message, SYMBOLS).double()
+    interface = Interface(made).double()
+    assert not interface.synthetic_gradient(message, labels).any()
+    randomize(made.classifier, generator)
+    sent = message.clone().requires_grad_()
+    target = random(generator, *message.shape)
+    (interface(sent, labels) * target).sum().backward()
+    local = message.clone().requires_grad_()
+    weights = list(made.classifier.parameters())
+    loss = nn.functional.cross_entropy(made.classifier(local.flatten(1)), labels)
+    wanted, *trained = torch.autograd.grad(loss, [local, *weights])
+    close(grad(sent), wanted)
+    close([grad(w) for w in weights], [made.loss_weight * each for each in trained])
+    # d/dU of the mean of (e U / B − g)² / (target RMS)², at U = 0 where e W / B is `wanted`.
+    error = made.classifier(message.flatten(1)).softmax(1).detach()
+    error = (error - nn.functional.one_hot(labels, SYMBOLS)) / ROWS
+    residual = (wanted - target).flatten(1) / target.square().mean()
+    close(grad(made.feedback.weight), 2.0 / target.numel() * residual.t() @ error)
+
+
+def test_error_feedback_needs_targets(generator):
+    with pytest.raises(ValueError, match="an error needs targets"):
+        ErrorFeedback(torch.zeros(2, 3), SYMBOLS)(torch.zeros(2, 3))

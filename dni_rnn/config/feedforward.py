@@ -46,7 +46,8 @@ class FeedforwardConfig(RunConfig):
     unlock: bool = False
     """Synthetic inputs too: no layer waits for the one before either."""
     synthesizer: str | None = None
-    """linear, mlp, mlp:WIDTH[,WIDTH] (units, or 1/4 of the layer's), of a critic its classifier."""
+    """linear, mlp, mlp:WIDTH[,WIDTH] (units, or 1/4 of the layer's), of a critic its classifier; of cdni also
+    error, a linear map of a local classifier's error."""
     recipe: Literal["fast", "paper"] = "fast"
     """Iterations, rates and synthesizers: as published, or chosen for far fewer iterations."""
 
@@ -112,7 +113,10 @@ class FeedforwardConfig(RunConfig):
         if self.synthesizer is not None:
             if self.method == "local":
                 raise UsageError("--method local has no synthesizer: leave --synthesizer out")
-            parse_synthesizer(self.synthesizer)
+            if self.synthesizer != "error":
+                parse_synthesizer(self.synthesizer)
+            elif self.method != "cdni":
+                raise UsageError("--synthesizer error is one of --method cdni, or leave --synthesizer out")
         cuts = self.cut_positions
         if list(cuts) != sorted(set(cuts)) or not all(0 < cut < self.layers for cut in cuts):
             raise UsageError(
@@ -188,7 +192,7 @@ class FeedforwardConfig(RunConfig):
             "width": self.widths[self.model],
             "epochs": 60.0 if slow else 10.0,
             "lr": 3e-5 if slow else 3e-3,
-            "synthesizer_lr": 1e-2 if self.method == "cdni" else 3e-3,
+            "synthesizer_lr": 1e-2 if self.method == "cdni" and self.synthesizer != "error" else 3e-3,
             "smoothing": 0.1 if slow else 0.0,
             "synthesizer": synthesizers.get(self.method),
         }
@@ -196,7 +200,7 @@ class FeedforwardConfig(RunConfig):
     @property
     def synthesizer_hidden(self) -> tuple[int | Fraction, ...] | None:
         """Widths of the synthesizers' hidden layers; None is the default of `decouple`."""
-        return None if self.synthesizer is None else parse_synthesizer(self.synthesizer)
+        return None if self.synthesizer in (None, "error") else parse_synthesizer(self.synthesizer)
 
     @property
     def cut_positions(self) -> tuple[int, ...]:

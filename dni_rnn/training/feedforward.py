@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from dni_rnn.data.labelled import Batches, Examples
 from dni_rnn.data.task import Split
 from dni_rnn.errors import UsageError
 from dni_rnn.feedforward import Decoupled, agreement, cnn, decouple, fcn, sigmoid_net, vgg
+from dni_rnn.synthesizers import ErrorFeedback
 from dni_rnn.training.learner import Learner, TrainingRecord, adam, begin, cosine_schedule
 
 WARM_UP = 0.15
@@ -42,6 +44,7 @@ def build_model(config: FeedforwardConfig, data: Examples) -> Decoupled:
     """The cut net with its synthesizers."""
     config = config.resolved
     window, classes = (1, data.outputs) if data.train[1].ndim == 1 else (data.outputs, 2)
+    error = functools.partial(ErrorFeedback, symbols=classes, window=window)
     return decouple(
         build_net(config, data),
         config.cut_positions,
@@ -52,6 +55,7 @@ def build_model(config: FeedforwardConfig, data: Examples) -> Decoupled:
         window=window,
         update_probability=config.update_probability,
         unlock=UNLOCK_HIDDEN if config.unlock else None,
+        synthesizer=error if config.synthesizer == "error" else None,
     )
 
 
