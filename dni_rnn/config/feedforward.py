@@ -46,8 +46,8 @@ class FeedforwardConfig(RunConfig):
     unlock: bool = False
     """Synthetic inputs too: no layer waits for the one before either."""
     synthesizer: str | None = None
-    """linear, mlp, mlp:WIDTH[,WIDTH] (units, or 1/4 of the layer's), of a critic its classifier; of cdni also
-    error, a linear map of a local classifier's error."""
+    """linear, mlp, mlp:WIDTH[,WIDTH] (units, or 1/4 of the layer's), of a critic its classifier; of cdni and
+    local+critic also error, a linear map of a local classifier's error."""
     recipe: Literal["fast", "paper"] = "fast"
     """Iterations, rates and synthesizers: as published, or chosen for far fewer iterations."""
 
@@ -115,8 +115,8 @@ class FeedforwardConfig(RunConfig):
                 raise UsageError("--method local has no synthesizer: leave --synthesizer out")
             if self.synthesizer != "error":
                 parse_synthesizer(self.synthesizer)
-            elif self.method != "cdni":
-                raise UsageError("--synthesizer error is one of --method cdni, or leave --synthesizer out")
+            elif self.method not in ("cdni", "local+critic"):
+                raise UsageError("--synthesizer error is one of --method cdni and local+critic")
         cuts = self.cut_positions
         if list(cuts) != sorted(set(cuts)) or not all(0 < cut < self.layers for cut in cuts):
             raise UsageError(
