@@ -344,8 +344,8 @@ class ErrorFeedback(nn.Module):
     local loss (a linear `Critic` without the match); U turns that into the gradient that arrives, as far as
     the error tells it. Below a linear last layer this is the form of the true gradient.
 
-    What M gets wrong shrinks with the error, and where the classifier makes none, nothing pushes. In
-    convolutional nets that is worth more than a better match (results/what-was-tried.md).
+    What M gets wrong shrinks with the error, and where the classifier makes none, nothing pushes: it does not
+    fall behind a convolutional net, as a regression on activations does (results/cifar).
 
     Args:
       message: an example, with rows in dimension 0; only the shape of its rows is used.
