@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from reference import CellOfAnLSTM
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dni_rnn.config import FeedforwardConfig, RecurrentConfig
@@ -9,7 +10,7 @@ from dni_rnn.cores.diagonal import Diagonal
 from dni_rnn.cores.mingru import MinGRU
 from dni_rnn.data.labelled import Examples
 from dni_rnn.pytree import flatten, map_tree
-from dni_rnn.traces import running
+from dni_rnn.traces import lstm, running
 from dni_rnn.traces import traced as traced_module
 from dni_rnn.traces.layer import Layer
 from dni_rnn.traces.traced import Traced
@@ -97,16 +98,15 @@ def buffers(traced):
 
 @pytest.fixture
 def as_on_a_device(monkeypatch):
-    """Traces as they are where graphs are recorded: the place in the ring is a number of the device's."""
+    """Traces as they are where graphs are recorded: the place in the ring is a number of the device's, and an
+    LSTM goes step by step, by cells."""
 
     def layer(record, window, number, steps, decay, symbols, _):
         return Layer(record, window, number, steps, decay, symbols, True)
 
-    def run(core, inputs, state, embedding, _):
-        return running.run(core, inputs, state, embedding, True)
-
     monkeypatch.setattr(traced_module, "Layer", layer)
-    monkeypatch.setattr(traced_module, "run", run)
+    monkeypatch.setattr(running, "BY_STEP", "cpu")
+    monkeypatch.setattr(lstm, "CELL", CellOfAnLSTM)
 
 
 def recurrent(task=None, device=CPU, **settings):
@@ -267,12 +267,29 @@ def test_a_cuda_graph_trains_as_plain_updates_do(name, capsys):
         torch.testing.assert_close(ours[key], theirs[key], rtol=2e-3, atol=1e-4)
 
 
-def gradients_of_a_loop(core, device):
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_torch_s_cell_of_an_lstm_is_its_equations():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(width):
+        return torch.randn(5, width, generator=generator, dtype=torch.float64).cuda()
+
+    c, of_x, of_h, at_h, at_c = draw(6), draw(24), draw(24), draw(6), draw(6)
+    ours, theirs = lstm.CELL.forward(of_x, of_h, c), CellOfAnLSTM.forward(of_x, of_h, c)
+    torch.testing.assert_close(ours, theirs)
+    _, after, gates = ours
+    for given in (at_h, None):
+        got, wanted = (cell.backward(given, at_c, c, after, gates) for cell in (lstm.CELL, CellOfAnLSTM))
+        torch.testing.assert_close(tuple(got), wanted)
+
+
+def gradients_of_a_loop(core, device, fused):
     """Of four windows, in double precision."""
     torch.manual_seed(0)
     net = core().double()
     embedding, width = torch.nn.Embedding(11, 5).double(), 7
-    traced = Traced(net, 6, 0.9, embedding=embedding).to(device)
+    traced = Traced(net, 6, 0.9, embedding=embedding, fused=fused).to(device)
     readout = torch.nn.Linear(width, 11).double().to(device)
     state, found = None, []
     for number in range(4):
@@ -297,9 +314,9 @@ CORES = {
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", CORES)
-def test_a_trace_on_a_gpu_is_that_of_a_cpu(name):
-    ours, theirs = (gradients_of_a_loop(CORES[name], torch.device(d)) for d in ("cuda", "cpu"))
+@pytest.mark.parametrize(("name", "fused"), [*((name, None) for name in CORES), ("lstm", True)])
+def test_a_trace_on_a_gpu_is_that_of_a_cpu(name, fused):
+    ours, theirs = (gradients_of_a_loop(CORES[name], torch.device(d), fused) for d in ("cuda", "cpu"))
     for after, wanted in zip(ours, theirs, strict=True):
         for a, b in zip(after, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import close, random
+from reference import CellOfAnLSTM, close, random
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +21,9 @@ from dni_rnn.interface import Interface
 from dni_rnn.penalty import StatePenalty
 from dni_rnn.pytree import LSTMState, Tree, flatten, map_tree, unflatten, where_rows
 from dni_rnn.synthesizers import MLPSynthesizer
-from dni_rnn.traces import Record, Term, Traced, Window, memory
+from dni_rnn.traces import Record, Term, Traced, Window, memory, running
+from dni_rnn.traces import lstm as traced_lstm
+from dni_rnn.traces.compiled import Compiled
 
 I, H, B, V = 3, 4, 3, 5  # noqa: E741 — widths of input and state, rows, symbols
 State = list[Tensor]
@@ -400,6 +402,62 @@ def test_an_lstm_by_torch_s_own_kernel_has_the_same_trace(layers, generator):
         kept, _ = trained(n, 3, fused=False, embedding=symbols)
         fused, _ = trained(n, 3, fused=True, embedding=symbols)
         same(fused, kept)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_an_lstm_by_the_cells_of_a_gpu_has_the_same_trace(layers, generator, monkeypatch):
+    n = net("lstm", generator, layers=layers)
+    wanted = {
+        (symbols, steps): trained(n, 3, embedding=symbols, steps=steps, decay=0.9)[0]
+        for symbols in (True, False)
+        for steps in (6, None)
+    }
+    monkeypatch.setattr(running, "BY_STEP", "cpu")
+    monkeypatch.setattr(traced_lstm, "CELL", CellOfAnLSTM)
+    for (symbols, steps), parts in wanted.items():
+        same(trained(n, 3, embedding=symbols, steps=steps, decay=0.9)[0], parts)
+
+
+def test_a_state_of_an_earlier_file_is_the_same_state(generator):
+    """It had A and the path from a step to the window's end by themselves."""
+    n = net("lstm", generator)
+    _, core = trained(n, 3, steps=9)
+    state = core.trace_state()
+    own, path, rho, factors, *inputs = (state["layer0"][:-5], *state["layer0"][-5:])
+    assert len(own) == 4  # one read, one instant factor, two inputs
+    within = torch.rand(*factors.shape[:-1], H, dtype=factors.dtype, generator=generator) + 0.5
+    core.load_trace_state({"layer0": [*own, path, rho, within, factors / within.repeat(1, 1, 1, 3), *inputs]})
+    for a, b in zip(core.trace_state()["layer0"], state["layer0"], strict=True):
+        close(a, b)
+
+
+def test_what_is_compiled_is_what_is_not(generator, monkeypatch):
+    """As torch.compile traces it and takes changes in place apart; the kernels are made on a GPU."""
+    n = net("lstm", generator)
+    plain = memory.Deferred.__init__
+    monkeypatch.setattr(memory.Deferred, "__init__", lambda self, c, w, d, _: plain(self, c, w, d, True))
+    wanted, _ = trained(n, 3, steps=9)
+    compiled = Compiled(memory._meet)
+    monkeypatch.setattr(memory, "_meet_compiled", compiled)
+    monkeypatch.setattr(Compiled, "enabled", True)
+    monkeypatch.setattr(Compiled, "how", {"backend": "aot_eager"})
+    same(trained(n, 3, steps=9)[0], wanted)
+    assert len(compiled._seen) == 1
+
+
+def test_what_cannot_be_compiled_is_called_as_it_is(monkeypatch):
+    monkeypatch.setattr(Compiled, "enabled", True)
+    monkeypatch.setattr(Compiled, "how", {"backend": "aot_eager"})
+
+    def broken(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    compiled, x = Compiled(broken), torch.ones(2)
+    with pytest.warns(UserWarning, match="not compiled, which only costs time"):
+        assert torch.equal(compiled(x), x + 1)
+    assert Compiled.enabled is False
+    assert torch.equal(compiled(x), x + 1)
 
 
 def test_without_its_embedding_only_the_embedding_lacks_the_trace(generator):
