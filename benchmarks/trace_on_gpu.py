@@ -4,10 +4,10 @@
 
 One row for each method, milliseconds for an update, medians over rounds of blocks that take turns: *update*
 as it is trained, *replay* the recording alone, and the ratio of this one to truncated BPTT in the same round.
-A trace is measured in three ways: *anew*, the LSTM of cuDNN, whose gates are computed again; *cells*, step
-by step by the kernels of `nn.LSTMCell`, which keep them; *compiled*, the default, that with the chain of
-element-wise operations at a boundary in one kernel. Then the products and kernels of a step alone, and the
-kernels of one recording with their times. On a CPU nothing is recorded: a test of the script.
+A trace is measured in two ways: the LSTM of cuDNN, whose gates are computed again, the default; *cells*, step
+by step by the kernels of `nn.LSTMCell`, which keep them (`Traced(fused=False)`). Then the products and
+kernels of a step alone, and the kernels of one recording with their times. On a CPU nothing is recorded: a
+test of the script.
 """
 
 from __future__ import annotations
@@ -22,34 +22,30 @@ import torch
 
 from dni_rnn.experiments.bench import Size, learner
 from dni_rnn.traces import lstm
-from dni_rnn.traces.compiled import Compiled
 
 Work = Callable[[], Any]
 
 TRACE = {"trace": 32}
-ROWS: dict[str, tuple[dict[str, Any], str]] = {
-    "truncated": ({}, ""),
-    "trace, anew": (TRACE, "anew"),
-    "trace, cells": (TRACE, "cells"),
-    "trace, compiled": (TRACE, ""),
-    "trace, restore": (TRACE | {"restore": 0.1}, ""),
-    "dni": ({"dni": True}, ""),
-    "dni, trace, anew": (TRACE | {"dni": True}, "anew"),
-    "dni, trace": (TRACE | {"dni": True}, ""),
+ROWS: dict[str, tuple[dict[str, Any], bool]] = {
+    "truncated": ({}, True),
+    "trace": (TRACE, True),
+    "trace, cells": (TRACE, False),
+    "trace, restore": (TRACE | {"restore": 0.1}, True),
+    "trace, restore, cells": (TRACE | {"restore": 0.1}, False),
+    "dni": ({"dni": True}, True),
+    "dni, trace": (TRACE | {"dni": True}, True),
+    "dni, trace, cells": (TRACE | {"dni": True}, False),
 }
-"""Settings, and how the trace is computed."""
+"""Settings, and `fused` of the trace."""
 
 
-def build(size: Size, settings: dict[str, Any], how: str) -> tuple[Work, Work | None]:
+def build(size: Size, settings: dict[str, Any], fused: bool) -> tuple[Work, Work | None]:
     """An update, and its recording alone where there is one."""
-    Compiled.enabled = False if how else None
     trained = learner(size, settings)
-    if how == "anew":
-        for traced in getattr(trained.estimator, "_traced", []):
-            traced.fused = True
+    for traced in getattr(trained.estimator, "_traced", []):
+        traced.fused = fused
     for _ in range(6):
         trained.update()
-    Compiled.enabled = None
     recordings = list(getattr(trained._run, "_recordings", {}).values())
     return trained.update, recordings[0][1] if recordings else None
 
@@ -75,7 +71,7 @@ def measure(works: dict[str, Work], rounds: int, block: int, device: str) -> dic
 
 
 def compare(size: Size, rounds: int, block: int) -> Work:
-    """Print the table of one size; the recording of the default trace."""
+    """Print the table of one size; the recording of a trace by cells."""
     began = wait(size.device)
     built = {name: build(size, *row) for name, row in ROWS.items()}
     seconds = wait(size.device) - began
@@ -88,7 +84,7 @@ def compare(size: Size, rounds: int, block: int) -> Work:
         update, replay = (statistics.median(times[name]) for times in (updates, replays))
         ratio = f"x {statistics.median(ratios):.3f}{'' if built[name][1] else '  not recorded'}"
         print(f"{name:20} update {update:8.3f}  replay {replay:8.3f}  {ratio}")
-    return alone["trace, compiled"]
+    return alone["trace, cells"]
 
 
 def parts(size: Size, rounds: int, block: int) -> None:
@@ -146,7 +142,7 @@ def kernels(replay: Work, times: int = 5, most: int = 40) -> None:
     found = [event for event in profiled.key_averages() if event.self_device_time_total > 0]
     found.sort(key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in found) / times
-    print(f"\nkernels of `trace, compiled`: {sum(e.count for e in found) / times:.0f}, {total:.0f} µs in all")
+    print(f"\nkernels of `trace, cells`: {sum(e.count for e in found) / times:.0f}, {total:.0f} µs in all")
     for event in found[:most]:
         print(
             f"{event.self_device_time_total / times:8.1f} µs {event.count / times:6.1f} x  {event.key[:110]}"

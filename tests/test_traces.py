@@ -23,7 +23,6 @@ from dni_rnn.pytree import LSTMState, Tree, flatten, map_tree, unflatten, where_
 from dni_rnn.synthesizers import MLPSynthesizer
 from dni_rnn.traces import Record, Term, Traced, Window, memory, running
 from dni_rnn.traces import lstm as traced_lstm
-from dni_rnn.traces.compiled import Compiled
 
 I, H, B, V = 3, 4, 3, 5  # noqa: E741 — widths of input and state, rows, symbols
 State = list[Tensor]
@@ -418,48 +417,6 @@ def test_an_lstm_by_the_cells_of_a_gpu_has_the_same_trace(layers, generator, mon
         same(trained(n, 3, embedding=symbols, steps=steps, decay=0.9)[0], parts)
 
 
-def test_a_state_of_an_earlier_file_is_the_same_state(generator):
-    """It had A and the path from a step to the window's end by themselves."""
-    n = net("lstm", generator)
-    _, core = trained(n, 3, steps=9)
-    state = core.trace_state()
-    own, path, rho, factors, *inputs = (state["layer0"][:-5], *state["layer0"][-5:])
-    assert len(own) == 4  # one read, one instant factor, two inputs
-    within = torch.rand(*factors.shape[:-1], H, dtype=factors.dtype, generator=generator) + 0.5
-    core.load_trace_state({"layer0": [*own, path, rho, within, factors / within.repeat(1, 1, 1, 3), *inputs]})
-    for a, b in zip(core.trace_state()["layer0"], state["layer0"], strict=True):
-        close(a, b)
-
-
-def test_what_is_compiled_is_what_is_not(generator, monkeypatch):
-    """As torch.compile traces it and takes changes in place apart; the kernels are made on a GPU."""
-    n = net("lstm", generator)
-    plain = memory.Deferred.__init__
-    monkeypatch.setattr(memory.Deferred, "__init__", lambda self, c, w, d, _: plain(self, c, w, d, True))
-    wanted, _ = trained(n, 3, steps=9)
-    compiled = Compiled(memory._meet)
-    monkeypatch.setattr(memory, "_meet_compiled", compiled)
-    monkeypatch.setattr(Compiled, "enabled", True)
-    monkeypatch.setattr(Compiled, "how", {"backend": "aot_eager"})
-    same(trained(n, 3, steps=9)[0], wanted)
-    assert len(compiled._seen) == 1
-
-
-def test_what_cannot_be_compiled_is_called_as_it_is(monkeypatch):
-    monkeypatch.setattr(Compiled, "enabled", True)
-    monkeypatch.setattr(Compiled, "how", {"backend": "aot_eager"})
-
-    def broken(x: Tensor) -> Tensor:
-        torch._dynamo.graph_break()
-        return x + 1
-
-    compiled, x = Compiled(broken), torch.ones(2)
-    with pytest.warns(UserWarning, match="not compiled, which only costs time"):
-        assert torch.equal(compiled(x), x + 1)
-    assert Compiled.enabled is False
-    assert torch.equal(compiled(x), x + 1)
-
-
 def test_without_its_embedding_only_the_embedding_lacks_the_trace(generator):
     n = net("lstm", generator)
     got, wanted = trained(n, 2, embedding=False)[0], completed(n, 2)
@@ -677,6 +634,25 @@ def test_a_run_goes_on_bit_for_bit(kind, steps, generator):
         assert other.embedding is not None
         got = continued(n._replace(core=other.core, embedding=other.embedding), other, slice(None))
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "diagonal"])
+def test_a_run_goes_on_from_an_earlier_file(kind, generator):
+    """It had A and the path from a step to the window's end by themselves."""
+    n = net(kind, generator)
+    _, core = trained(n, 3, steps=9, decay=0.9, flush=False)
+    state = core.trace_state()
+    for name, layer in zip(state, core._layers or [], strict=True):
+        own = len(state[name]) - len(layer.memory.tensors())
+        path, rho, factors, *inputs = state[name][own:]
+        within = (
+            torch.rand(*factors.shape[:-1], path.shape[-1], dtype=factors.dtype, generator=generator) + 0.5
+        )
+        apart = factors / within.repeat(1, 1, 1, factors.shape[-1] // within.shape[-1])
+        state[name][own:] = [path, rho, within, apart, *inputs]
+    built = Traced(n.core, 9, 0.9, embedding=n.embedding)
+    built.load_trace_state(state)
+    same(continued(n, built, slice(None)), continued(n, core, slice(None)))
 
 
 @pytest.mark.parametrize("kind", ["lstm", "diagonal"])

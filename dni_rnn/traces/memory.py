@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rnn.traces.compiled import Compiled
 from dni_rnn.traces.rules import Term, Window
 
 MOST_BY_PRODUCT = 512
@@ -205,20 +204,6 @@ def _grouped(values: Tensor, like: Tensor) -> Tensor:
     return values.unflatten(-1, (values.shape[-1] // cells, cells))
 
 
-def _meet(path: Tensor, rho: Tensor, factors: Tensor, index: Tensor, residual: Tensor) -> Tensor:
-    """ρ += path·r, in place; of the window at `index` then factors·ρ, (T, B, C)."""
-    met = rho + path * residual
-    rho.copy_(met)
-    return _leaves(factors.index_select(0, index).squeeze(0), met.index_select(0, index).squeeze(0))
-
-
-def _leaves(factors: Tensor, rho: Tensor) -> Tensor:
-    return (_grouped(factors, rho) * rho.unsqueeze(-2)).flatten(-2)
-
-
-_meet_compiled = Compiled(_meet)
-
-
 def _loaded(mine: Tensor, kept: Tensor) -> Tensor:
     """In place where the shape is the same."""
     return mine.copy_(kept) if mine.shape == kept.shape else kept.to(mine.device).clone()
@@ -250,16 +235,14 @@ class Deferred:
 
     def correct(self, residual: Tensor, gradients: Gradients, terms: Sequence[Term], bottom: bool) -> None:
         """The residual (B, D) at the boundary behind the newest window. The oldest window leaves."""
-        if self.index is None:
-            self.rho.addcmul_(self.path, residual)
-            delta = _leaves(self.factors[self.slot], self.rho[self.slot])
-        else:
-            delta = _meet_compiled(self.path, self.rho, self.factors, self.index, residual)
-        self._leave(delta, gradients, terms, bottom)
+        self.rho.addcmul_(self.path, residual)
+        self._leave(gradients, terms, bottom)
 
-    def _leave(self, delta: Tensor, gradients: Gradients, terms: Sequence[Term], bottom: bool) -> None:
+    def _leave(self, gradients: Gradients, terms: Sequence[Term], bottom: bool) -> None:
+        factors, rho = self._take(self.factors), self._take(self.rho)
+        delta = _grouped(factors, rho) * rho.unsqueeze(-2)
         inputs = [self._take(u).flatten(0, 1) for u in self.inputs]
-        gradients.terms(terms, delta.flatten(0, 1), inputs, bottom)
+        gradients.terms(terms, delta.view(-1, factors.shape[-1]), inputs, bottom)
 
     def push(self, window: Window) -> None:
         """The newest window takes the oldest one's place."""
@@ -308,8 +291,7 @@ class Deferred:
     def flush(self, gradients: Gradients, terms: Sequence[Term], bottom: bool) -> None:
         """What waits leaves now. Later residuals are still gathered."""
         for _ in range(self.count):
-            delta = _leaves(self._take(self.factors), self._take(self.rho))
-            self._leave(delta, gradients, terms, bottom)
+            self._leave(gradients, terms, bottom)
             self.slot = (self.slot + 1) % self.count
             if self.index is not None:
                 self.index.add_(1).remainder_(self.count)

@@ -30,7 +30,7 @@ from dni_rnn.traces.rules import (
 )
 
 BY_STEP = "cuda"
-"""Device whose LSTMs run by `cell_steps`."""
+"""Device where an LSTM that keeps its gates runs by `cell_steps`."""
 
 Ran = tuple[Any, Tree, list[Record]]
 """Outputs (None of a cell), the state after them, records of the layers."""
@@ -145,7 +145,7 @@ def run(
       state: the core's, its tensors as `flatten` orders them (h, c of an LSTM).
       fused, decay: see `Traced`.
     """
-    if isinstance(core, nn.LSTM) and not (_by_torch(inputs.device.type) if fused is None else fused):
+    if isinstance(core, nn.LSTM) and not (inputs.device.type != "cpu" if fused is None else fused):
         return _run_kept(core, inputs, flatten(state)[0], embedding, decay)
     x = inputs if embedding is None else embedding(inputs)
     symbols = None if embedding is None else inputs
@@ -161,14 +161,6 @@ def run(
     if symbols is not None:
         records = [_with_symbols(records[0], symbols), *records[1:]]
     return output, end, records
-
-
-def _by_torch(device: str) -> bool:
-    """Of an LSTM: whether torch's own kernel is faster, the gates computed anew.
-
-    cuDNN is the slower one in float32 and the faster one in half precision, which the kept gates are not in.
-    """
-    return device not in ("cpu", "cuda") or (device == "cuda" and torch.is_autocast_enabled(device))
 
 
 def _run_fused(
