@@ -333,3 +333,24 @@ def laid_out(rows: Tensor, leaves: Sequence[Tensor], batch_dim: int = -2) -> lis
         parts.append(torch.stack(each, dim=batch_dim if batch_dim >= 0 else leaf.dim() + batch_dim))
         first += size
     return parts
+
+
+class CellOfAnLSTM:
+    """`dni_rnn.traces.lstm.Cell` in torch's own operations: where its kernels are not, on a CPU."""
+
+    @staticmethod
+    def forward(of_x: Tensor, of_h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        i, f, g, o = (of_x + of_h).chunk(4, -1)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        c = f * c + i * g
+        return o * c.tanh(), c, torch.cat([i, f, g, o], -1)
+
+    @staticmethod
+    def backward(
+        at_h: Tensor | None, at_c: Tensor, before: Tensor, after: Tensor, gates: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        (i, f, g, o), tanh = gates.chunk(4, -1), after.tanh()
+        at_h = torch.zeros_like(at_c) if at_h is None else at_h
+        at_c = at_c + at_h * o * (1 - tanh**2)
+        at_gates = [at_c * g * i * (1 - i), at_c * before * f * (1 - f), at_c * i * (1 - g**2)]
+        return torch.cat([*at_gates, at_h * tanh * o * (1 - o)], -1), at_c * f

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import close, random
+from reference import CellOfAnLSTM, close, random
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +21,8 @@ from dni_rnn.interface import Interface
 from dni_rnn.penalty import StatePenalty
 from dni_rnn.pytree import LSTMState, Tree, flatten, map_tree, unflatten, where_rows
 from dni_rnn.synthesizers import MLPSynthesizer
-from dni_rnn.traces import Record, Term, Traced, Window, memory
+from dni_rnn.traces import Record, Term, Traced, Window, memory, running
+from dni_rnn.traces import lstm as traced_lstm
 
 I, H, B, V = 3, 4, 3, 5  # noqa: E741 — widths of input and state, rows, symbols
 State = list[Tensor]
@@ -402,6 +403,20 @@ def test_an_lstm_by_torch_s_own_kernel_has_the_same_trace(layers, generator):
         same(fused, kept)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_an_lstm_by_the_cells_of_a_gpu_has_the_same_trace(layers, generator, monkeypatch):
+    n = net("lstm", generator, layers=layers)
+    wanted = {
+        (symbols, steps): trained(n, 3, embedding=symbols, steps=steps, decay=0.9)[0]
+        for symbols in (True, False)
+        for steps in (6, None)
+    }
+    monkeypatch.setattr(running, "BY_STEP", "cpu")
+    monkeypatch.setattr(traced_lstm, "CELL", CellOfAnLSTM)
+    for (symbols, steps), parts in wanted.items():
+        same(trained(n, 3, embedding=symbols, steps=steps, decay=0.9)[0], parts)
+
+
 def test_without_its_embedding_only_the_embedding_lacks_the_trace(generator):
     n = net("lstm", generator)
     got, wanted = trained(n, 2, embedding=False)[0], completed(n, 2)
@@ -619,6 +634,25 @@ def test_a_run_goes_on_bit_for_bit(kind, steps, generator):
         assert other.embedding is not None
         got = continued(n._replace(core=other.core, embedding=other.embedding), other, slice(None))
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "diagonal"])
+def test_a_run_goes_on_from_an_earlier_file(kind, generator):
+    """It had A and the path from a step to the window's end by themselves."""
+    n = net(kind, generator)
+    _, core = trained(n, 3, steps=9, decay=0.9, flush=False)
+    state = core.trace_state()
+    for name, layer in zip(state, core._layers or [], strict=True):
+        own = len(state[name]) - len(layer.memory.tensors())
+        path, rho, factors, *inputs = state[name][own:]
+        within = (
+            torch.rand(*factors.shape[:-1], path.shape[-1], dtype=factors.dtype, generator=generator) + 0.5
+        )
+        apart = factors / within.repeat(1, 1, 1, factors.shape[-1] // within.shape[-1])
+        state[name][own:] = [path, rho, within, apart, *inputs]
+    built = Traced(n.core, 9, 0.9, embedding=n.embedding)
+    built.load_trace_state(state)
+    same(continued(n, built, slice(None)), continued(n, core, slice(None)))
 
 
 @pytest.mark.parametrize("kind", ["lstm", "diagonal"])

@@ -59,12 +59,13 @@ class Layer:
 
     def push(self, window: Window) -> None:
         self.memory.push(window)
-        for kept, new in zip((*self.reads, *self.instant), (*window.reads, *window.instant), strict=True):
-            if isinstance(kept, Tensor):
-                assert isinstance(new, Tensor)
-                kept.copy_(new)
-        for kept, u in zip(self.last, window.inputs, strict=False):
-            kept.copy_(u[-1])
+        mine, new = (*self.reads, *self.instant), (*window.reads, *window.instant)
+        pairs = [(a, b) for a, b in zip(mine, new, strict=True) if isinstance(a, Tensor)]
+        pairs += [(kept, u[-1]) for kept, u in zip(self.last, window.inputs, strict=False)]
+        for floating in (True, False):  # one launch each on a GPU
+            alike = [(a, b) for a, b in pairs if a.is_floating_point() is floating]
+            if alike:
+                torch._foreach_copy_([a for a, _ in alike], [b for _, b in alike])  # type: ignore[arg-type]
 
     def end(self, done: Tensor | None) -> None:
         self.memory.end(done)

@@ -1,12 +1,13 @@
 """An LSTM that keeps its gates: what backpropagation and the trace both need is computed once.
 
 On one CPU thread it takes about as long as torch's fused LSTM or less, and a trace of it needs no gates anew.
-It has `nn.LSTM`'s weights, equations and results, to rounding.
+It has `nn.LSTM`'s weights, equations and results, to rounding. On a GPU the element-wise part of a step is
+the kernel of torch's `nn.LSTMCell` (`CELL`), one launch forward and one backward.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -133,4 +134,109 @@ def steps(x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     """
     kept = Kept()
     outputs, cell = _Steps.apply(kept, x.contiguous(), h, c, weight)  # type: ignore[misc]
+    return outputs, cell, kept
+
+
+class Cell(Protocol):
+    """The element-wise part of a step: gates (B, 4H) in the order i, f, g, o; h and c (B, H).
+
+    forward: of what x and of what h gives to the gates, and c_{t−1}: h_t, c_t and the gates σ(i), σ(f),
+      tanh(g), σ(o).
+    backward: of the gradients at h_t (None: 0) and c_t, of c_{t−1}, c_t and the gates: the gradients at the
+      pre-activations, (B, 4H), and at c_{t−1}.
+    """
+
+    @staticmethod
+    def forward(of_x: Tensor, of_h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    @staticmethod
+    def backward(
+        at_h: Tensor | None, at_c: Tensor, before: Tensor, after: Tensor, gates: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class _Aten:
+    """One kernel of torch's each; it has them for CUDA only."""
+
+    @staticmethod
+    def forward(of_x: Tensor, of_h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten._thnn_fused_lstm_cell(of_x, of_h, c)
+
+    @staticmethod
+    def backward(
+        at_h: Tensor | None, at_c: Tensor, before: Tensor, after: Tensor, gates: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        cell = torch.ops.aten._thnn_fused_lstm_cell_backward_impl
+        return cell(at_h, at_c, before, after, gates, False)[:2]
+
+
+CELL: type[Cell] = _Aten
+
+
+class KeptSteps:
+    """Of one layer and window, step by step, as `CELL` gives it.
+
+    Attributes:
+      gates: σ(i), σ(f), tanh(g), σ(o) of each step, (B, 4H).
+      cells: c before the first step and after each, (B, H).
+      hiddens: h before the first step and after each, (T + 1, B, H).
+    """
+
+    gates: list[Tensor]
+    cells: list[Tensor]
+    hiddens: Tensor
+
+    def along_the_cell(self, decay: float) -> tuple[Tensor, Tensor]:
+        """∂c_T/∂(i, f, g) of every step, (T, B, 3H), and ∂c_T/∂c_0, (B, H), both along the forget gates.
+
+        That is what backward gives, step by step, when c_T has the gradient 1 and no h has any.
+        """
+        hidden = self.hiddens.shape[-1]
+        at_c, found = torch.ones_like(self.cells[0]), []
+        for t in range(len(self.gates) - 1, -1, -1):
+            at_gates, at_c = CELL.backward(None, at_c, self.cells[t], self.cells[t + 1], self.gates[t])
+            if decay != 1.0:
+                at_c = at_c.mul_(decay)
+            found.append(at_gates[:, : 3 * hidden])
+        return torch.stack(found[::-1]), at_c
+
+
+class _CellSteps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kept: KeptSteps, x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> Any:
+        back, hiddens = weight.t(), [h.contiguous()]
+        kept.gates, kept.cells = [], [c.detach().contiguous()]
+        for x_t in x.unbind(0):
+            h, c, gates = CELL.forward(x_t, hiddens[-1] @ back, kept.cells[-1])
+            hiddens.append(h)
+            kept.cells.append(c)
+            kept.gates.append(gates)
+        kept.hiddens = torch.stack(hiddens)
+        ctx.kept = kept
+        ctx.save_for_backward(weight)
+        return kept.hiddens[1:].detach(), kept.cells[-1].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_outputs: Tensor, of_cell: Tensor) -> Any:
+        kept, (weight,) = ctx.kept, ctx.saved_tensors
+        at_h, at_c = of_outputs.clone(memory_format=torch.contiguous_format), of_cell.contiguous()
+        found = []
+        for t in range(len(kept.gates) - 1, -1, -1):
+            delta, at_c = CELL.backward(at_h[t], at_c, kept.cells[t], kept.cells[t + 1], kept.gates[t])
+            found.append(delta)
+            if t:
+                at_h[t - 1].addmm_(delta, weight)
+        of_h = found[-1] @ weight
+        delta = torch.stack(found[::-1])
+        of_weight = None
+        if ctx.needs_input_grad[4]:
+            of_weight = delta.flatten(0, 1).t() @ kept.hiddens[:-1].flatten(0, 1)
+        return None, delta, of_h, at_c, of_weight
+
+
+def cell_steps(x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, KeptSteps]:
+    """`steps` by `CELL`: two launches a step, where launches are what costs."""
+    kept = KeptSteps()
+    outputs, cell = _CellSteps.apply(kept, x.contiguous(), h, c, weight)  # type: ignore[misc]
     return outputs, cell, kept

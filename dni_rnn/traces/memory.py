@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from dni_rnn.traces.rules import Term, Window
 
+MOST_BY_PRODUCT = 512
+"""Symbols up to which a GPU sums by symbol in a product; its sum takes the rows one after the other."""
+
 
 class Plan:
     """What is known of the sums before there are any: which parameters, and whether their terms cover them.
@@ -92,17 +95,21 @@ class Gradients:
 
     def terms(self, terms: Sequence[Term], delta: Tensor, inputs: Sequence[Tensor], bottom: bool) -> None:
         """Of delta (N, C), the gradients at the pre-activations, and inputs (N, I), or symbols (N,)."""
-        sums = delta.sum(0)
+        by_symbol = None
+        if bottom and self.sorts and self.table is not None:
+            by_symbol = _sum_by(inputs[0], delta, len(self.table))
+        sums = (delta if by_symbol is None else by_symbol).sum(0)
         for term in terms:
             if term.input is None:
                 self.add(term, _part(sums[slice(*term.columns)], term))
                 continue
             whole = term.columns == (0, delta.shape[1])
+            if bottom and term.input == 0 and by_symbol is not None:
+                self.symbols(term, _part(by_symbol[:, slice(*term.columns)], term))
+                continue
             here = _part(delta if whole else delta[:, slice(*term.columns)], term)
             if not (bottom and term.input == 0 and self.table is not None):
                 self.matrix(term, here, inputs[term.input])
-            elif self.sorts:
-                self.symbols(term, _sum_by(inputs[0], here, len(self.table)))
             else:
                 self.matrix(term, here, F.embedding(inputs[0], self.table))
                 if self.table.requires_grad:
@@ -149,6 +156,11 @@ def _part(values: Tensor, term: Term) -> Tensor:
 
 def _sum_by(symbols: Tensor, values: Tensor, count: int) -> Tensor:
     """(count, F): the rows of values (N, F) summed by symbol (N,)."""
+    if values.is_complex():
+        parts = torch.view_as_real(values.resolve_conj()).flatten(-2)
+        return torch.view_as_complex(_sum_by(symbols, parts, count).unflatten(-1, (-1, 2)))
+    if values.is_cuda and count <= MOST_BY_PRODUCT:
+        return (symbols == torch.arange(count, device=symbols.device).unsqueeze(-1)).to(values.dtype) @ values
     return torch.ops.aten.embedding_dense_backward(values.contiguous(), symbols, count, -1, False)
 
 
@@ -173,6 +185,25 @@ def _within(path: Tensor, decay: float, out: Tensor) -> Tensor:
     return total if decay == 1.0 else total.mul_(decay)
 
 
+def _to_end(window: Window, decay: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A·(path from its step to the window's end), (T, B, C), conjugate where complex, and the whole path."""
+    factors = window.factors.conj() if window.factors.is_complex() else window.factors
+    if window.total is not None:
+        return factors if out is None else out.copy_(factors), window.total
+    path = window.path.conj().resolve_conj() if window.path.is_complex() else window.path
+    within = torch.empty_like(path)
+    total = _within(path, decay, within)
+    out = torch.empty_like(factors).resolve_conj() if out is None else out
+    torch.mul(_grouped(factors, within), within.unsqueeze(-2), out=_grouped(out, within))
+    return out, total
+
+
+def _grouped(values: Tensor, like: Tensor) -> Tensor:
+    """(..., groups·D) -> (..., groups, D)."""
+    cells = like.shape[-1]
+    return values.unflatten(-1, (values.shape[-1] // cells, cells))
+
+
 def _loaded(mine: Tensor, kept: Tensor) -> Tensor:
     """In place where the shape is the same."""
     return mine.copy_(kept) if mine.shape == kept.shape else kept.to(mine.device).clone()
@@ -185,17 +216,17 @@ class Deferred:
 
         ρ += path · r,     path *= (path through the window that followed)
 
-    and a window that has seen `count` boundaries leaves with (A·path within the window·ρ)ᵀ u, as in backprop.
+    and a window that has seen `count` boundaries leaves with (A·path within the window·ρ)ᵀ u, as in backprop;
+    A·path within the window is what is kept.
     So the sum is that of the carried form, cut to the boundaries within `count` windows of a step, and a
     correction comes by up to `count` windows late. All is in place and static in shape.
     """
 
     def __init__(self, count: int, window: Window, decay: float, on_device: bool) -> None:
-        steps, rows, cells = window.path.shape
+        _, rows, cells = window.path.shape
         self.count, self.decay, self.cells = count, decay, cells
         state = window.path
         self.path, self.rho = (state.new_zeros(count, rows, cells) for _ in range(2))
-        self.within = state.new_ones(count, steps, rows, cells)
         self.factors = window.factors.new_zeros(count, *window.factors.shape)
         self.inputs = [u.new_zeros(count, *u.shape) for u in window.inputs]
         self.slot = 0
@@ -208,10 +239,8 @@ class Deferred:
         self._leave(gradients, terms, bottom)
 
     def _leave(self, gradients: Gradients, terms: Sequence[Term], bottom: bool) -> None:
-        factors = self._take(self.factors)
-        weight = self._take(self.within) * self._take(self.rho)
-        groups = factors.shape[-1] // self.cells
-        delta = factors.unflatten(-1, (groups, self.cells)) * weight.unsqueeze(-2)
+        factors, rho = self._take(self.factors), self._take(self.rho)
+        delta = _grouped(factors, rho) * rho.unsqueeze(-2)
         inputs = [self._take(u).flatten(0, 1) for u in self.inputs]
         gradients.terms(terms, delta.view(-1, factors.shape[-1]), inputs, bottom)
 
@@ -220,12 +249,8 @@ class Deferred:
         steps = len(window.path)
         if steps > self.factors.shape[1]:
             self._grow(steps)
-        conjugate = window.path.is_complex()
-        path = window.path.conj() if conjugate else window.path
-        factors = window.factors.conj() if window.factors.is_complex() else window.factors
         if self.index is None:
-            total = _within(path, self.decay, self.within[self.slot, :steps])
-            self.factors[self.slot, :steps].copy_(factors)
+            _, total = _to_end(window, self.decay, self.factors[self.slot, :steps])
             self.factors[self.slot, steps:].zero_()
             for kept, u in zip(self.inputs, window.inputs, strict=True):
                 kept[self.slot, :steps].copy_(u)
@@ -234,11 +259,9 @@ class Deferred:
             self.rho[self.slot].zero_()
             self.slot = (self.slot + 1) % self.count
             return
-        within = torch.empty_like(path).resolve_conj()
-        self.path.mul_(_within(path, self.decay, within))
-        for kept, new in zip(
-            (self.within, self.factors, *self.inputs), (within, factors, *window.inputs), strict=True
-        ):
+        factors, total = _to_end(window, self.decay)
+        self.path.mul_(total)
+        for kept, new in zip((self.factors, *self.inputs), (factors, *window.inputs), strict=True):
             missing = kept.shape[1] - steps
             if missing:
                 new = torch.cat([new, new.new_zeros(missing, *new.shape[1:])])
@@ -255,7 +278,7 @@ class Deferred:
             more = kept.new_zeros(kept.shape[0], steps - kept.shape[1], *kept.shape[2:])
             return torch.cat([kept, more], 1)
 
-        self.within, self.factors = longer(self.within), longer(self.factors)
+        self.factors = longer(self.factors)
         self.inputs = [longer(u) for u in self.inputs]
 
     def end(self, done: Tensor | None) -> None:
@@ -277,7 +300,7 @@ class Deferred:
     def tensors(self) -> list[Tensor]:
         """All of it, rows along dimension −2, the oldest window first."""
         first = self.slot if self.index is None else int(self.index)
-        kept = [self.path, self.rho, self.within, self.factors, *self.inputs]
+        kept = [self.path, self.rho, self.factors, *self.inputs]
         ordered = [tensor.roll(-first, 0) for tensor in kept]
         return [
             tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.unsqueeze(-1)
@@ -287,9 +310,12 @@ class Deferred:
     def load(self, tensors: Sequence[Tensor]) -> None:
         symbols = [not (t.is_floating_point() or t.is_complex()) for t in tensors]
         kept = [t.squeeze(-1).clone() if s else t.clone() for t, s in zip(tensors, symbols, strict=True)]
-        mine = [self.path, self.rho, self.within, self.factors, *self.inputs]
+        if len(kept) == 4 + len(self.inputs):  # earlier files have what is within a window by itself
+            within = kept.pop(2)
+            kept[2] = (_grouped(kept[2], within) * within.unsqueeze(-2)).flatten(-2)
+        mine = [self.path, self.rho, self.factors, *self.inputs]
         new = [_loaded(a, b) for a, b in zip(mine, kept, strict=True)]
-        self.path, self.rho, self.within, self.factors, *self.inputs = new
+        self.path, self.rho, self.factors, *self.inputs = new
         self.count, self.slot = len(self.path), 0  # the window that began this one may have been a short one
         if self.index is not None:
             self.index.zero_()
@@ -330,12 +356,7 @@ class Carried:
                 gradients.add(term, gradient)
 
     def push(self, window: Window) -> None:
-        path = window.path.conj().resolve_conj() if window.path.is_complex() else window.path
-        within = torch.empty_like(path)
-        total = _within(path, self.decay, within)
-        factors = window.factors.conj() if window.factors.is_complex() else window.factors
-        groups = factors.shape[-1] // self.cells
-        factors = (factors.unflatten(-1, (groups, self.cells)) * within.unsqueeze(-2)).flatten(-2)
+        factors, total = _to_end(window, self.decay)
         for (columns, number), trace in self.traces.items():
             wide = _wide(total, trace.shape[1] // self.cells)
             local = factors[..., slice(*columns)]

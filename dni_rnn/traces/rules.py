@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rnn.traces.lstm import Kept
+from dni_rnn.traces.lstm import Kept, KeptSteps
 
 Read = Tensor | complex | None
 
@@ -64,6 +64,9 @@ class Window(NamedTuple):
         when it does not. For a complex s in two leaves, real and imaginary: 1 and 1j.
       instant: for each leaf, (B, C'): ∂leaf/∂(pre-activation) of the last step for parameters that act on the
         leaf, not on s (the output gate of an LSTM); None when there are none. Empty: no leaf has any.
+      total: (B, D), the path through the whole window, where `factors` are multiplied already by the path
+        from their step to the window's end, both with the trace's decay; of `path` then only the shape
+        counts.
     """
 
     path: Tensor
@@ -71,6 +74,7 @@ class Window(NamedTuple):
     inputs: tuple[Tensor, ...]
     reads: tuple[Read, ...]
     instant: tuple[Tensor | None, ...] = ()
+    total: Tensor | None = None
 
 
 class Record(NamedTuple):
@@ -207,6 +211,17 @@ def lstm_window_kept(kept: Kept, x: Tensor) -> Window:
         (slopes[-1], 1.0),
         (factors[-1, :, 3 * hidden :], None),
     )
+
+
+def lstm_window_steps(kept: KeptSteps, x: Tensor, decay: float) -> Window:
+    """The same from what the steps kept, multiplied by the path to the window's end already."""
+    hidden = kept.hiddens.shape[-1]
+    factors, total = kept.along_the_cell(decay)
+    h, o = kept.hiddens[-1], kept.gates[-1][:, 3 * hidden :]
+    slope = torch.addcmul(o, h, kept.cells[-1].tanh(), value=-1.0)
+    instant = torch.addcmul(h, h, o, value=-1.0)
+    path = total.expand(len(factors), *total.shape)
+    return Window(path, factors, (x, kept.hiddens[:-1]), (slope, 1.0), (instant, None), total)
 
 
 def gru_terms(name: Callable[[str], str], hidden: int, bias: bool) -> tuple[list[Term], list[Term]]:

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from dni_rnn.cores.lstm import LSTM
 from dni_rnn.pytree import LSTMState, Tree, flatten
+from dni_rnn.traces.lstm import cell_steps
 from dni_rnn.traces.lstm import steps as steps_of_lstm
 from dni_rnn.traces.rules import (
     KINDS,
@@ -24,8 +25,12 @@ from dni_rnn.traces.rules import (
     Window,
     lstm_terms,
     lstm_window_kept,
+    lstm_window_steps,
     project,
 )
+
+BY_STEP = "cuda"
+"""Device where an LSTM that keeps its gates runs by `cell_steps`."""
 
 Ran = tuple[Any, Tree, list[Record]]
 """Outputs (None of a cell), the state after them, records of the layers."""
@@ -125,7 +130,12 @@ def no_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 def run(
-    core: nn.Module, inputs: Tensor, state: Tree, embedding: nn.Embedding | None, fused: bool | None
+    core: nn.Module,
+    inputs: Tensor,
+    state: Tree,
+    embedding: nn.Embedding | None,
+    fused: bool | None,
+    decay: float,
 ) -> Ran:
     """One window.
 
@@ -133,11 +143,10 @@ def run(
       core: one that `check` lets pass.
       inputs: as the core takes them; with `embedding` symbols.
       state: the core's, its tensors as `flatten` orders them (h, c of an LSTM).
-      fused: see `Traced`.
+      fused, decay: see `Traced`.
     """
-    keeps = not (fused if fused is not None else inputs.device.type != "cpu")
-    if isinstance(core, nn.LSTM) and keeps:
-        return _run_kept(core, inputs, flatten(state)[0], embedding)
+    if isinstance(core, nn.LSTM) and not (inputs.device.type != "cpu" if fused is None else fused):
+        return _run_kept(core, inputs, flatten(state)[0], embedding, decay)
     x = inputs if embedding is None else embedding(inputs)
     symbols = None if embedding is None else inputs
     if isinstance(core, nn.RNNCellBase):
@@ -193,12 +202,16 @@ def _one_layer_of_a_stack() -> Iterator[None]:
         yield
 
 
-def _run_kept(core: nn.LSTM, inputs: Tensor, leaves: list[Tensor], embedding: nn.Embedding | None) -> Ran:
+def _run_kept(
+    core: nn.LSTM, inputs: Tensor, leaves: list[Tensor], embedding: nn.Embedding | None, decay: float
+) -> Ran:
     """An LSTM that keeps its gates (`dni_rnn.traces.lstm`)."""
     x = inputs.transpose(0, 1) if core.batch_first else inputs
     seen, table = x, None
+    by_step = x.device.type == BY_STEP
     if embedding is not None:
-        if embedding.padding_idx is None:
+        # The gradient of what was looked up is a sum by symbol, on a GPU slower than the product it saves.
+        if embedding.padding_idx is None and not by_step:
             table = embedding.weight
         else:
             x = embedding(x)
@@ -212,9 +225,15 @@ def _run_kept(core: nn.LSTM, inputs: Tensor, leaves: list[Tensor], embedding: nn
             seen = x.detach().to(w.w_hh.dtype)
         of_x = project(x, w.w_ih, w.bias(slice(None)), None if layer else table).to(w.w_hh.dtype)
         with no_autocast(of_x.device.type):
-            x, cell, kept = steps_of_lstm(of_x, leaves[0][layer], leaves[1][layer], w.w_hh)
+            start = leaves[0][layer], leaves[1][layer]
+            if by_step:
+                x, cell, kept = cell_steps(of_x, *start, w.w_hh)
+                window = partial(lstm_window_steps, kept, seen, decay)
+            else:
+                x, cell, kept = steps_of_lstm(of_x, *start, w.w_hh)
+                window = partial(lstm_window_kept, kept, seen)
         terms, instant = lstm_terms(lambda name, end=suffix: name + end, core.hidden_size, core.bias)
-        records.append(Record(terms, partial(lstm_window_kept, kept, seen), instant))
+        records.append(Record(terms, window, instant))
         hiddens.append(x[-1:])
         cells.append(cell.unsqueeze(0))
     return (

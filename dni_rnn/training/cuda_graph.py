@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +24,16 @@ MOST = 32
 def cuda_graph(work: Work) -> Work:
     """Record what `work` asks of the current device, without doing it; the result does it, as one launch."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
+    # An older recording that is collected meanwhile frees what a device may not free while it records.
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    finally:
+        if collects:
+            gc.enable()
     return graph.replay
 
 
