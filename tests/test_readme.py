@@ -166,6 +166,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    literal = [
+        p.name for p in site.rglob("*.html") if re.search(r"--8\s*(<|&lt;)", html.unescape(p.read_text()))
+    ]
+    assert not literal, "a snippet is shown as its marker"
     for sweep in sorted(ROOT.glob("results/*/sweep.toml")):
         table = sweep.with_name("table.md")
         if table.exists():

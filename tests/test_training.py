@@ -950,7 +950,7 @@ def test_config_json(text, tmp_path):
         "text", "text/words.txt", "cpu", 1,
     )  # fmt: skip
     assert "".join(written["symbols"]) == "".join(sorted(set(text.read_text())))
-    assert written["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(written["versions"]["torch"])  # which may lack the +build
     assert written["versions"].keys() == {"dni-rnn", "torch", "numpy", "safetensors"}
     assert all(written["versions"].values())
     assert written["python"] == ".".join(map(str, sys.version_info[:3]))
