@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dni_rnn", "dni_rnn_tasks")
 ALONGSIDE = (
-    "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "constraints.txt", "pyproject.toml",
-    "mkdocs.yml",
+    "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "constraints.txt",
+    "pyproject.toml", "mkdocs.yml",
 )  # fmt: skip
 FOLDERS = ("tests", "examples", "docs")
 MOST_BYTES = {".whl": 1_000_000, ".gz": 3_000_000}
