@@ -1,6 +1,7 @@
 """Sweeps: every cell and seed becomes one row, whatever happens on the way."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -524,6 +526,23 @@ def test_parts_that_do_not_belong_together(tmp_path, monkeypatch):
     assert len(list((tmp_path / "carried").iterdir())) == len(parts) - 1
     pack_runs(tmp_path / "carried", run.parent, [])
     assert list((tmp_path / "carried").iterdir()) == [], "parts of an earlier call are replaced"
+
+
+def test_of_an_archive_only_what_was_packed_is_taken(tmp_path):
+    work, carried = tmp_path / "at" / "work", tmp_path / "carried"
+    work.mkdir(parents=True)
+    carried.mkdir()
+    with tarfile.open(carried / "work.tar.000", "w") as tar:
+        for name in ("../config.json", "./config.json", "/config.json", "run/other", "run/config.json"):
+            member = tarfile.TarInfo(name)
+            member.size = 2
+            tar.addfile(member, io.BytesIO(b"{}"))
+        link = tarfile.TarInfo("run/metrics.jsonl")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    unpack_runs(carried, work)
+    found = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert set(found) <= {"carried/work.tar.000", "at/work/run/config.json"}
 
 
 def test_what_has_got_further_stays(tmp_path):

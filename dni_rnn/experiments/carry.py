@@ -56,7 +56,7 @@ def unpack_runs(folder: Path, work: Path) -> None:
     with tempfile.TemporaryDirectory(dir=work) as unpacked:
         try:
             with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-                tar.extractall(unpacked, filter="data")
+                _extract(tar, Path(unpacked))
         except (tarfile.TarError, EOFError) as error:
             raise UsageError(
                 f"{folder}: its {work.name}.tar.* do not belong together ({error}); copy them again"
@@ -65,3 +65,14 @@ def unpack_runs(folder: Path, work: Path) -> None:
             if progress(run) > progress(work / run.name):
                 shutil.rmtree(work / run.name, ignore_errors=True)
                 run.rename(work / run.name)
+
+
+def _extract(tar: tarfile.TarFile, folder: Path) -> None:
+    """Of an archive only what `pack_runs` puts there: RUN/NAME, a file each."""
+    for member in tar:
+        run, _, name = member.name.partition("/")
+        content = tar.extractfile(member) if member.isfile() and name in CARRIED else None
+        if content is not None and run not in ("", ".", ".."):
+            (folder / run).mkdir(exist_ok=True)
+            with content, open(folder / run / name, "wb") as file:
+                shutil.copyfileobj(content, file)
