@@ -1,6 +1,7 @@
 """What does a synthetic gradient at every boundary cost? One training step of a cut net against backprop.
 
     python benchmarks/feedforward_step.py [--net "MNIST, fully connected" ...] [--layers 6] [--threads 1]
+    python benchmarks/feedforward_step.py --operations     # multiply-adds of an example, no time
 
 The published nets, on random pictures. The same net, data and optimizer; the methods take turns in blocks of
 steps, so that a change of the machine's speed meets all of them. Reported: the median step in milliseconds,
@@ -12,13 +13,18 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from dni_rnn.experiments.bench import time_in_turns
 from dni_rnn.feedforward import Method, cnn, decouple, fcn
+from dni_rnn.synthesizers import ErrorFeedback
 
 CLASSES, ROWS = 10, 256
 METHODS: dict[str, tuple[Method, list[int] | None]] = {
@@ -27,6 +33,7 @@ METHODS: dict[str, tuple[Method, list[int] | None]] = {
     "dni, linear": ("dni", []),
     "cdni, one hidden layer as wide as the net": ("cdni", None),
     "cdni, linear": ("cdni", []),
+    "cdni, error of a local classifier": ("cdni", []),  # with ErrorFeedback
     "critic, linear classifier": ("critic", None),
     "local": ("local", None),
     "local and critic": ("local+critic", None),
@@ -42,13 +49,15 @@ NETS: dict[str, tuple[tuple[int, int, int], Callable[[int], nn.Sequential]]] = {
 }
 
 
-def training_step(name: str, layers: int, method: Method, hidden: list[int] | None) -> Callable[[], None]:
+def training_step(name: str, layers: int, step_of: str, rows: int = ROWS) -> Callable[[], None]:
     """One step of the net with its own weights."""
     torch.manual_seed(0)
     shape, build = NETS[name]
-    x, labels = torch.randn(ROWS, *shape), torch.randint(CLASSES, (ROWS,))
-    net = build(layers)
-    cut = decouple(net, range(1, layers), x[:1], CLASSES, method, hidden=hidden)
+    x, labels = torch.randn(rows, *shape), torch.randint(CLASSES, (rows,))
+    method, hidden = METHODS[step_of]
+    synthesizer = partial(ErrorFeedback, symbols=CLASSES) if "error" in step_of else None
+    cuts = range(1, layers)
+    cut = decouple(build(layers), cuts, x[:1], CLASSES, method, hidden=hidden, synthesizer=synthesizer)
     optimizer = torch.optim.Adam(cut.parameters(), 1e-3, fused=True)
 
     def step() -> None:
@@ -57,6 +66,41 @@ def training_step(name: str, layers: int, method: Method, hidden: list[int] | No
         optimizer.step()
 
     return step
+
+
+class Operations(TorchDispatchMode):
+    """Counts those of matrix products and convolutions, by torch's formulas.
+
+    torch's own counter follows modules too, and then cannot see a gradient within a forward pass.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def multiply_adds(name: str, layers: int, step_of: str) -> float:
+    """Of a step, forward and backward, for each example."""
+    rows = 4
+    step = training_step(name, layers, step_of, rows)
+    step()
+    with Operations() as counted:
+        step()
+    return counted.total / 2 / rows
+
+
+def operations() -> None:
+    """Print the table of `multiply_adds`, in millions, of all nets as they are published."""
+    nets = [(name, layers) for name in NETS for layers in ((6,) if "fully" in name else (3, 4))]
+    print("| step | " + " | ".join(f"{name}, {layers} layers" for name, layers in nets) + " |")
+    print("|---|" + "--:|" * len(nets))
+    for step_of in METHODS:
+        found = [f"{multiply_adds(*net, step_of) / 1e6:.1f}" for net in nets]
+        print(f"| {step_of} | " + " | ".join(found) + " |", flush=True)
 
 
 def main() -> None:
@@ -68,12 +112,16 @@ def main() -> None:
     parser.add_argument(
         "--block", type=int, default=20, help="steps of a method before the next has its turn"
     )
+    parser.add_argument("--operations", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.operations:
+        operations()
+        return
     print(f"torch {torch.__version__}, {args.threads} thread(s), {ROWS} rows\n")
     print("| net | step | ms | ratio to bprop |\n|---|---|---|---|")
     for net in args.net:
-        steps = {name: training_step(net, args.layers, *how) for name, how in METHODS.items()}
+        steps = {name: training_step(net, args.layers, name) for name in METHODS}
         for name, cost in time_in_turns(steps, args.rounds, args.block).items():
             print(
                 f"| {net}, {args.layers} layers | {name} | {cost.milliseconds:.1f} | {cost.ratio:.2f} |",
