@@ -60,7 +60,6 @@ class Message(NamedTuple):
 
     out: Tensor
     synthetic: Tensor | None  # ĝ
-    x: Tensor
     made: Stashed | None  # with correction
     answer: Tensor | None  # without: the gradient that went to the part before, at once
 
@@ -94,7 +93,7 @@ class Part:
             else:
                 made.out.backward(synthetic, retain_graph=True)
         self.optimizer.step()
-        return Message(out.detach(), synthetic, x, made, x.grad if made is None else None)
+        return Message(out.detach(), synthetic, made, x.grad if made is None else None)
 
     def hear(self, message: Message, gradient: Tensor, context: Tensor) -> Tensor | None:
         """What comes back of a message: the true gradient, or without correction the next part's guess."""
@@ -105,7 +104,7 @@ class Part:
             left_out = gradient if message.synthetic is None else gradient - message.synthetic
             message.made.out.backward(left_out)
         self.optimizer.step()
-        return message.answer if message.made is None else message.x.grad
+        return message.answer if message.made is None else message.made.inputs[0].grad
 
     def finish(self, x: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         """The last part's update: its output and the true gradient of its input."""

@@ -14,11 +14,12 @@ class Stashed:
     Source: Harlap et al. 2018, PipeDream, arXiv:1806.03377 (weight stashing).
 
     Attributes:
-      out: of `net`.
+      inputs, out: of `net`.
       weights: the copy, by name.
     """
 
     def __init__(self, net: nn.Module, *inputs: Any) -> None:
         # Copies in the graph: an optimizer changes the parameters in place, and not these.
         self.weights: dict[str, Tensor] = {name: p.clone() for name, p in net.named_parameters()}
+        self.inputs = inputs
         self.out: Any = functional_call(net, self.weights, inputs)

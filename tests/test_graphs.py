@@ -184,16 +184,22 @@ LEARNERS = {
 }
 
 
-@pytest.mark.parametrize("name", LEARNERS)
-def test_recordings_train_as_plain_updates_do(name, as_on_a_device):
+def trained_alike(name, updates, *record):
+    """A learner, and another by recordings; they are bit for bit the same after so many updates."""
     plain, other = LEARNERS[name](), LEARNERS[name]()
-    recorded = with_recordings(other)
-    for _ in range(25):
+    recorded = with_recordings(other, *record)
+    for _ in range(updates):
         plain.update()
         other.update()
     assert recorded._recordings
     ours, theirs = kept(plain), kept(other)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    return plain, other
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_recordings_train_as_plain_updates_do(name, as_on_a_device):
+    plain, other = trained_alike(name, 25)
     assert plain.metrics() == other.metrics()
 
 
@@ -203,14 +209,7 @@ def test_recordings_train_as_plain_updates_do(name, as_on_a_device):
 def test_an_update_reads_nothing_that_its_recording_does_not_hold(name, as_on_a_device, monkeypatch):
     """What Python would decide or remember from update to update is not there when a graph is replayed."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # its kernels keep addresses of their own
-    plain, other = LEARNERS[name](), LEARNERS[name]()
-    recorded = with_recordings(other, taped)
-    for _ in range(9):
-        plain.update()
-        other.update()
-    assert recorded._recordings
-    ours, theirs = kept(plain), kept(other)
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    trained_alike(name, 9, taped)
 
 
 @pytest.mark.parametrize("name", LEARNERS)

@@ -61,7 +61,6 @@ class Kept(NamedTuple):
     context: Tensor
     updates: int  # of the part, that with this message included
     synthetic: Tensor | None  # ĝ
-    x: Tensor  # what it was made from
     made: Stashed | None  # how, to correct what ĝ did
 
 
@@ -182,7 +181,7 @@ class ChainPart(ProcessPart):
                 roots.append((out, gradient))
             if self.local is not None:
                 roots.append((self.local.send(out, context), None))
-            self.kept[number] = Kept(out.detach(), context, self.own_updates + 1, gradient, x, made)
+            self.kept[number] = Kept(out.detach(), context, self.own_updates + 1, gradient, made)
         else:
             roots.append((out, self._gradient(number)))
         self.record.optimizer.zero_grad()
@@ -233,7 +232,7 @@ class ChainPart(ProcessPart):
             self.interface.receive(kept.message, kept.context).backward(gradient)
         if kept.made is not None:
             kept.made.out.backward(gradient if kept.synthetic is None else gradient - kept.synthetic)
-            self._answer(packet.number, kept.x)
+            self._answer(packet.number, kept.made.inputs[0])
         self.record.optimizer.step()
         self.stale.append(self.own_updates - kept.updates)
 
