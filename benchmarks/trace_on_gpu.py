@@ -13,14 +13,14 @@ test of the script.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from dni_rnn.experiments.bench import Size, learner
+from dni_rnn.experiments.bench import Cost, Size, learner, time_in_turns
 from dni_rnn.traces import lstm
 
 Work = Callable[[], Any]
@@ -56,18 +56,20 @@ def wait(device: str) -> float:
     return time.perf_counter()
 
 
-def measure(works: dict[str, Work], rounds: int, block: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds for one call, round after round."""
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(rounds + 1):
-        for name, work in works.items():
+def several(work: Work, times: int) -> Work:
+    """Without waiting in between, as in training."""
+
+    def call() -> None:
+        for _ in range(times):
             work()
-            began = wait(device)
-            for _ in range(block):
-                work()
-            if turn:
-                found[name].append(1e3 * (wait(device) - began) / block)
-    return found
+
+    return call
+
+
+def measure(works: dict[str, Work], rounds: int, times: int, device: str) -> dict[str, Cost]:
+    """Of works that do something so many times, of one time."""
+    found = time_in_turns(works, rounds, 1, partial(wait, device))
+    return {name: cost._replace(milliseconds=cost.milliseconds / times) for name, cost in found.items()}
 
 
 def compare(size: Size, rounds: int, block: int) -> Work:
@@ -75,14 +77,15 @@ def compare(size: Size, rounds: int, block: int) -> Work:
     began = wait(size.device)
     built = {name: build(size, *row) for name, row in ROWS.items()}
     seconds = wait(size.device) - began
-    updates = measure({name: update for name, (update, _) in built.items()}, rounds, block, size.device)
     alone = {name: replay or update for name, (update, replay) in built.items()}
-    replays = measure(alone, rounds, block, size.device)
+    updates, replays = (
+        measure({name: several(work, block) for name, work in works.items()}, rounds, block, size.device)
+        for works in ({name: update for name, (update, _) in built.items()}, alone)
+    )
     print(f"\nLSTM {size.hidden}, {size.batch_size} rows, T = {size.bptt} ({seconds:.1f} s to build)")
     for name in ROWS:
-        ratios = [a / b for a, b in zip(replays[name], replays["truncated"], strict=True)]
-        update, replay = (statistics.median(times[name]) for times in (updates, replays))
-        ratio = f"x {statistics.median(ratios):.3f}{'' if built[name][1] else '  not recorded'}"
+        update, (replay, beside) = updates[name].milliseconds, replays[name]
+        ratio = f"x {beside:.3f}{'' if built[name][1] else '  not recorded'}"
         print(f"{name:20} update {update:8.3f}  replay {replay:8.3f}  {ratio}")
     return alone["trace, cells"]
 
@@ -113,21 +116,18 @@ def parts(size: Size, rounds: int, block: int) -> None:
         works["cell forward"] = lambda: lstm.CELL.forward(gates, gates, c)
         works["cell backward"] = lambda: lstm.CELL.backward(h, c, c, c, gates)
     recorded = {name: _often(work, block, device) for name, work in works.items()}
-    for name, times in measure(recorded, rounds, 1, device).items():
-        print(f"{name:26}{1e3 * statistics.median(times) / block:8.1f} µs")
+    for name, cost in measure(recorded, rounds, block, device).items():
+        print(f"{name:26}{1e3 * cost.milliseconds:8.1f} µs")
 
 
 def _often(work: Work, block: int, device: str) -> Work:
-    def several() -> None:
-        for _ in range(block):
-            work()
-
+    call = several(work, block)
     if device != "cuda":
-        return several
-    several()
+        return call
+    call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        several()
+        call()
     return graph.replay
 
 
