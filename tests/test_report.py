@@ -10,10 +10,12 @@ import subprocess
 import sys
 from collections import Counter
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from dni_rnn.atomic_files import read_jsonl
 from dni_rnn.cli import main
 from dni_rnn.config import RecurrentConfig, to_json
 from dni_rnn.errors import UsageError
@@ -159,6 +161,41 @@ def test_committed_tables_are_what_their_rows_say(folder):
     for name, content in pictures.items():
         for ending in ("png", "svg"):
             assert fingerprint_of(folder / f"{name}.{ending}") == content, stale(folder)
+
+
+@pytest.mark.parametrize(
+    ("folder", "benchmark", "made"),
+    [
+        ("live", "live", lambda made, rows: made.render(rows, ["play", "log", "manual"])),
+        ("trace-quality", "trace_quality", lambda made, rows: made.render(rows)),
+        ("do-no-harm", "do_no_harm", lambda made, rows: made.render(made.all_pairs(RESULTS))),
+    ],
+)
+def test_committed_tables_of_benchmarks_are_what_their_rows_say(folder, benchmark, made, monkeypatch):
+    if not RESULTS.exists():
+        pytest.skip("results come with the repository alone")
+    monkeypatch.syspath_prepend(RESULTS.parent / "benchmarks")
+    path = RESULTS / folder / "rows.jsonl"
+    table = made(import_module(benchmark), read_jsonl(path) if path.exists() else [])
+    told = f"stale: make it again from its rows with benchmarks/{benchmark}.py"
+    assert (RESULTS / folder / "table.md").read_text(encoding="utf-8") == table, told
+
+
+def test_runs_that_differ_in_the_trace_alone_are_a_pair(monkeypatch):
+    if not RESULTS.exists():
+        pytest.skip("benchmarks come with the repository alone")
+    monkeypatch.syspath_prepend(RESULTS.parent / "benchmarks")
+    pairs_of_sweep = import_module("do_no_harm").pairs_of_sweep
+    row = {"task": "ptb", "data": "ptb", "cell": "a", "seed": 0, "config": {"lr": 1.0}, "test_bpc": 2.0}
+    rows = [
+        row | {"command": "dni-rnn train ptb --seed 0"},
+        row | {"command": "dni-rnn train ptb --trace 32 --seed 0", "test_bpc": 2.5},
+        row | {"command": "dni-rnn train ptb --trace all --seed 0", "config": {"lr": 2.0}},
+        row | {"command": "dni-rnn train ptb --trace 32 --seed 1", "seed": 1},
+        row | {"command": "dni-rnn train ptb --trace 32 --bptt 2 --seed 0"},
+    ]
+    (pair,) = pairs_of_sweep("folder", rows)
+    assert (pair.traced, pair.plain, pair.difference, pair.worse) == (2.5, 2.0, 0.5, True)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -647,6 +684,7 @@ def test_neither_report_nor_compare_imports_torch(folder):
     run = write_run(folder / "run", [(100, 10.0, 3.0)])
     code = f"""
 import sys
+from dni_rnn.atomic_files import read_jsonl
 from dni_rnn.cli import main
 assert main(["report", {str(folder)!r}]) == 0
 assert main(["compare", {str(run)!r}, "--out", {str(folder / "compare.png")!r}]) == 0

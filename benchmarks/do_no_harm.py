@@ -1,0 +1,142 @@
+"""A trace against the same run without it, seed by seed, wherever `results/` has both.
+
+    python benchmarks/do_no_harm.py
+
+Two runs are a pair when their commands differ in `--trace` alone, the seed being the same. Nothing is run:
+the table is made of the rows of the sweeps, and of `results/live`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dni_rnn.atomic_files import read_jsonl, write_atomically
+from dni_rnn.experiments.report import markdown_table, mean_sd, metrics_of
+
+FOLDER = Path("results/do-no-harm")
+ON_STREAMS = {
+    "trace and penalty, T = 1": "truncated and penalty, T = 1",
+}  # of results/live, whose rows have no commands
+OF_THE_NET = ("hidden", "embedding", "batch_size", "lr", "beta2", "clip")
+
+HEADER = """# A trace against the same run without it
+
+Pairs of runs whose commands differ in `--trace` alone, seed by seed: all that the tables here have.
+*Difference*: with the trace less without it, mean ± sample standard deviation over the pairs; of text, test
+BPC of the weights with the best validation, of streams BPC of each byte before it was learnt (lower is
+better); of tasks that grow, the longest solved (higher is better). *Worse*: pairs in which the run with the
+trace ended worse. A trace costs time: in tasks that end after ten minutes a run with it makes fewer updates,
+elsewhere as many.
+
+"""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two runs of one seed: what they ended at with the trace and without it."""
+
+    folder: str
+    cell: str
+    seed: int
+    label: str
+    digits: int
+    lower_is_better: bool
+    traced: float
+    plain: float
+
+    @property
+    def difference(self) -> float:
+        return self.traced - self.plain
+
+    @property
+    def worse(self) -> bool:
+        return self.difference > 0 if self.lower_is_better else self.difference < 0
+
+
+def alike(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs of one command trained the same net at the same rate: a default may have changed."""
+    return all(row["config"].get(name) == other["config"].get(name) for name in OF_THE_NET)
+
+
+def pairs_of_sweep(folder: str, rows: Iterable[dict[str, Any]]) -> Iterator[Pair]:
+    """The pairs of one sweep, in the order of its rows."""
+    found = list(rows)
+    without = {row["command"]: row for row in found if "--trace " not in row["command"]}
+    for row in found:
+        plain = without.get(re.sub(r" --trace \S+", "", row["command"]))
+        if plain is None or plain is row or not alike(row, plain):
+            continue
+        metric = metrics_of(row)[0]
+        key = f"test_{metric.key}" if metric.validated else metric.key
+        yield Pair(
+            folder,
+            row["cell"],
+            row["seed"],
+            f"test {metric.label}" if metric.validated else metric.label,
+            metric.digits,
+            metric.lower_is_better,
+            row[key],
+            plain[key],
+        )
+
+
+def pairs_of_streams(rows: Iterable[dict[str, Any]]) -> Iterator[Pair]:
+    """The pairs of `results/live`."""
+    ended = {(row["stream"], row["method"], row["seed"]): row["bpc"] for row in rows if not row["pilot"]}
+    for (stream, method, seed), bpc in ended.items():
+        plain = ended.get((stream, ON_STREAMS.get(method, ""), seed))
+        if plain is not None:
+            yield Pair("live", f"{method}: {stream}", seed, "BPC", 3, True, bpc, plain)
+
+
+def all_pairs(results: Path) -> list[Pair]:
+    """Of every folder of `results` that has some."""
+    found: list[Pair] = []
+    for path in sorted(results.glob("*/rows.jsonl")):
+        rows = read_jsonl(path)
+        if path.parent.name == "live":
+            found += pairs_of_streams(rows)
+        elif (path.parent / "sweep.toml").exists():
+            found += pairs_of_sweep(path.parent.name, rows)
+    return found
+
+
+def render(pairs: Iterable[Pair]) -> str:
+    """table.md."""
+    groups: dict[tuple[str, str], list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault((pair.folder, pair.cell), []).append(pair)
+    lines = [
+        [
+            f"[{folder}](../{folder}/table.md)",
+            cell,
+            group[0].label,
+            str(len(group)),
+            mean_sd([pair.traced for pair in group], group[0].digits),
+            mean_sd([pair.plain for pair in group], group[0].digits),
+            mean_sd([pair.difference for pair in group], group[0].digits),
+            str(sum(pair.worse for pair in group)),
+        ]
+        for (folder, cell), group in groups.items()
+    ]
+    count = sum(len(group) for group in groups.values())
+    worse = sum(pair.worse for group in groups.values() for pair in group)
+    lines.append(["**all**", "", "", str(count), "", "", "", f"**{worse}**"])
+    columns = ["table", "with the trace", "metric", "n", "with", "without", "difference", "worse"]
+    made = "\nMade by `python benchmarks/do_no_harm.py` from the rows of these tables.\n"
+    return HEADER + markdown_table(columns, lines) + made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.parse_args()
+    write_atomically(FOLDER / "table.md", render(all_pairs(FOLDER.parent)).encode())
+
+
+if __name__ == "__main__":
+    main()
