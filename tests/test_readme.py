@@ -214,7 +214,24 @@ def test_figures_of_the_readme_stand_in_the_tables() -> None:
         assert figure in overview, figure
     table = (ROOT / "results" / "decoupled" / "table.md").read_text()
     speed = re.findall(r"\| 2 +\| +100 \| +(?:lock-step|decoupled) \| +([\d.]+) \|", table)
-    assert "{1} through a\n  second, in lock-step {0}".format(*speed) in README
+    sentence = "two parts g[eo]t {1} through a second, in lock-step {0}".format(*speed)
+    for page in (README, PAGES["docs/tutorials/layers.md"]):
+        assert re.search(sentence, " ".join(page.split()))
+
+
+def test_means_of_the_pages_stand_in_a_table() -> None:
+    """Every mean ± sd of the README and the site is one of a table or the notes, or one of these rounded."""
+    written = [*ROOT.glob("results/*/table.md"), ROOT / "results" / "what-was-tried.md"]
+    pattern = r"(\d+(?:\.\d+)?) ± (\d+(?:\.\d+)?)"
+    measured = {found for page in written for found in re.findall(pattern, page.read_text(encoding="utf-8"))}
+
+    def rounded(text: str, like: str) -> str:
+        return f"{float(text):.{len(like.partition('.')[2])}f}"
+
+    for name, page in {"README.md": README, **PAGES}.items():
+        for figure in re.findall(pattern, page):
+            alike = ([rounded(a, b) for a, b in zip(each, figure, strict=True)] for each in measured)
+            assert any(tuple(each) == figure for each in alike), f"{name}: {' ± '.join(figure)}"
 
 
 def test_the_menu_tells_the_tables_apart() -> None:

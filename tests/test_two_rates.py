@@ -236,7 +236,7 @@ def reached(objective: Tensor, net: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_the_loss_of_b_reaches(method, generator):
-    """In lock step every parameter of A; decoupled none of them, with synthetic gradients either."""
+    """In lock-step every parameter of A; decoupled none of them, with synthetic gradients either."""
     model, block = small(generator, **METHODS[method])
     turns = model.lock_step(block) if method == "lock-step" else model.decoupled(block)
     for turn in turns:
