@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from dni_rnn import Interface, LSTMState, MLPSynthesizer, StatePenalty
 from dni_rnn.distributed.processes import Processes, joined
-from dni_rnn.distributed.transport import END, GRADIENT, MESSAGE, Incoming, Layout, Outgoing, Packet
+from dni_rnn.distributed.transport import END, GRADIENT, MESSAGE, Incoming, Outgoing, Packet, PacketLayout
 from dni_rnn_tasks.surface_learner import Beside
 
 SYMBOLS, PATTERNS, PIXELS, CODE, UNITS = 4, 8, 64, 8, 64
@@ -37,7 +37,7 @@ def frames(number: int) -> tuple[Tensor, Tensor]:
     return patterns[symbols, which] + 0.5 * noise, symbols
 
 
-def encode(windows: int, frozen: bool, layouts: list[Layout], groups: list[Any]) -> None:
+def encode(windows: int, frozen: bool, layouts: list[PacketLayout], groups: list[Any]) -> None:
     """Process 0."""
     outgoing, answers = Outgoing(1, layouts[0], QUEUE, groups[0]), Incoming(1, layouts[1], QUEUE, groups[1])
     encoder = nn.Sequential(nn.Linear(PIXELS, 64), nn.ReLU(), nn.Linear(64, CODE), nn.Tanh())
@@ -71,7 +71,7 @@ def encode(windows: int, frozen: bool, layouts: list[Layout], groups: list[Any])
     answers.join()
 
 
-def remember(layouts: list[Layout], groups: list[Any]) -> float:
+def remember(layouts: list[PacketLayout], groups: list[Any]) -> float:
     """Process 1. Returns the share of symbols that it got right in the last fifth."""
     incoming, answering = Incoming(0, layouts[0], QUEUE, groups[0]), Outgoing(0, layouts[1], QUEUE, groups[1])
     lstm, readout = nn.LSTM(CODE, UNITS), nn.Linear(UNITS, SYMBOLS)
@@ -108,7 +108,7 @@ def remember(layouts: list[Layout], groups: list[Any]) -> float:
 def run(processes: Processes, windows: int, frozen: bool) -> float | None:
     torch.manual_seed(processes.rank)
     code, symbols = torch.zeros(WINDOW, BATCH, CODE), torch.zeros(WINDOW, BATCH, dtype=torch.long)
-    layouts = [Layout([code, symbols]), Layout([code.flatten(0, 1)])]
+    layouts = [PacketLayout([code, symbols]), PacketLayout([code.flatten(0, 1)])]
     groups: list[Any] = [dist.new_group(backend="gloo") for _ in range(2)]
     if processes.rank == 0:
         return encode(windows, frozen, layouts, groups)

@@ -23,7 +23,7 @@ from dni_rnn.cli import main
 from dni_rnn.distributed.chain import FORGET, ChainPart
 from dni_rnn.distributed.processes import joined
 from dni_rnn.distributed.train_parts import train_part
-from dni_rnn.distributed.transport import GRADIENT, MESSAGE, SAVE, Layout, Mailbox, Packet
+from dni_rnn.distributed.transport import GRADIENT, MESSAGE, SAVE, Mailbox, Packet, PacketLayout
 from dni_rnn.errors import LostError, ReportedElsewhere, UsageError
 from dni_rnn.training import checkpoint
 from dni_rnn.training.loop import train
@@ -45,7 +45,7 @@ TYPES = [torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool, tor
 )
 def test_a_packet_comes_out_as_it_went_in(shapes, number, notes):
     tensors = [(torch.rand(shape) * 5).to(dtype) for shape, dtype in shapes]
-    layout = Layout(tensors)
+    layout = PacketLayout(tensors)
     came = layout.unpack(layout.pack(Packet(MESSAGE, number, tensors, notes, 1.5)))
     assert (came.kind, came.number, came.notes, came.sent) == (MESSAGE, number, notes, 1.5)
     for sent, received in zip(tensors, came.tensors, strict=True):

@@ -28,7 +28,7 @@ from dni_rnn.config import FeedforwardConfig
 from dni_rnn.data.labelled import Batches, Examples
 from dni_rnn.distributed.part import ProcessPart
 from dni_rnn.distributed.processes import Processes
-from dni_rnn.distributed.transport import GRADIENT, MESSAGE, Incoming, Layout, Outgoing, Packet
+from dni_rnn.distributed.transport import GRADIENT, MESSAGE, Incoming, Outgoing, Packet, PacketLayout
 from dni_rnn.feedforward import messages_of, split
 from dni_rnn.stashed import Stashed
 from dni_rnn.training.feedforward import (
@@ -138,14 +138,14 @@ class ChainPart(ProcessPart):
         capacity, delay = config.queue, config.delay / 1000.0
         if not self.last:
             message = messages[rank]
-            self.onward = [Outgoing(rank + 1, Layout([message, targets]), capacity, forth)]
-            layout = Layout([message][: self.gradients])
+            self.onward = [Outgoing(rank + 1, PacketLayout([message, targets]), capacity, forth)]
+            layout = PacketLayout([message][: self.gradients])
             self.awaited = [Incoming(rank + 1, layout, capacity, back, delay, self.arrivals)]
         if rank:
             message = messages[rank - 1]
-            layout = Layout([message, targets])
+            layout = PacketLayout([message, targets])
             self.source = Incoming(rank - 1, layout, capacity, forth, delay, self.arrivals)
-            self.back = [Outgoing(rank - 1, Layout([message][: self.gradients]), capacity, back)]
+            self.back = [Outgoing(rank - 1, PacketLayout([message][: self.gradients]), capacity, back)]
 
     def update(self) -> None:
         x, targets = self.batches.batch(self.counters.step)

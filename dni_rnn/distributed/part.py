@@ -26,9 +26,9 @@ from dni_rnn.distributed.transport import (
     NOTES,
     SAVE,
     Incoming,
-    Layout,
     Outgoing,
     Packet,
+    PacketLayout,
 )  # fmt: skip
 from dni_rnn.training import checkpoint
 from dni_rnn.training.learner import Learner, begin
@@ -159,10 +159,10 @@ class ProcessPart(Learner):
         """Open the links on which weights come to process 0."""
         group: Any = dist.new_group(backend="gloo")
         if self.rank:
-            self.weights = {0: Outgoing(0, Layout(self._weights(self.rank)), 1, group)}
+            self.weights = {0: Outgoing(0, PacketLayout(self._weights(self.rank)), 1, group)}
         else:
             for rank in range(1, self.processes.size):
-                self.weights[rank] = Incoming(rank, Layout(self._weights(rank)), 1, group)
+                self.weights[rank] = Incoming(rank, PacketLayout(self._weights(rank)), 1, group)
 
     def _gather(self) -> None:
         """Bring the weights of all parts to process 0, after the same message."""

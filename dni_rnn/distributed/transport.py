@@ -43,7 +43,7 @@ class Packet(NamedTuple):
     sent: float = 0.0
 
 
-class Layout:
+class PacketLayout:
     """How packets with tensors of fixed shapes lie in one buffer of bytes.
 
     Args:
@@ -161,7 +161,7 @@ class _Link:
     def __init__(
         self,
         peer: int,
-        layout: Layout,
+        layout: PacketLayout,
         capacity: int,
         group: dist.ProcessGroup,
         changed: threading.Condition | None = None,
@@ -211,7 +211,7 @@ class Incoming(_Link):
     def __init__(
         self,
         peer: int,
-        layout: Layout,
+        layout: PacketLayout,
         capacity: int,
         group: dist.ProcessGroup,
         delay: float = 0.0,

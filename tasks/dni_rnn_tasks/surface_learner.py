@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from dni_rnn.data.task import Split
 from dni_rnn.distributed.part import ProcessPart
 from dni_rnn.distributed.processes import Processes
-from dni_rnn.distributed.transport import GRADIENT, MESSAGE, Incoming, Layout, Outgoing, Packet
+from dni_rnn.distributed.transport import GRADIENT, MESSAGE, Incoming, Outgoing, Packet, PacketLayout
 from dni_rnn.feedforward import Decoupled
 from dni_rnn.interface import Interface
 from dni_rnn.metrics import RMSE
@@ -192,18 +192,18 @@ class SurfacePart(ProcessPart):
     def connect(self) -> None:
         config = self.config
         h, y = torch.zeros(config.batch_size, config.width), torch.zeros(config.batch_size, 1)
-        message, lesson, capacity = Layout([h, y]), Layout([h, y, h]), config.queue
+        message, lesson, capacity = PacketLayout([h, y]), PacketLayout([h, y, h]), config.queue
         groups: list[Any] = [dist.new_group(backend="gloo") for _ in range(4)]
         late = config.delay / 1000.0
         if self.rank == INPUT:
             self.onward = [
                 Outgoing(ORACLE, message, capacity, groups[0]), Outgoing(OUTPUT, message, capacity, groups[1])
             ]  # fmt: skip
-            self.awaited = [Incoming(ORACLE, Layout([h]), capacity, groups[2], late, self.arrivals)]
+            self.awaited = [Incoming(ORACLE, PacketLayout([h]), capacity, groups[2], late, self.arrivals)]
         elif self.rank == ORACLE:
             self.source = Incoming(INPUT, message, capacity, groups[0], late, self.arrivals)
             self.awaited = [Incoming(OUTPUT, lesson, capacity, groups[3], late, self.arrivals)]
-            self.back = [Outgoing(INPUT, Layout([h]), capacity, groups[2])]
+            self.back = [Outgoing(INPUT, PacketLayout([h]), capacity, groups[2])]
         else:
             self.source = Incoming(INPUT, message, capacity, groups[1], late, self.arrivals)
             self.onward = [Outgoing(ORACLE, lesson, capacity, groups[3])]
