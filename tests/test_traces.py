@@ -21,7 +21,7 @@ from dni_rnn.interface import Interface
 from dni_rnn.penalty import StatePenalty
 from dni_rnn.pytree import LSTMState, Tree, flatten, map_tree, unflatten, where_rows
 from dni_rnn.synthesizers import MLPSynthesizer
-from dni_rnn.traces import Record, Term, Traced, Window, memory, running
+from dni_rnn.traces import LayerWindow, Record, Term, Traced, memory, running
 from dni_rnn.traces import lstm as traced_lstm
 
 I, H, B, V = 3, 4, 3, 5  # noqa: E741 — widths of input and state, rows, symbols
@@ -805,10 +805,10 @@ class Leaky(nn.Module):
             outputs.append(s)
         before, seen, n = torch.stack(befores), inputs.detach(), new.detach()
 
-        def window() -> Window:
+        def window() -> LayerWindow:
             a = self.rate.sigmoid()
             by_rate, by_inner = (before - n) * a * (1 - a), (1 - a) * (1 - n.square())
-            return Window(a.expand_as(n), torch.cat([by_rate, by_inner], -1), (seen,), (1.0, None))
+            return LayerWindow(a.expand_as(n), torch.cat([by_rate, by_inner], -1), (seen,), (1.0, None))
 
         terms = [
             Term("rate", (0, H)),

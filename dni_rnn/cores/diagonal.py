@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn.cores._scan import scan
-from dni_rnn.traces.rules import Record, Term, Window
+from dni_rnn.traces.rules import LayerWindow, Record, Term
 
 
 class DiagonalState(NamedTuple):
@@ -119,7 +119,7 @@ class Diagonal(nn.Module):
     def _record(self, number: int, layer: _Layer, x: Tensor, start: Tensor, s: Tensor) -> Record:
         hidden, name = self.hidden_size, f"layers.{number}."
 
-        def window() -> Window:
+        def window() -> LayerWindow:
             multiplier, scale = layer.multiplier(), layer.log_scale.exp()
             before = torch.cat([start.unsqueeze(0), s[:-1]])
             factors = s.new_empty(*s.shape[:-1], 4 * hidden)
@@ -129,7 +129,7 @@ class Diagonal(nn.Module):
             torch.mul(carried, 1j * layer.log_phase.exp(), out=by_phase)
             torch.sub(s, carried, out=by_scale)
             by_input.copy_(scale.expand_as(s))
-            return Window(multiplier.expand_as(s), factors, (x.to(scale.dtype),), (1.0, 1j))
+            return LayerWindow(multiplier.expand_as(s), factors, (x.to(scale.dtype),), (1.0, 1j))
 
         vectors = [
             Term(name + parameter, (group * hidden, (group + 1) * hidden))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dni_rnn.cores._scan import scan
-from dni_rnn.traces.rules import Record, Term, Window
+from dni_rnn.traces.rules import LayerWindow, Record, Term
 
 
 class MinGRU(nn.Module):
@@ -62,10 +62,10 @@ class MinGRU(nn.Module):
         return x, torch.stack(ends), records
 
     def _record(self, number: int, x: Tensor, z: Tensor, n: Tensor, start: Tensor, h: Tensor) -> Record:
-        def window() -> Window:
+        def window() -> LayerWindow:
             before = torch.cat([start.unsqueeze(0), h[:-1]])
             by_z = (n - before) * torch.addcmul(z, z, z, value=-1.0)
-            return Window(1.0 - z, torch.cat([by_z, z], -1), (x.to(z.dtype),), (1.0,))
+            return LayerWindow(1.0 - z, torch.cat([by_z, z], -1), (x.to(z.dtype),), (1.0,))
 
         columns = (0, 2 * self.hidden_size)
         terms = [Term(f"layers.{number}.weight", columns, 0), Term(f"layers.{number}.bias", columns)]

@@ -1,7 +1,19 @@
 """The other half of the gradient that truncation cuts off: traces of what the past did to the state."""
 
-from dni_rnn.traces.rules import Record, Term, Traceable, Window
+import warnings
+from typing import Any
+
+from dni_rnn.traces.rules import LayerWindow, Record, Term, Traceable
 from dni_rnn.traces.running import why_not_traced
 from dni_rnn.traces.traced import Traced
 
-__all__ = ["Record", "Term", "Traceable", "Traced", "Window", "why_not_traced"]
+__all__ = ["LayerWindow", "Record", "Term", "Traceable", "Traced", "why_not_traced"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Window":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        "dni_rnn.traces.Window is called LayerWindow: import that", DeprecationWarning, stacklevel=2
+    )
+    return LayerWindow

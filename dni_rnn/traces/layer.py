@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dni_rnn.traces.memory import Carried, Deferred, Gradients
-from dni_rnn.traces.rules import Read, Record, Window
+from dni_rnn.traces.rules import LayerWindow, Read, Record
 
 
 class Layer:
@@ -17,7 +17,7 @@ class Layer:
     def __init__(
         self,
         record: Record,
-        window: Window,
+        window: LayerWindow,
         number: int,
         steps: int | None,
         decay: float,
@@ -57,7 +57,7 @@ class Layer:
             wide = residual if groups == 1 else residual.repeat(1, groups)
             gradients.terms(self.instant_terms, wide * factor, self.last, self.bottom)
 
-    def push(self, window: Window) -> None:
+    def push(self, window: LayerWindow) -> None:
         self.memory.push(window)
         mine, new = (*self.reads, *self.instant), (*window.reads, *window.instant)
         pairs = [(a, b) for a, b in zip(mine, new, strict=True) if isinstance(a, Tensor)]

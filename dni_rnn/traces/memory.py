@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rnn.traces.rules import Term, Window
+from dni_rnn.traces.rules import LayerWindow, Term
 
 MOST_BY_PRODUCT = 512
 """Symbols up to which a GPU sums by symbol in a product; its sum takes the rows one after the other."""
@@ -185,7 +185,7 @@ def _within(path: Tensor, decay: float, out: Tensor) -> Tensor:
     return total if decay == 1.0 else total.mul_(decay)
 
 
-def _to_end(window: Window, decay: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _to_end(window: LayerWindow, decay: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A·(path from its step to the window's end), (T, B, C), conjugate where complex, and the whole path."""
     factors = window.factors.conj() if window.factors.is_complex() else window.factors
     if window.total is not None:
@@ -222,7 +222,7 @@ class Deferred:
     correction comes by up to `count` windows late. All is in place and static in shape.
     """
 
-    def __init__(self, count: int, window: Window, decay: float, on_device: bool) -> None:
+    def __init__(self, count: int, window: LayerWindow, decay: float, on_device: bool) -> None:
         _, rows, cells = window.path.shape
         self.count, self.decay, self.cells = count, decay, cells
         state = window.path
@@ -244,7 +244,7 @@ class Deferred:
         inputs = [self._take(u).flatten(0, 1) for u in self.inputs]
         gradients.terms(terms, delta.view(-1, factors.shape[-1]), inputs, bottom)
 
-    def push(self, window: Window) -> None:
+    def push(self, window: LayerWindow) -> None:
         """The newest window takes the oldest one's place."""
         steps = len(window.path)
         if steps > self.factors.shape[1]:
@@ -330,7 +330,7 @@ class Carried:
     Any horizon, nothing late, memory rows × (size of the parameters). With an embedding u_t is the symbol.
     """
 
-    def __init__(self, window: Window, terms: Sequence[Term], decay: float, symbols: int | None) -> None:
+    def __init__(self, window: LayerWindow, terms: Sequence[Term], decay: float, symbols: int | None) -> None:
         self.decay, self.cells = decay, window.path.shape[-1]
         self.symbols = symbols
         rows = window.path.shape[1]
@@ -355,7 +355,7 @@ class Carried:
             else:
                 gradients.add(term, gradient)
 
-    def push(self, window: Window) -> None:
+    def push(self, window: LayerWindow) -> None:
         factors, total = _to_end(window, self.decay)
         for (columns, number), trace in self.traces.items():
             wide = _wide(total, trace.shape[1] // self.cells)

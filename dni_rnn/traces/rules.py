@@ -38,8 +38,8 @@ class Term(NamedTuple):
 
     Attributes:
       parameter: its name within the core, as `named_parameters` gives it.
-      columns: of `Window.factors`, as (first, behind the last).
-      input: which of `Window.inputs` it is multiplied with; None for a vector that is added (a bias).
+      columns: of `LayerWindow.factors`, as (first, behind the last).
+      input: which of `LayerWindow.inputs` it is multiplied with; None for a vector that is added (a bias).
       rows: of the parameter, as (first, behind the last); None: all.
       part: of complex factors the real or the imaginary one. With a parameter w that enters as s += A·w the
         first, as s += A·i·w the second.
@@ -52,7 +52,7 @@ class Term(NamedTuple):
     part: str = "real"
 
 
-class Window(NamedTuple):
+class LayerWindow(NamedTuple):
     """One layer's window of T steps, computed without gradient. D cells, all steps in order.
 
     Attributes:
@@ -81,13 +81,13 @@ class Record(NamedTuple):
     """One layer of one window, as the forward pass leaves it.
 
     Attributes:
-      terms: the gradients that `Window.factors` give.
+      terms: the gradients that `LayerWindow.factors` give.
       window: called once, during backward, without gradient and before the weights move.
-      instant_terms: those that `Window.instant` give.
+      instant_terms: those that `LayerWindow.instant` give.
     """
 
     terms: Sequence[Term]
-    window: Callable[[], Window]
+    window: Callable[[], LayerWindow]
     instant_terms: Sequence[Term] = ()
 
 
@@ -170,7 +170,7 @@ def lstm_terms(name: Callable[[str], str], hidden: int, bias: bool) -> tuple[lis
 
 def lstm_window(
     w: Weights, x: Tensor, table: Tensor | None, h: Tensor, start: Sequence[Tensor], end: Sequence[Tensor]
-) -> Window:
+) -> LayerWindow:
     """An LSTM along its cell: c_t = f·c_{t−1} + i·g, h_t = o·tanh(c_t).
 
         path  f;   factors  i: g·i(1−i)   f: c_{t−1}·f(1−f)   g: i(1−g²)
@@ -197,14 +197,14 @@ def lstm_window(
     o = _add_product(project(x[-1], w.w_ih[last], w.bias(last), table), h[-1], w.w_hh[last], None).sigmoid_()
     slope = torch.addcmul(o, h_end, c_end.tanh(), value=-1.0)
     instant = torch.addcmul(h_end, h_end, o, value=-1.0)
-    return Window(f, factors, (x, h), (slope, 1.0), (instant, None))
+    return LayerWindow(f, factors, (x, h), (slope, 1.0), (instant, None))
 
 
-def lstm_window_kept(kept: Kept, x: Tensor) -> Window:
+def lstm_window_kept(kept: Kept, x: Tensor) -> LayerWindow:
     """The same from what the forward pass kept; x (T, B, I), or symbols (T, B)."""
     hidden = kept.outputs.shape[-1]
     factors, slopes = kept.factors()
-    return Window(
+    return LayerWindow(
         kept.gates[..., hidden : 2 * hidden],
         factors[..., : 3 * hidden],
         (x, kept.before()),
@@ -213,7 +213,7 @@ def lstm_window_kept(kept: Kept, x: Tensor) -> Window:
     )
 
 
-def lstm_window_steps(kept: KeptSteps, x: Tensor, decay: float) -> Window:
+def lstm_window_steps(kept: KeptSteps, x: Tensor, decay: float) -> LayerWindow:
     """The same from what the steps kept, multiplied by the path to the window's end already."""
     hidden = kept.hiddens.shape[-1]
     factors, total = kept.along_the_cell(decay)
@@ -221,7 +221,7 @@ def lstm_window_steps(kept: KeptSteps, x: Tensor, decay: float) -> Window:
     slope = torch.addcmul(o, h, kept.cells[-1].tanh(), value=-1.0)
     instant = torch.addcmul(h, h, o, value=-1.0)
     path = total.expand(len(factors), *total.shape)
-    return Window(path, factors, (x, kept.hiddens[:-1]), (slope, 1.0), (instant, None), total)
+    return LayerWindow(path, factors, (x, kept.hiddens[:-1]), (slope, 1.0), (instant, None), total)
 
 
 def gru_terms(name: Callable[[str], str], hidden: int, bias: bool) -> tuple[list[Term], list[Term]]:
@@ -231,7 +231,7 @@ def gru_terms(name: Callable[[str], str], hidden: int, bias: bool) -> tuple[list
 
 def gru_window(
     w: Weights, x: Tensor, table: Tensor | None, h: Tensor, start: Sequence[Tensor], end: Sequence[Tensor]
-) -> Window:
+) -> LayerWindow:
     """A GRU along its update gate: h_t = (1−z)·n + z·h_{t−1}, n = tanh(n_x + r·n_h).
 
     path  z;   a = (1−z)(1−n²);   factors  n_h: a·r   r: a·n_h·r(1−r)   z: (h_{t−1}−n)·z(1−z)   n_x: a
@@ -248,7 +248,7 @@ def gru_window(
     torch.mul(by_n_h, n_h, out=by_r)
     by_r.mul_(1.0 - r)
     torch.mul(h - n, torch.addcmul(z, z, z, value=-1.0), out=by_z)
-    return Window(z, factors, (x, h), (1.0,))
+    return LayerWindow(z, factors, (x, h), (1.0,))
 
 
 def rnn_terms(name: Callable[[str], str], hidden: int, bias: bool) -> tuple[list[Term], list[Term]]:
@@ -258,11 +258,11 @@ def rnn_terms(name: Callable[[str], str], hidden: int, bias: bool) -> tuple[list
 
 def rnn_window(
     w: Weights, x: Tensor, table: Tensor | None, h: Tensor, start: Sequence[Tensor], end: Sequence[Tensor]
-) -> Window:
+) -> LayerWindow:
     """A tanh RNN along the weight of each cell to itself: path (1−h_t²)·R_jj, factor 1−h_t²."""
     after = torch.cat([h[1:], end[0].unsqueeze(0)])
     slope = torch.addcmul(torch.ones_like(after), after, after, value=-1.0)
-    return Window(slope * w.w_hh.diagonal(), slope, (x, h), (1.0,))
+    return LayerWindow(slope * w.w_hh.diagonal(), slope, (x, h), (1.0,))
 
 
 KINDS: dict[type[nn.Module], tuple[Any, Any]] = {

@@ -19,10 +19,10 @@ from dni_rnn.traces.lstm import cell_steps
 from dni_rnn.traces.lstm import steps as steps_of_lstm
 from dni_rnn.traces.rules import (
     KINDS,
+    LayerWindow,
     Record,
     Traceable,
     Weights,
-    Window,
     lstm_terms,
     lstm_window_kept,
     lstm_window_steps,
@@ -265,7 +265,7 @@ def _record(
     terms_of, window_of = KINDS[next(kind for kind in KINDS if isinstance(core, kind))]
     terms, instant = terms_of(lambda name: name + suffix, core.hidden_size, bool(core.bias))
 
-    def window() -> Window:
+    def window() -> LayerWindow:
         w = _weights(core, suffix)
         dtype = w.w_hh.dtype
         first = starts[0].unsqueeze(0).to(dtype)
@@ -281,7 +281,7 @@ def _record(
 def _with_symbols(record: Record, symbols: Tensor) -> Record:
     """Its first input replaced by the symbols that were embedded."""
 
-    def window() -> Window:
+    def window() -> LayerWindow:
         window = record.window()
         return window._replace(inputs=(symbols, *window.inputs[1:]))
 
