@@ -129,9 +129,7 @@ class Interface(Running):
     sent: list[Tensor] | None
     keeps_sent: bool
     batch_dim: Tree
-    _reached: list[
-        bool
-    ]  # whether backward from the next `send` reaches M's parameters, by a `receive` before it
+    _reached: list[bool]
 
     def __init__(
         self,
@@ -154,7 +152,9 @@ class Interface(Running):
         self._layout = Layout(self.batch_dim)
         self.loss_scale = None
         self.keeps_sent, self.sent = False, None
-        self._reached, self._dtype = [False], dtype_of(synthesizer)
+        # Whether backward from the next `send` reaches M's parameters, by a `receive` before it.
+        self._reached = [False]
+        self._dtype = dtype_of(synthesizer)
         self.register_buffer("target_square", torch.zeros(()))
         self.register_buffer("target_count", torch.zeros(()))
         self.register_buffer("regression_loss", torch.ones(()))

@@ -92,9 +92,8 @@ class GeneratedStream:
     def _boundary(self, at: int, context: int) -> Boundary:
         if not context:
             return Boundary()
-        steps = np.arange(
-            at + self._reach - 1, at - 1, -1
-        )  # backwards: the nearest target of an input is the last
+        # Backwards: the nearest target of an input is the last.
+        steps = np.arange(at + self._reach - 1, at - 1, -1)
         places = at - 1 - (steps - self._delay[steps])
         known = (places >= 0) & (places < context)
         step_of = np.full(context, -1)
@@ -228,10 +227,11 @@ class EpisodeStream:
         if context:
             coming = np.full((context, self.batch_size), -1)
             left = int((self._length - self._position).max())
+            # Backwards: the nearest target of an input is the last.
             steps = np.minimum(
                 self._position + np.arange(left - 1, -1, -1)[:, None], self._inputs.shape[1] - 1
             )
-            targets = self._targets[rows, steps]  # backwards: the nearest target of an input is the last
+            targets = self._targets[rows, steps]
             decided = steps - self._delay[rows, steps]
             read = (targets != UNSCORED) & (decided < self._position)
             coming[decided[read] % context, np.broadcast_to(rows, read.shape)[read]] = targets[read]

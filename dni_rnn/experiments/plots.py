@@ -55,6 +55,10 @@ SETTINGS: dict[Any, Any] = {
 }
 
 
+Logged = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
+"""What went on inside, by quantity and label: pairs (updates, value)."""
+
+
 class Curve(NamedTuple):
     """What one line of the plot shows: the validations of one run, or of one run per seed.
 
@@ -146,13 +150,13 @@ def save_curves(paths: Sequence[Path], curves: Sequence[Curve], metric: Metric) 
     _save(paths, lambda: _draw(drawn, metric), fingerprint(curves, metric))
 
 
-def save_logged(paths: Sequence[Path], curves: Sequence[Curve], logged: Traces) -> None:
+def save_logged(paths: Sequence[Path], curves: Sequence[Curve], logged: Logged) -> None:
     """Draw what went on inside, a panel for each quantity, against updates (see `save_curves`).
 
     Args:
       paths: png, svg or pdf by their ending.
       curves: label, method and depth of the lines.
-      logged: by quantity and label, pairs (updates, value).
+      logged: what is drawn.
     """
 
     def draw() -> Figure:
@@ -175,9 +179,6 @@ def save_logged(paths: Sequence[Path], curves: Sequence[Curve], logged: Traces) 
         return figure
 
     _save(paths, draw, fingerprint(curves, logged))
-
-
-Traces = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
 
 
 def fingerprint(*content: Any) -> str:

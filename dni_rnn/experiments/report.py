@@ -187,8 +187,8 @@ def logged_of(
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for quantity, label in LOGGED.items():
         for name, rows in groups.items():
-            traces = rows[0].get("traces", {}) if rows else {}
-            alike = [points for key, points in traces.items() if re.fullmatch(rf"{quantity}(_\d+)?", key)]
+            kept = rows[0].get("traces", {}) if rows else {}
+            alike = [points for key, points in kept.items() if re.fullmatch(rf"{quantity}(_\d+)?", key)]
             if alike:
                 found.setdefault(label, {})[name] = [
                     (each[0][0], fmean(value for _, value in each)) for each in zip(*alike, strict=True)

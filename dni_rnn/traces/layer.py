@@ -12,7 +12,15 @@ from dni_rnn.traces.rules import LayerWindow, Read, Record
 
 
 class Layer:
-    """Args: number: of the layer; of: how many; steps: None carries. symbols: V where input 0 is symbols."""
+    """The trace of one layer, and what of the newest window's end is still needed.
+
+    Args:
+      record, window: of the layer's first window, for the shapes.
+      number: of the layer, from the bottom.
+      steps, decay: see `Traced`.
+      symbols: V where input 0 of the bottom layer is symbols, else None.
+      on_device: see `Deferred`; unused in the carried form.
+    """
 
     def __init__(
         self,
@@ -37,7 +45,7 @@ class Layer:
         self.last = [u.new_zeros(u.shape[1:]) for u in window.inputs] if self.instant else []
 
     def correct(self, residuals: Sequence[Tensor], gradients: Gradients) -> None:
-        """Args: residuals: g − ĝ of each leaf, (B, D)."""
+        """Add to the sums what the trace makes of `residuals`, g − ĝ of each leaf, (B, D)."""
         if len(residuals) != len(self.reads):
             raise ValueError(f"the state has {len(residuals)} leaves, the trace reads {len(self.reads)}")
         total: Tensor | None = None

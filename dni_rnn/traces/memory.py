@@ -220,6 +220,12 @@ class Deferred:
     A·path within the window is what is kept.
     So the sum is that of the carried form, cut to the boundaries within `count` windows of a step, and a
     correction comes by up to `count` windows late. All is in place and static in shape.
+
+    Args:
+      count: windows that are kept.
+      window: the layer's first, for the shapes.
+      decay: see `Traced`.
+      on_device: keep the place of the oldest window on the device, for what is recorded as a graph.
     """
 
     def __init__(self, count: int, window: LayerWindow, decay: float, on_device: bool) -> None:
