@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 from dni_rnn.config import Preset, RecurrentConfig, RunConfig, to_json
+from dni_rnn.config.spelling import flag
 from dni_rnn.data.task import Task, config_of
 from dni_rnn.distributed import processes as distributed
 
@@ -96,7 +97,7 @@ def train_run(self: Any, processes: distributed.Processes | None = None) -> None
 def _config_among(processes: distributed.Processes, task: Task, config: RunConfig) -> Any:
     """The configuration that all of the processes have, as it is in so many."""
     versions = {name: version(name) for name in ("dni-rnn", "torch")}
-    options = {f"--{k.replace('_', '-')}": v for k, v in (to_json(task) | to_json(config)).items()}
+    options = {flag(k): v for k, v in (to_json(task) | to_json(config)).items()}
     processes.agree(versions | options)
     config = processes.together(lambda: config.for_world_size(processes.size))
     return dataclasses.replace(config, resume=config.resume or distributed.attempt() > 0)

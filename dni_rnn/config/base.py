@@ -9,6 +9,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
+from dni_rnn.config.spelling import flag
 from dni_rnn.errors import UsageError
 from dni_rnn.metrics import Metric
 
@@ -88,8 +89,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._check_positive("threads", "minutes", "log_every", "eval_every", "processes", "timeout")
-        if not self.save_every >= 0:
-            raise UsageError("--save-every must not be negative")
+        self._check_not_negative("save_every")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed must lie between 0 and 2^63 - 1, not {self.seed}")
 
@@ -97,7 +97,26 @@ class RunConfig:
         for name in names:
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise UsageError(f"--{name.replace('_', '-')} must be positive, not {value}")
+                raise UsageError(f"{flag(name)} must be positive, not {value}")
+
+    def _check_not_negative(self, *names: str) -> None:
+        for name in names:
+            if not (getattr(self, name) or 0) >= 0:
+                raise UsageError(f"{flag(name)} must not be negative")
+
+    def _refuse(self, why: str, *names: str) -> None:
+        """Refuse those of the settings `names` that are not at their defaults."""
+        for name in names:
+            if getattr(self, name) != getattr(type(self), name):
+                raise UsageError(f"{flag(name)} {why}")
+
+    def _check_dni(self, *names: str) -> None:
+        """Refuse settings that do nothing without --dni, and --dni that has no row to compare with."""
+        config: Any = self
+        if not config.dni:
+            self._refuse("does nothing without --dni; add --dni", *names)
+        elif config.centre and config.batch_size == 1:
+            raise UsageError("--batch-size 1: there is no mean over rows to subtract; add --no-centre")
 
     @classmethod
     def budgets(cls) -> tuple[str, ...]:
@@ -154,15 +173,6 @@ class RunConfig:
         if processes > 1:
             raise UsageError("this trains in one process: leave out --processes, and torchrun")
         return self
-
-
-def check_dni(config: Any, *names: str) -> None:
-    """Refuse settings `names` that do nothing without --dni, and --dni that has no row to compare with."""
-    for name in () if config.dni else names:
-        if getattr(config, name) != getattr(type(config), name):
-            raise UsageError(f"--{name.replace('_', '-')} does nothing without --dni; add --dni")
-    if config.dni and config.centre and config.batch_size == 1:
-        raise UsageError("--batch-size 1: there is no mean over rows to subtract; add --no-centre")
 
 
 def decide_restore(config: Any) -> Any:

@@ -12,6 +12,9 @@ from dni_rnn.config.spelling import parse_synthesizer
 from dni_rnn.errors import UsageError
 from dni_rnn.metrics import ERROR, Metric
 
+ONE_PROCESS = ("update_probability", "unlock", "agreement_every")
+"""Settings of parts that learn by themselves, all in one process."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeedforwardConfig(RunConfig):
@@ -85,6 +88,7 @@ class FeedforwardConfig(RunConfig):
         self._check_positive(
             "layers", "width", "epochs", "steps", "batch_size", "lr", "synthesizer_lr", "queue"
         )
+        self._check_not_negative("agreement_every", "delay")
         self._check_decoupled()
         if self.steps is not None and self.minutes is not None:
             raise UsageError("give one of --minutes and --steps, not both")
@@ -94,8 +98,6 @@ class FeedforwardConfig(RunConfig):
             raise UsageError(f"--layers must be at least 2, not {self.layers}: one layer has no boundary")
         if self.model == "vgg":
             object.__setattr__(self, "layers", 12)
-        if self.agreement_every < 0:
-            raise UsageError("--agreement-every must not be negative")
         if not 0 <= (self.smoothing or 0) < 1:
             raise UsageError(f"--smoothing must lie between 0 and 1, not {self.smoothing}")
         if not 0 < self.update_probability <= 1:
@@ -103,11 +105,7 @@ class FeedforwardConfig(RunConfig):
                 f"--update-probability must lie above 0 and at most at 1, not {self.update_probability}"
             )
         if self.method in ("bprop", "none"):
-            for name in ("update_probability", "unlock", "agreement_every"):
-                if getattr(self, name) != getattr(type(self), name):
-                    raise UsageError(
-                        f"--{name.replace('_', '-')} needs learning parts: --method dni, cdni, critic, local"
-                    )
+            self._refuse("needs learning parts: --method dni, cdni, critic, local", *ONE_PROCESS)
         if self.unlock and self.model in ("cnn", "vgg"):
             raise UsageError("--unlock needs layers that hand on vectors: --model mlp or sigmoid")
         if self.synthesizer is not None:
@@ -124,12 +122,8 @@ class FeedforwardConfig(RunConfig):
             )
 
     def _check_decoupled(self) -> None:
-        if not self.delay >= 0:
-            raise UsageError("--delay must not be negative")
         if not self.decoupled:
-            for name in ("queue", "when_full", "delay", "correct"):
-                if getattr(self, name) != getattr(type(self), name):
-                    raise UsageError(f"--{name.replace('_', '-')} does nothing without --decoupled")
+            self._refuse("does nothing without --decoupled", "queue", "when_full", "delay", "correct")
             return
         if self.method == "none" and not self.correct:
             raise UsageError(
@@ -138,9 +132,7 @@ class FeedforwardConfig(RunConfig):
         if self.correct and self.method not in ("none", "dni", "cdni", "critic"):
             does = "waits for true gradients" if self.method == "bprop" else "has losses at its cuts"
             raise UsageError(f"--correct: --method {self.method} {does}; leave out one of the two")
-        for name in ("update_probability", "unlock", "agreement_every"):
-            if getattr(self, name) != getattr(type(self), name):
-                raise UsageError(f"--{name.replace('_', '-')} works in one process: leave out --decoupled")
+        self._refuse("works in one process: leave out --decoupled", *ONE_PROCESS)
 
     def for_world_size(self, processes: int) -> Self:
         """With a cut between any two processes; where none are given, with as many layers in each part."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, Self
 
-from dni_rnn.config.base import RunConfig, check_critic, check_dni, decide_restore
+from dni_rnn.config.base import RunConfig, check_critic, decide_restore
 from dni_rnn.config.spelling import parse_call, parse_context, parse_synthesizer
 from dni_rnn.errors import UsageError
 from dni_rnn.metrics import BPC, Metric
@@ -116,12 +116,11 @@ class RecurrentConfig(RunConfig):
         )  # fmt: skip
         if not 0 <= self.trace_decay <= 1:
             raise UsageError(f"--trace-decay must lie between 0 and 1, not {self.trace_decay}")
-        if not self.trace and self.trace_decay != type(self).trace_decay:
-            raise UsageError("--trace-decay does nothing without --trace; add --trace 32")
-        for name in ("clip", "scale", "restore", "audit", "trace", "lookahead"):
-            value = getattr(self, name)
-            if value != "all" and not (value or 0) >= 0:
-                raise UsageError(f"--{name.replace('_', '-')} must not be negative")
+        if not self.trace:
+            self._refuse("does nothing without --trace; add --trace 32", "trace_decay")
+        elif self.trace != "all":
+            self._check_not_negative("trace")
+        self._check_not_negative("clip", "scale", "restore", "audit", "lookahead")
         if not 0 < self.beta2 < 1:
             raise UsageError(f"--beta2 must lie between 0 and 1, not {self.beta2}")
         if not 0 <= self.random_truncation <= 1:
@@ -133,13 +132,13 @@ class RecurrentConfig(RunConfig):
         self._check_budget()
         if self.anneal and self.minutes is not None:
             raise UsageError("--anneal does not go by the clock: give --chars or --steps, not --minutes")
-        check_dni(
-            self, "synthesizer", "synthesizer_reads", "critic", "context", "scale", "discount", "centre",
-            "audit", "aux", "synthesizer_lr",
+        self._check_dni(
+            "synthesizer", "synthesizer_reads", "critic", "context", "scale", "discount", "centre", "audit",
+            "aux", "synthesizer_lr",
         )  # fmt: skip
         check_critic(self)
-        if not self.aux and self.aux_weight != type(self).aux_weight:
-            raise UsageError("--aux-weight does nothing without --aux; add --aux")
+        if not self.aux:
+            self._refuse("does nothing without --aux; add --aux", "aux_weight")
         if not is_import(self.synthesizer):
             parse_synthesizer(self.synthesizer)
         parse_context(self.context)

@@ -10,6 +10,11 @@ from typing import Any
 from dni_rnn.errors import UsageError
 
 
+def flag(name: str) -> str:
+    """The option of a setting: `--batch-size` of `batch_size`."""
+    return f"--{name.replace('_', '-')}"
+
+
 def parse_synthesizer(text: str) -> tuple[int | Fraction, ...]:
     """Widths of the hidden layers of `--synthesizer`: units, or a fraction of the width of the core.
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dni_rnn.atomic_files import read_json, write_atomically
 from dni_rnn.config import to_json
+from dni_rnn.config.spelling import flag
 from dni_rnn.cores.gru import GRU
 from dni_rnn.cores.lstm import LSTM
 from dni_rnn.cores.rnn import RNN
@@ -244,11 +245,11 @@ def _history(run: Run, loaded: LoadedRun) -> dict[str, Any]:
 
 def _public(command: list[str]) -> str:
     """The command without what says where things lay."""
-    private = {f"--{name.replace('_', '-')}" for name in OF_THE_MACHINE}
+    private = {flag(name) for name in OF_THE_MACHINE}
     kept = []
     for before, word in pairwise(["", *map(str, command)]):
-        flag = word.partition("=")[0]
-        if flag not in private and not (before in private and not word.startswith("--")):
+        option = word.partition("=")[0]
+        if option not in private and not (before in private and not word.startswith("--")):
             kept.append(word)
     return shlex.join(kept)
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from dni_rnn.atomic_files import read_json, read_jsonl, understood, write_atomically, write_jsonl
 from dni_rnn.config import RecurrentConfig, RunConfig, from_json, to_json
+from dni_rnn.config.spelling import flag
 from dni_rnn.data.task import Alphabet, Corpus, Data, Task, config_of, content_of, installed_tasks
 from dni_rnn.errors import UsageError
 
@@ -160,7 +161,7 @@ class Run:
         for name in mine:
             if name not in self.config.changeable_on_resume and mine[name] != theirs[name]:
                 raise UsageError(
-                    f"{self.path} was run with --{name.replace('_', '-')} {theirs[name]}, not {mine[name]}; "
+                    f"{self.path} was run with {flag(name)} {theirs[name]}, not {mine[name]}; "
                     "resume it with the same settings or give another --out"
                 )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from dni_rnn.config import Preset, RunConfig
-from dni_rnn.config.base import check_critic, check_dni, decide_restore
+from dni_rnn.config.base import check_critic, decide_restore
 from dni_rnn.config.spelling import parse_synthesizer
 from dni_rnn.data.labelled import Examples
 from dni_rnn.errors import UsageError
@@ -82,14 +82,12 @@ class CountingConfig(RunConfig):
         super().__post_init__()
         self._check_positive("ticks", "hidden", "batch_size", "lr", "synthesizer_lr", "digits", "steps")
         self._check_budget()
-        for name in ("clip", "scale", "restore"):
-            if not (getattr(self, name) or 0) >= 0:
-                raise UsageError(f"--{name} must not be negative")
+        self._check_not_negative("clip", "scale", "restore")
         if self.bptt < 2:
             raise UsageError(f"--bptt must be at least 2, not {self.bptt}: else there is but one rate")
         if self.ticks is not None and self.bptt % self.ticks:
             raise UsageError(f"--ticks {self.ticks} must divide --bptt {self.bptt}")
-        check_dni(self, "ticks", "synthesizer", "context", "critic", "scale", "centre", "synthesizer_lr")
+        self._check_dni("ticks", "synthesizer", "context", "critic", "scale", "centre", "synthesizer_lr")
         check_critic(self)
         parse_synthesizer(self.synthesizer)
         if self.correct and not self.cut:

@@ -50,8 +50,7 @@ class SurfaceConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_positive("width", "steps", "batch_size", "lr", "synthesizer_lr", "queue")
-        if not self.delay >= 0:
-            raise UsageError("--delay must not be negative")
+        self._check_not_negative("delay")
 
     def for_world_size(self, processes: int) -> Self:
         """One process, or three: input part, oracle, output part."""
