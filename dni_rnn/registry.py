@@ -14,6 +14,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -26,13 +27,20 @@ Kind = Literal["cores", "estimators"]
 
 def names(kind: Kind) -> list[str]:
     """All known names, in alphabetical order; others are given as `package.module:Name`."""
-    ours = {_dashed(path.stem) for path in (Path(__file__).parent / kind).glob("[a-z]*.py")}
-    return sorted(ours | {entry.name for entry in entry_points(group=f"dni_rnn.{kind}")})
+    return sorted({*_ours(kind)} | {entry.name for entry in entry_points(group=f"dni_rnn.{kind}")})
+
+
+@cache
+def _ours(kind: Kind) -> dict[str, str]:
+    """By name, the module of this package."""
+    stems = [path.stem for path in (Path(__file__).parent / kind).glob("[a-z]*.py")]
+    return {stem.replace("_", "-"): f"dni_rnn.{kind}.{stem}" for stem in stems}
 
 
 def check(kind: Kind, name: str) -> None:
     """Raises `UsageError` when `name` is neither known nor of the form `package.module:Name`."""
-    if name not in names(kind) and not is_import(name):
+    # Entry points last: they are looked for in all installed packages, and every configuration asks.
+    if name not in _ours(kind) and not is_import(name) and name not in names(kind):
         raise UsageError(
             f"--{kind[:-1]} {name}: not known; give one of {', '.join(names(kind))}, or package.module:Name"
         )
@@ -45,9 +53,8 @@ def find(kind: Kind, name: str) -> Any:
       UsageError: there is none, or it cannot be imported.
     """
     check(kind, name)
-    if (Path(__file__).parent / kind / f"{name.replace('-', '_')}.py").exists():
-        module = import_module(f"dni_rnn.{kind}.{name.replace('-', '_')}")
-        return getattr(module, kind[:-1].upper())
+    if name in _ours(kind):
+        return getattr(import_module(_ours(kind)[name]), kind[:-1].upper())
     for entry in entry_points(group=f"dni_rnn.{kind}", name=name):
         return imported(f"--{kind[:-1]}", entry.value)
     return imported(f"--{kind[:-1]}", name)
@@ -118,7 +125,3 @@ def why(error: BaseException) -> str:
             if not frame.f_code.co_filename.startswith(ours):
                 place = (frame.f_code.co_filename, line)
     return said[:300] if place is None else f"{place[0]}, line {place[1]}: {said[:300]}"
-
-
-def _dashed(stem: str) -> str:
-    return stem.replace("_", "-")
