@@ -102,12 +102,37 @@ def test_a_wheel_is_looked_through(check, tmp_path):
     assert wrong(version="0.1.0") == ["METADATA is of 0.1.0"]
 
 
+def test_on_pypi_the_links_of_the_readme_are_absolute():
+    path = ROOT / ".ci" / "absolute_links.py"
+    if not path.exists():
+        pytest.skip("skipped: the script comes with the repository alone")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = runpy.run_path(str(path))["absolute"](readme, "owner/name", "abc123")
+    link = r"\]\(([^)\s]+)\)"
+    before, after = re.findall(link, readme), re.findall(link, page)
+    assert all(target.startswith("https://") for target in after)
+    assert "https://raw.githubusercontent.com/owner/name/abc123/results/headline.svg" in after
+    places = (
+        "https://github.com/owner/name/blob/abc123/",
+        "https://raw.githubusercontent.com/owner/name/abc123/",
+    )
+    files = {target.removeprefix(places[0]).removeprefix(places[1]) for target in after}
+    assert files == set(before), "nothing else has changed"
+    assert re.sub(link, "", page) == re.sub(link, "", readme)
+    assert sum((ROOT / name).exists() for name in files) > 20
+
+
 def test_the_release_publishes_what_was_checked():
     path = ROOT / ".github" / "workflows" / "release.yml"
     if not path.exists():
         pytest.skip("skipped: the workflow comes with the repository alone")
     yaml = pytest.importorskip("yaml")
     jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+    runs = [step.get("run", "") for step in jobs["build"]["steps"]]
+    first = {
+        word: next(i for i, run in enumerate(runs) if word in run) for word in ("absolute_links", "-m build")
+    }
+    assert first["absolute_links"] < first["-m build"]
     assert set(jobs["publish"]["needs"]) == {"build", "install"}
     assert jobs["publish"]["permissions"] == {"id-token": "write"}
     tried = jobs["install"]["strategy"]["matrix"]["include"]
