@@ -1,4 +1,4 @@
-"""Truncated backpropagation through time with synthetic gradients (decoupled neural interfaces).
+"""Learning beyond the truncation window: synthetic gradients (decoupled neural interfaces) and traces.
 
 What is public stands in `__init__.pyi`, once: importing torch takes a second, and `dni-rnn --help`, which
 imports this package, needs none of it.

@@ -69,7 +69,7 @@ def _parse(arguments: list[str]) -> Any:
     return tyro.cli(
         _parser(arguments),
         prog="dni-rnn",
-        description="Truncated backpropagation through time with synthetic gradients.",
+        description="Learning beyond the truncation window: synthetic gradients and traces.",
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
