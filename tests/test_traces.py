@@ -850,6 +850,30 @@ def test_frozen_parameters_get_nothing(generator):
     same({"w": got["weight_ih_l0"]}, {"w": wanted["weight_ih_l0"]})
 
 
+@pytest.mark.parametrize("kind", ["lstm", "mingru"])
+@pytest.mark.parametrize("steps", [4, None])
+def test_what_is_thawed_gets_its_part_from_then_on(kind, steps, generator):
+    n = net(kind, generator)
+    p = dict(n.core.named_parameters())
+    name, frozen = next(iter(p.items()))
+
+    def parts(thawed: int) -> list[dict[str, Tensor]]:
+        """Of each window; the first parameter is frozen up to window `thawed`."""
+        core, state, found = Traced(n.core, steps, embedding=n.embedding), n.state(n.start), []
+        for number, (first, behind) in enumerate(bounds(n, 2)):
+            frozen.requires_grad_(number >= thawed)
+            for parameter in p.values():
+                parameter.grad = None
+            output, state = core(n.symbols[first:behind], state)
+            n.loss(output, first).backward()
+            found.append(found_in(p))
+        return found
+
+    wanted = parts(0)
+    for number, (got, here) in enumerate(zip(parts(3), wanted, strict=True)):
+        same(got, here if number >= 3 else here | {name: torch.zeros_like(frozen)})
+
+
 @pytest.mark.parametrize(
     ("build", "error", "words"),
     [

@@ -18,7 +18,7 @@ class Plan:
     """What is known of the sums before there are any: which parameters, and whether their terms cover them.
 
     Args:
-      parameters: by name; those that are frozen get no gradient.
+      parameters: by name.
       terms: all that will be added.
     """
 
@@ -29,7 +29,6 @@ class Plan:
         self.full = {
             name: sum(behind - first for first, behind in each) == len(parameters[name])
             for name, each in spans.items()
-            if parameters[name].requires_grad
         }
         self.zeroed = {
             (name, first) for name, full in self.full.items() if not full for first, _ in spans[name]
@@ -40,7 +39,7 @@ class Gradients:
     """Sums the parts of `.grad` that terms give.
 
     Args:
-      parameters: by name.
+      parameters: by name; those that are frozen now get no gradient.
       plan: of these and of all terms that are added.
       embedding: of the symbols that are input 0 of the first layer; None when inputs are vectors.
       factor: on everything (a loss scale); None: 1.
@@ -60,6 +59,7 @@ class Gradients:
         self.sums = {
             name: torch.empty_like(parameters[name]) if full else torch.zeros_like(parameters[name])
             for name, full in plan.full.items()
+            if parameters[name].requires_grad
         }
         self.by_symbol: dict[str, Tensor] = {}
         self.of_table: Tensor | None = None
