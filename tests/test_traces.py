@@ -850,6 +850,35 @@ def test_frozen_parameters_get_nothing(generator):
     same({"w": got["weight_ih_l0"]}, {"w": wanted["weight_ih_l0"]})
 
 
+@pytest.mark.parametrize("kind", OWN + EXACT)
+def test_the_weights_of_a_functional_call_are_those_of_its_trace(kind, generator):
+    n, other = net(kind, generator), net(kind, generator)
+    wanted, _ = trained(n, 2, steps=4, flush=False)
+    core = Traced(other.core, 4, embedding=other.embedding)
+    p = {name: v.detach().clone().requires_grad_() for name, v in n.parameters().items()}
+    named = {"embedding.weight" if name == "embedding" else f"core.{name}": v for name, v in p.items()}
+    state = n.state(n.start)
+    for first, behind in bounds(n, 2):
+        output, state = torch.func.functional_call(core, named, (n.symbols[first:behind], state))
+        n.loss(output, first).backward()
+    same(found_in(p), wanted)
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_weight_that_two_layers_share_gets_the_sum(kind, generator):
+    n = net(kind, generator, layers=2)
+    names = [("weight_hh_l0", "weight_hh_l1"), ("bias_hh_l0", "bias_hh_l1")]
+    with torch.no_grad():
+        for below, above in names:
+            n.core.get_parameter(above).copy_(n.core.get_parameter(below))
+    wanted, _ = trained(n, 2, steps=4)
+    for below, above in names:
+        wanted[below] = wanted[below] + wanted.pop(above)
+        setattr(n.core, above, n.core.get_parameter(below))
+    got, _ = trained(n, 2, steps=4)
+    same(got, wanted)
+
+
 @pytest.mark.parametrize("kind", ["lstm", "mingru"])
 @pytest.mark.parametrize("steps", [4, None])
 def test_what_is_thawed_gets_its_part_from_then_on(kind, steps, generator):

@@ -110,23 +110,27 @@ class Diagonal(nn.Module):
             weight = torch.cat([layer.weight_real, layer.weight_imaginary])
             real, imaginary = F.linear(x, weight).to(dtype).chunk(2, -1)
             s = scan(multiplier.expand(1, 1, -1), torch.complex(scale * real, scale * imaginary), start)
-            records.append(self._record(number, layer, x.detach(), start.detach(), s.detach()))
+            used = multiplier.detach(), scale.detach()
+            records.append(self._record(number, layer, used, x.detach(), start.detach(), s.detach()))
             ends.append(s[-1])
             x = F.gelu(layer.mix(torch.cat([s.real, s.imag], -1)) + layer.skip(x))
         end = torch.stack(ends)
         return x, DiagonalState(end.real, end.imag), records
 
-    def _record(self, number: int, layer: _Layer, x: Tensor, start: Tensor, s: Tensor) -> Record:
+    def _record(
+        self, number: int, layer: _Layer, used: tuple[Tensor, Tensor], x: Tensor, start: Tensor, s: Tensor
+    ) -> Record:
         hidden, name = self.hidden_size, f"layers.{number}."
+        # All of the weights that the window ran with, whatever the layer has when backward comes.
+        (multiplier, scale), log_decay, log_phase = used, layer.log_decay, layer.log_phase
 
         def window() -> LayerWindow:
-            multiplier, scale = layer.multiplier(), layer.log_scale.exp()
             before = torch.cat([start.unsqueeze(0), s[:-1]])
             factors = s.new_empty(*s.shape[:-1], 4 * hidden)
             by_decay, by_phase, by_scale, by_input = factors.chunk(4, -1)
             carried = multiplier * before
-            torch.mul(carried, -layer.log_decay.exp(), out=by_decay)
-            torch.mul(carried, 1j * layer.log_phase.exp(), out=by_phase)
+            torch.mul(carried, -log_decay.exp(), out=by_decay)
+            torch.mul(carried, 1j * log_phase.exp(), out=by_phase)
             torch.sub(s, carried, out=by_scale)
             by_input.copy_(scale.expand_as(s))
             return LayerWindow(multiplier.expand_as(s), factors, (x.to(scale.dtype),), (1.0, 1j))

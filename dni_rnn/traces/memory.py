@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from dni_rnn.traces.rules import LayerWindow, Term
 
+EMBEDDING = "embedding.weight"
+"""What the embedding's table is called among the parameters."""
+
 MOST_BY_PRODUCT = 512
 """Symbols up to which a GPU sums by symbol in a product; its sum takes the rows one after the other."""
 
@@ -41,7 +44,8 @@ class Gradients:
     Args:
       parameters: by name; those that are frozen now get no gradient.
       plan: of these and of all terms that are added.
-      embedding: of the symbols that are input 0 of the first layer; None when inputs are vectors.
+      embedding: of the symbols that are input 0 of the first layer, its table among the parameters; None when
+        inputs are vectors.
       factor: on everything (a loss scale); None: 1.
       sorts: sum by symbol before all products, less work where symbols are fewer than rows and steps.
     """
@@ -55,7 +59,7 @@ class Gradients:
         sorts: bool,
     ) -> None:
         self.parameters, self.embedding, self.factor, self.sorts = parameters, embedding, factor, sorts
-        self.table = None if embedding is None else embedding.weight
+        self.table = None if embedding is None else parameters[EMBEDDING]
         self.sums = {
             name: torch.empty_like(parameters[name]) if full else torch.zeros_like(parameters[name])
             for name, full in plan.full.items()

@@ -82,7 +82,8 @@ class Record(NamedTuple):
 
     Attributes:
       terms: the gradients that `LayerWindow.factors` give.
-      window: called once, during backward, without gradient and before the weights move.
+      window: called during backward, without gradient and before the weights move. What it reads of them are
+        those that the window ran with.
       instant_terms: those that `LayerWindow.instant` give.
     """
 

@@ -264,14 +264,14 @@ def _record(
     """Of a layer of torch's, whose gates are computed anew. `seen`: symbols where there is an embedding."""
     terms_of, window_of = KINDS[next(kind for kind in KINDS if isinstance(core, kind))]
     terms, instant = terms_of(lambda name: name + suffix, core.hidden_size, bool(core.bias))
+    # Those that the window ran with: `functional_call` has taken them back when backward comes.
+    w, table = _weights(core, suffix), None if embedding is None else embedding.weight
 
     def window() -> LayerWindow:
-        w = _weights(core, suffix)
         dtype = w.w_hh.dtype
         first = starts[0].unsqueeze(0).to(dtype)
         h = first if output is None else torch.cat([first, output[:-1].to(dtype)])
-        table = None if embedding is None else embedding.weight
-        x = seen.to(dtype) if embedding is None else seen
+        x = seen.to(dtype) if table is None else seen
         before, after = ([leaf.to(dtype) for leaf in state] for state in (starts, ends))
         return window_of(w, x, table, h, before, after)
 

@@ -14,11 +14,10 @@ from dni_rnn.interface import RECEIVED_BY, Interface
 from dni_rnn.penalty import StatePenalty
 from dni_rnn.pytree import LSTMState, Tree, flatten, has_rows, unflatten
 from dni_rnn.traces.layer import Layer
-from dni_rnn.traces.memory import Gradients, Plan
+from dni_rnn.traces.memory import EMBEDDING, Gradients, Plan
 from dni_rnn.traces.rules import KINDS, Record
 from dni_rnn.traces.running import check, no_autocast, rows_of, run, run_untraced
 
-EMBEDDING = "embedding.weight"
 _END = "_ends_a_traced_window"
 
 
@@ -233,7 +232,8 @@ class Traced(nn.Module):
         return end if isinstance(self.core, nn.RNNCellBase) else (output, end)
 
     def _parameters_traced(self) -> dict[str, Tensor]:
-        parameters: dict[str, Tensor] = dict(self.core.named_parameters())
+        # A weight that two layers share by each of its names: it gets the sum.
+        parameters: dict[str, Tensor] = dict(self.core.named_parameters(remove_duplicate=False))
         if self.embedding is not None:
             parameters[EMBEDDING] = self.embedding.weight
         return parameters
