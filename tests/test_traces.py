@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -877,6 +878,113 @@ def test_a_weight_that_two_layers_share_gets_the_sum(kind, generator):
         setattr(n.core, above, n.core.get_parameter(below))
     got, _ = trained(n, 2, steps=4)
     same(got, wanted)
+
+
+LOSSES = [[5], [2], [0, 3], [1, 2, 5]]
+"""Which of six windows have a loss."""
+
+
+@pytest.mark.parametrize("which", LOSSES)
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("guess", [False, True])
+@pytest.mark.parametrize("steps", [12, None])
+def test_a_window_may_have_no_loss(kind, which, guess, steps, generator):
+    """It gets no backward pass, and what M said of it is taken back all the same."""
+    n, spans = net(kind, generator), bounds(net(kind, generator), 2)
+    p, (output, _) = n.parameters(), n.unroll(n.parameters(), 0, 12, n.start)
+    wanted = gradient_of(sum(n.loss(output[slice(*spans[k])], spans[k][0]) for k in which), p)
+    core, state = Traced(n.core, steps, embedding=n.embedding), n.state(n.start)
+    sent = guesses(n, 2, generator, 0.0) if guess else [[torch.zeros_like(leaf) for leaf in n.start]] * 6
+    interface = Interface(Says(sent, flatten(state)[1]), normalize=False)
+    for k, (first, behind) in enumerate(spans):
+        output, state = core(n.symbols[first:behind], interface.receive(state, k))
+        loss = n.loss(output, first)
+        if k + 1 < len(spans):
+            loss = loss + interface.send(state, k + 1)
+        if k in which:
+            loss.backward()
+    core.flush()
+    same(found_in(p), wanted)
+
+
+@pytest.mark.parametrize("which", LOSSES)
+@pytest.mark.parametrize("kind", EXACT)
+def test_a_window_without_loss_does_not_push_the_oldest_out_unheard(kind, which, generator):
+    n, spans = net(kind, generator), bounds(net(kind, generator), 2)
+    p, states, losses = n.parameters(), boundary_states(n, 2), []
+    for k in which:
+        oldest = max(0, k - 2)
+        output, _ = n.unroll(p, spans[oldest][0], spans[k][1], states[oldest])
+        losses.append(n.loss(output[-2:], spans[k][0]))
+    core, state = Traced(n.core, 4, embedding=n.embedding), n.state(n.start)
+    for k, (first, behind) in enumerate(spans):
+        output, state = core(n.symbols[first:behind], state)
+        if k in which:
+            (1000 * n.loss(output, first)).backward()
+        core.loss_scale = 1000.0
+    core.flush()
+    same({name: g / 1000 for name, g in found_in(p).items()}, gradient_of(sum(losses), p))
+
+
+@pytest.mark.parametrize("kind", OWN + EXACT)
+def test_a_copy_before_backward_is_one_that_had_none(kind, generator):
+    n = net(kind, generator)
+
+    def later(copied: Callable[[Traced], Traced] | None) -> list[Tensor]:
+        """`.grad` of what follows the fourth window: of a copy that was made in it, or passed over."""
+        core, state = Traced(n.core, 4, embedding=n.embedding), n.state(n.start)
+        for number, (first, behind) in enumerate(bounds(n, 2)):
+            output, state = core(n.symbols[first:behind], state)
+            loss = n.loss(output, first)
+            if number == 3:
+                twin = core if copied is None else copied(core)
+                if copied is not None:
+                    loss.backward()
+                core, state = twin, map_tree(torch.Tensor.detach, state)
+                core.zero_grad()
+            else:
+                loss.backward()
+        core.flush()
+        return list(found_in(dict(core.named_parameters())).values())
+
+    wanted = later(None)
+    for copied in (copy.deepcopy, lambda core: pickle.loads(pickle.dumps(core))):
+        for got, g in zip(later(copied), wanted, strict=True):
+            assert float((got - g).abs().max()) < 1e-10
+
+
+def test_what_a_window_without_backward_owes_is_in_no_state(generator):
+    n = net("gru", generator)
+    core, state = Traced(n.core, 4, embedding=n.embedding), n.state(n.start)
+    output, state = core(n.symbols[:2], state)
+    assert float(core.trace_state()["layer0"][3].abs().max()) > 0  # the window itself is
+    for first in (0, 2, 4):
+        n.loss(output, first).backward()
+        output, state = core(n.symbols[first + 2 : first + 4], state)
+    with pytest.raises(RuntimeError, match="waits for the next one"):
+        core.trace_state()
+    n.loss(output, 6).backward()  # and here it comes
+    assert core.trace_state()
+
+
+def test_a_window_that_the_core_refused_leaves_nothing(generator):
+    core, x = Traced(nn.GRU(I, H)), torch.randn(3, 2, B, I)
+    with pytest.raises(RuntimeError, match="input"):
+        core(x[0, :, :2, :2])  # other rows, and too few inputs
+    output, state = core(x[1])
+    output.sum().backward()
+    core(x[2], state)[0].sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["gru", "rnn"])
+def test_a_window_passed_over_under_autocast_is_in_the_precision_of_the_weights(kind):
+    core, x = Traced(MODULES[kind](I, H), 4), torch.randn(3, 2, B, I)
+    state = None
+    for window in x:
+        with torch.autocast("cpu", torch.bfloat16):
+            output, state = core(window, state)
+    output.float().sum().backward()
+    assert {t.dtype for t in flatten(core.trace_state())[0]} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", ["lstm", "mingru"])

@@ -82,8 +82,8 @@ class Record(NamedTuple):
 
     Attributes:
       terms: the gradients that `LayerWindow.factors` give.
-      window: called during backward, without gradient and before the weights move. What it reads of them are
-        those that the window ran with.
+      window: called without gradient, during backward or where none comes before the next window, and once
+        more for a copy that is made before. What it reads of the weights are those that the window ran with.
       instant_terms: those that `LayerWindow.instant` give.
     """
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +29,16 @@ class _Passage:
     """What one window leaves for its backward: filled by the forward pass, read once."""
 
     def __init__(
-        self, done: Tensor | None, anew: bool, sent: list[Tensor] | None, parameters: dict[str, Tensor]
+        self,
+        starts: list[Tensor],
+        done: Tensor | None,
+        anew: bool,
+        sent: list[Tensor] | None,
+        parameters: dict[str, Tensor],
     ) -> None:
-        self.done, self.anew, self.sent, self.parameters = done, anew, sent, parameters
+        self.starts, self.done, self.anew, self.sent, self.parameters = starts, done, anew, sent, parameters
         self.records: list[Record] = []
-        self.absorbed = False
+        self.absorbed = self.differentiated = False
 
 
 class _Trace(torch.autograd.Function):
@@ -58,8 +64,9 @@ class Traced(nn.Module):
         core = Traced(lstm)                       # once
         output, state = core(x, state)            # was: output, state = lstm(x, detach(state))
 
-    One `loss.backward()` for each window, before the next window; `.grad` of the core's own parameters then
-    holds, with g what arrives at the state that window k received and E = ds/dθ through all before it,
+    One `loss.backward()` for each window, before the next window, or none where a window has no loss: what it
+    would have brought then comes with the next. `.grad` of the core's own parameters holds, with g what arrives
+    at the state that window k received and E = ds/dθ through all before it,
 
         (truncated gradient)  +  (g − ĝ) · E
 
@@ -156,6 +163,7 @@ class Traced(nn.Module):
         self._plan: Plan | None = None
         self._loading: list[list[Tensor]] | None = None
         self._latest: _Passage | None = None
+        self._owed: dict[str, Tensor] = {}  # what left the trace in windows without a backward pass
         self._rows: int | None = None
 
     def initial_state(self, batch: int) -> Tree:
@@ -215,18 +223,21 @@ class Traced(nn.Module):
             interface.keeps_sent = True
         leaves = [leaf if interface is not None or _measured(leaf) else leaf.detach() for leaf in leaves]
         self._check_rows(rows)
-        if self._latest is not None and not self._latest.absorbed:
-            self._absorb(self._latest)
+        self._pass_over()
         if sent is None and interface is not None:
             sent = interface.sent
-        known = None if anew or sent is None else [s.clone() for s in sent]  # the next ones take their place
+        if anew or (self._latest is not None and not self._latest.differentiated):
+            sent = None  # into a loss that was not differentiated nothing was injected
+        known = None if sent is None else [s.clone() for s in sent]  # the next ones take their place
         parameters = self._parameters_traced()
-        passage = self._latest = _Passage(done, anew, known, parameters)
+        starts = [leaf.detach() for leaf in leaves]
+        passage = _Passage(starts, done, anew, known, parameters)
         leaves = list(_Trace.apply(self, passage, len(leaves), *leaves, *parameters.values()))  # type: ignore
         received = unflatten(leaves, spec)
         output, end, passage.records = run(
             self.core, inputs, received, self.embedding, self.fused, self.decay
         )
+        self._latest, self._rows = passage, rows  # not of a window that the core has refused
         for leaf in flatten(end, has_rows)[0]:
             setattr(leaf, _END, True)
         return end if isinstance(self.core, nn.RNNCellBase) else (output, end)
@@ -241,7 +252,6 @@ class Traced(nn.Module):
     def _check_rows(self, rows: int) -> None:
         if self._rows is not None and self._rows != rows:
             raise ValueError(f"the trace is of {self._rows} rows, not {rows}: call reset() before other rows")
-        self._rows = rows
 
     def _find(self, leaves: list[Tensor]) -> Interface | None:
         """The interface that a state was received from."""
@@ -262,8 +272,14 @@ class Traced(nn.Module):
     # Backward.
 
     @torch.no_grad()
-    def _absorb(self, passage: _Passage, gradients: Sequence[Tensor] | None = None) -> list[Tensor | None]:
-        """The window joins the trace; before it, what came back at its start meets the trace."""
+    def _absorb(
+        self, passage: _Passage, gradients: Sequence[Tensor], loss_scale: Tensor | float | None
+    ) -> list[Tensor | None]:
+        """The window joins the trace; before it, what came back at its start meets the trace.
+
+        Returns:
+          The trace's part for each of the passage's parameters, times `loss_scale`.
+        """
         passage.absorbed = True
         device = next(self.core.parameters()).device
         windows = [record.window() for record in passage.records]
@@ -280,26 +296,56 @@ class Traced(nn.Module):
         if passage.anew or passage.done is not None:
             for layer in self._layers:
                 layer.end(None if passage.anew else passage.done)
-        found: list[Tensor | None] = []
-        if gradients is not None:
-            residuals = self._residuals(gradients, passage.sent, windows[0].path)
-            sums = self._gradients(self._plan, passage.parameters, windows[0].path[..., 0].numel())
-            for number, layer in enumerate(self._layers):
-                here = [r[number] if r.dim() == 3 else r for r in residuals]
-                layer.correct(here, sums)
-            found = _by_parameter(sums, passage.parameters)
+        residuals = self._residuals(gradients, passage.sent, windows[0].path)
+        sums = self._gradients(self._plan, passage.parameters, windows[0].path[..., 0].numel(), loss_scale)
+        for number, layer in enumerate(self._layers):
+            here = [r[number] if r.dim() == 3 else r for r in residuals]
+            layer.correct(here, sums)
+        found = _by_parameter(sums, passage.parameters)
         for layer, window in zip(self._layers, windows, strict=True):
             layer.push(window)
-        passage.records, passage.sent, passage.parameters = [], None, {}
+        passage.records, passage.starts, passage.sent, passage.parameters = [], [], None, {}
         return found
 
-    def _gradients(self, plan: Plan | None, parameters: dict[str, Tensor], count: int) -> Gradients:
+    def _pass_over(self) -> None:
+        """Where no backward pass came through the latest window, nothing came back at its start: g = 0.
+
+        What then leaves the trace is owed to the next backward pass.
+        """
+        passage = self._latest
+        if passage is None or passage.absorbed:
+            return
+        names = list(passage.parameters)
+        nothing = [torch.zeros_like(leaf) for leaf in passage.starts]
+        with no_autocast(nothing[0].device.type):
+            found = self._absorb(passage, nothing, None)
+        for name, part in zip(names, found, strict=True):
+            if part is not None:
+                self._owed[name] = part if name not in self._owed else self._owed[name] + part
+
+    @torch.no_grad()
+    def _with_owed(self, names: Iterable[str], found: list[Tensor | None]) -> list[Tensor | None]:
+        """What a backward pass has found for these parameters, and what is owed to them."""
+        owed, self._owed = self._owed, {}
+        scale = 1.0 if self.loss_scale is None else self.loss_scale
+        return [
+            part if part is None or name not in owed else part + owed[name] * scale
+            for name, part in zip(names, found, strict=True)
+        ]
+
+    def _gradients(
+        self,
+        plan: Plan | None,
+        parameters: dict[str, Tensor],
+        count: int,
+        loss_scale: Tensor | float | None,
+    ) -> Gradients:
         if plan is None:
             layers = self._layers or []
             plan = Plan(parameters, [t for layer in layers for t in (*layer.terms, *layer.instant_terms)])
             self._plan = plan
         few = self.embedding is not None and self.embedding.num_embeddings < count
-        return Gradients(parameters, plan, self.embedding, self.loss_scale, few or self.steps is None)
+        return Gradients(parameters, plan, self.embedding, loss_scale, few or self.steps is None)
 
     def _residuals(
         self, gradients: Sequence[Tensor], sent: list[Tensor] | None, like: Tensor
@@ -322,25 +368,47 @@ class Traced(nn.Module):
                 "a trace needs one backward pass for each window, before the next window begins: this was "
                 + ("followed by another" if passage is not self._latest else "differentiated before")
             )
-        device = gradients[0].device.type
-        with no_autocast(device):
-            return self._absorb(passage, gradients)
+        passage.differentiated = True
+        names = list(passage.parameters)
+        with no_autocast(gradients[0].device.type):
+            found = self._absorb(passage, gradients, self.loss_scale)
+        return self._with_owed(names, found) if self._owed else found
 
     # What outlives the process.
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy or a pickle: the trace, without the window that waits for its backward."""
-        waiting = self._latest is not None and not self._latest.absorbed
-        return self.__dict__ | ({"_latest": None} if waiting else {})
+        """Of a copy or a pickle: no backward pass comes through the window that waits for one here."""
+        return self._settled().__dict__
+
+    def _settled(self) -> Traced:
+        """This, or where a window waits for its backward pass a twin, which was passed over by it."""
+        if self._latest is None or self._latest.absorbed:
+            return self
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._layers, twin._latest, twin._owed = (
+            copy.deepcopy(self._layers),
+            copy.copy(self._latest),
+            dict(self._owed),
+        )
+        twin._pass_over()
+        return twin
 
     def trace_state(self) -> dict[str, list[Tensor]]:
         """The trace, rows along dimension −2 of every tensor: for a checkpoint, or to share rows out.
 
         Empty before the first window. With an interface `Interface.sent` belongs to it. Waits for the device.
+
+        Raises:
+          RuntimeError: windows without a backward pass, and something that they owe to the next one.
         """
-        if self._latest is not None and not self._latest.absorbed:
-            self._absorb(self._latest)
-        kept = (self._loading or []) if self._layers is None else [layer.tensors() for layer in self._layers]
+        twin = self._settled()
+        if any(bool(owed.any()) for owed in twin._owed.values()):
+            raise RuntimeError(
+                "what left the trace in windows without a backward pass waits for the next one: take the "
+                "state after it, or call flush() first"
+            )
+        kept = (twin._loading or []) if twin._layers is None else [layer.tensors() for layer in twin._layers]
         return {f"layer{number}": tensors for number, tensors in enumerate(kept)}
 
     def load_trace_state(self, tree: dict[str, list[Tensor]]) -> None:
@@ -352,7 +420,7 @@ class Traced(nn.Module):
             self.reset()
             self._loading, self._rows = loaded or None, rows
             return
-        self._latest = None
+        self._latest, self._owed = None, {}
         for layer, tensors in zip(layers, loaded, strict=True):
             layer.load(tensors)  # in place, for what is recorded
 
@@ -372,6 +440,7 @@ class Traced(nn.Module):
     def reset(self) -> None:
         """Forget all: as before the first window."""
         self._layers, self._plan, self._loading, self._latest, self._rows = None, None, None, None, None
+        self._owed = {}
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -379,16 +448,15 @@ class Traced(nn.Module):
 
         Afterwards `.grad` holds everything that came back within `steps`. Nothing waits in the carried form.
         """
-        if self._latest is not None and not self._latest.absorbed:
-            self._absorb(self._latest)
+        self._pass_over()
         if self._layers is None:
             return
         terms = [term for layer in self._layers for term in layer.terms]
         parameters = self._parameters_traced()
-        sums = self._gradients(Plan(parameters, terms), parameters, 0)
+        sums = self._gradients(Plan(parameters, terms), parameters, 0, self.loss_scale)
         for layer in self._layers:
             layer.flush(sums)
-        found = _by_parameter(sums, parameters)
+        found = self._with_owed(parameters, _by_parameter(sums, parameters))
         for parameter, gradient in zip(parameters.values(), found, strict=True):
             if gradient is not None and parameter.requires_grad:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
