@@ -105,6 +105,7 @@ class Interface(Running):
       sent: ĝ as the last `send` injected it, without `loss_scale`: a list like the leaves of the message, 0
         in rows of `done`; None before the first. It belongs to the rows, not to the weights: `state_dict`
         leaves it out.
+      sent_before: the list that `sent` was before the last `send`: each has one of its own.
       all_reduce: tensor -> its sum over the processes among which the rows of a message are spread; None
         when they are all here. Means over rows are then over all of them, and `.grad` of M's parameters is
         each process's share: the sum over processes is the gradient.
@@ -128,6 +129,7 @@ class Interface(Running):
     audited: Tensor
     sent: list[Tensor] | None
     keeps_sent: bool
+    sent_before: list[Tensor] | None
     batch_dim: Tree
     _reached: list[bool]
 
@@ -151,10 +153,8 @@ class Interface(Running):
         self.batch_dim = batch_dim_of(synthesizer) if batch_dim is None else batch_dim
         self._layout = Layout(self.batch_dim)
         self.loss_scale = None
-        self.keeps_sent, self.sent = False, None
-        # Whether backward from the next `send` reaches M's parameters, by a `receive` before it.
-        self._reached = [False]
-        self._dtype = dtype_of(synthesizer)
+        self.keeps_sent, self.sent, self.sent_before = False, None, None
+        self._reached, self._dtype = [False], dtype_of(synthesizer)
         self.register_buffer("target_square", torch.zeros(()))
         self.register_buffer("target_count", torch.zeros(()))
         self.register_buffer("regression_loss", torch.ones(()))
@@ -228,11 +228,13 @@ class Interface(Running):
         """In place where it can be: what is recorded on a device must find it again."""
         unscaled = rows if self.loss_scale is None else (rows / self.loss_scale).to(rows.dtype)
         sent = self._layout.like(unscaled, leaves)
-        if self.sent is None or [s.shape for s in self.sent] != [s.shape for s in sent]:
+        before = self.sent_before = self.sent
+        if before is None or [s.shape for s in before] != [s.shape for s in sent]:
             self.sent = [s.clone() for s in sent]
         else:
-            for kept, s in zip(self.sent, sent, strict=True):
+            for kept, s in zip(before, sent, strict=True):
                 kept.copy_(s)
+            self.sent = list(before)
 
     def forward(self, message: Tree, context: Any = None) -> Tree:
         """Both halves at one place, as between two layers: identity; backward trains M and passes on ĝ.

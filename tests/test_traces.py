@@ -987,6 +987,87 @@ def test_a_window_passed_over_under_autocast_is_in_the_precision_of_the_weights(
     assert {t.dtype for t in flatten(core.trace_state())[0]} == {torch.float32}
 
 
+@pytest.mark.parametrize("kind", EXACT)
+def test_where_nothing_was_sent_nothing_is_taken_back(kind, generator):
+    """M is asked at every second boundary alone."""
+    n, spans = net(kind, generator), bounds(net(kind, generator), 2)
+    wanted, sent = full(n), guesses(n, 2, generator, 0.0)
+    core, state = Traced(n.core, None, embedding=n.embedding), n.state(n.start)
+    interface = Interface(Says(sent, flatten(state)[1]), normalize=False)
+    for k, (first, behind) in enumerate(spans):
+        output, state = core(n.symbols[first:behind], interface.receive(state, k))
+        loss = n.loss(output, first)
+        (loss + interface.send(state, k + 1) if k % 2 == 0 else loss).backward()
+    same(found_in(n.parameters()), wanted)
+
+
+@pytest.mark.parametrize("turns", [True, False])
+def test_an_interface_of_two_cores_is_refused(turns, generator):
+    cores = [Traced(nn.GRU(I, H)), Traced(nn.GRU(I, H))]
+    states = [core.initial_state(B) for core in cores]
+    interface = Interface(MLPSynthesizer(states[0]))
+
+    def window() -> None:
+        sends = []
+        for number, core in enumerate(cores):
+            output, states[number] = core(torch.randn(2, B, I), interface.receive(states[number]))
+            sends.append((output.sum(), states[number]))
+            if turns:
+                (output.sum() + interface.send(states[number])).backward()
+        if not turns:
+            sum(loss + interface.send(state) for loss, state in sends).backward()
+
+    window()
+    with pytest.raises(ValueError, match="serves one traced core"):
+        window()
+
+
+def test_a_state_is_received_whole_and_by_the_interface_given():
+    lstm, x = nn.LSTM(I, H), torch.randn(2, B, I)
+    core = Traced(lstm)
+    h, c = core.initial_state(B)
+    first, second = (Interface(MLPSynthesizer(h)) for _ in range(2))
+    for state in ((first.receive(h), second.receive(c)), (first.receive(h), c), (h, first.receive(c))):
+        with pytest.raises(ValueError, match="as a whole, by one interface"):
+            core(x, state)
+    whole, other = (Interface(MLPSynthesizer((h, c))) for _ in range(2))
+    given = Traced(lstm, interface=whole)
+    with pytest.raises(ValueError, match="another interface"):
+        given(x, other.receive((h, c)))
+    given(x, whole.receive((h, c)))
+
+
+def test_other_weights_than_the_trace_is_of_are_refused():
+    core = Traced(nn.GRU(I, H))
+    output, state = core(torch.randn(2, B, I))
+    output.sum().backward()
+    core.double()
+    with pytest.raises(ValueError, match=r"in torch\.float32, not torch\.float64: call reset"):
+        core(torch.randn(2, B, I).double(), state.double())
+    core.reset()
+    core(torch.randn(2, B, I).double(), state.double())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
+def test_compiled_around_it_is_the_same(generator):
+    n = net("lstm", generator)
+    wanted, _ = trained(n, 2, steps=4)
+    core, state = Traced(n.core, 4, embedding=n.embedding), n.state(n.start)
+    for p in core.parameters():
+        p.grad = None
+
+    @torch.compile(backend="aot_eager")
+    def step(first: int, x: Tensor, state: Tree) -> tuple[Tensor, Tree]:
+        output, state = core(x, state)
+        return n.loss(output, first), state
+
+    for first, behind in bounds(n, 2):
+        loss, state = step(first, n.symbols[first:behind], state)
+        loss.backward()
+    core.flush()
+    same(found_in(n.parameters()), wanted)
+
+
 @pytest.mark.parametrize("kind", ["lstm", "mingru"])
 @pytest.mark.parametrize("steps", [4, None])
 def test_what_is_thawed_gets_its_part_from_then_on(kind, steps, generator):

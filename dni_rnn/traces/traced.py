@@ -64,9 +64,9 @@ class Traced(nn.Module):
         core = Traced(lstm)                       # once
         output, state = core(x, state)            # was: output, state = lstm(x, detach(state))
 
-    One `loss.backward()` for each window, before the next window, or none where a window has no loss: what it
-    would have brought then comes with the next. `.grad` of the core's own parameters holds, with g what arrives
-    at the state that window k received and E = ds/dθ through all before it,
+    One `loss.backward()` for each window, before the next window, or none where a window has no loss: what
+    it would have brought then comes with the next. `.grad` of the core's own parameters holds, with g what
+    arrives at the state that window k received and E = ds/dθ through all before it,
 
         (truncated gradient)  +  (g − ĝ) · E
 
@@ -90,7 +90,8 @@ class Traced(nn.Module):
 
     Sums and means: the trace's part is in the units of the scalar that is differentiated. Accumulation over
     windows, clipping, autocast, data parallelism and checkpoints of weights need nothing. Where no gradients
-    are recorded, and in eval mode, it is the core and nothing else, and the trace stays as it is.
+    are recorded, and in eval mode, it is the core and nothing else, and the trace stays as it is. What
+    `torch.compile` is given may call it: it is a graph break there.
 
     Steps that the trace is of are gone from the graph, so what produced their inputs gets nothing from it,
     with one exception: with `embedding` the module is called with symbols (T, B), embeds them, and the
@@ -165,6 +166,8 @@ class Traced(nn.Module):
         self._latest: _Passage | None = None
         self._owed: dict[str, Tensor] = {}  # what left the trace in windows without a backward pass
         self._rows: int | None = None
+        self._dtype: torch.dtype | None = None
+        self._heard: tuple[list[Tensor] | None] | None = None  # `Interface.sent` of the last window
 
     def initial_state(self, batch: int) -> Tree:
         """Zeros as torch takes them for None, or the core's own initial state."""
@@ -208,6 +211,11 @@ class Traced(nn.Module):
           sent: ĝ, where it came from no interface: what was injected into the state, a list like its leaves,
             without `loss_scale`, 0 in rows of `done`.
         """
+        if torch.compiler.is_compiling():
+            return _not_compiled(self, inputs, state, done, sent)
+        return self._window(inputs, state, done, sent)
+
+    def _window(self, inputs: Tensor, state: Tree, done: Done, sent: Sequence[Tensor] | None) -> Any:
         anew, symbols = state is None, self.embedding is not None
         if anew:
             state = self.initial_state(rows_of(self.core, inputs, symbols, None))
@@ -224,10 +232,10 @@ class Traced(nn.Module):
         leaves = [leaf if interface is not None or _measured(leaf) else leaf.detach() for leaf in leaves]
         self._check_rows(rows)
         self._pass_over()
-        if sent is None and interface is not None:
-            sent = interface.sent
         if anew or (self._latest is not None and not self._latest.differentiated):
             sent = None  # into a loss that was not differentiated nothing was injected
+        elif sent is None and interface is not None:
+            sent = self._sent_by(interface)
         known = None if sent is None else [s.clone() for s in sent]  # the next ones take their place
         parameters = self._parameters_traced()
         starts = [leaf.detach() for leaf in leaves]
@@ -237,7 +245,9 @@ class Traced(nn.Module):
         output, end, passage.records = run(
             self.core, inputs, received, self.embedding, self.fused, self.decay
         )
-        self._latest, self._rows = passage, rows  # not of a window that the core has refused
+        # Not of a window that the core has refused.
+        self._latest, self._rows, self._dtype = passage, rows, next(self.core.parameters()).dtype
+        self._heard = None if interface is None else (interface.sent,)
         for leaf in flatten(end, has_rows)[0]:
             setattr(leaf, _END, True)
         return end if isinstance(self.core, nn.RNNCellBase) else (output, end)
@@ -252,22 +262,46 @@ class Traced(nn.Module):
     def _check_rows(self, rows: int) -> None:
         if self._rows is not None and self._rows != rows:
             raise ValueError(f"the trace is of {self._rows} rows, not {rows}: call reset() before other rows")
+        dtype = next(self.core.parameters()).dtype
+        if self._dtype is not None and self._dtype != dtype:
+            raise ValueError(f"the trace is of weights in {self._dtype}, not {dtype}: call reset() first")
 
     def _find(self, leaves: list[Tensor]) -> Interface | None:
         """The interface that a state was received from."""
-        if self._interface[0] is not None:
-            return self._interface[0]
-        found = None
-        for leaf in leaves:
-            own = getattr(leaf.grad_fn, "interface", None) or getattr(leaf, RECEIVED_BY, None)
-            if own is not None and not leaf._version:
+        given, found = self._interface[0], None
+        owners = [
+            getattr(leaf.grad_fn, "interface", None) or getattr(leaf, RECEIVED_BY, None) for leaf in leaves
+        ]
+        for leaf, own in zip(leaves, owners, strict=True):
+            if given is not None:
+                if own is not None and own is not given:
+                    raise ValueError(
+                        "the state was received by another interface than the one given to Traced"
+                    )
+            elif own is not None and not leaf._version:
                 found = own
             elif own is not None or (not hasattr(leaf, _END) and _hides_interface(leaf.grad_fn)):
                 raise ValueError(
                     "the state was changed after Interface.receive, so what was sent into it is not known: "
                     "change it before, or give Traced the interface (or detach it, if it was not received)"
                 )
-        return found
+        if found is not None and any(own is not found for own in owners):
+            raise ValueError("a traced state is received as a whole, by one interface: receive((h, c))")
+        return found if given is None else given
+
+    def _sent_by(self, interface: Interface) -> list[Tensor] | None:
+        """What an interface has sent at this boundary; None: nothing."""
+        if self._heard is None:
+            return interface.sent
+        (heard,) = self._heard
+        if interface.sent is heard:
+            return None
+        if interface.sent_before is not heard:
+            raise ValueError(
+                "what the interface has sent is not of this core's last window alone: an interface serves "
+                "one traced core, with one send a window (another interface from here on: reset() first)"
+            )
+        return interface.sent
 
     # Backward.
 
@@ -378,7 +412,7 @@ class Traced(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy or a pickle: no backward pass comes through the window that waits for one here."""
-        return self._settled().__dict__
+        return self._settled().__dict__ | {"_heard": None}
 
     def _settled(self) -> Traced:
         """This, or where a window waits for its backward pass a twin, which was passed over by it."""
@@ -420,7 +454,7 @@ class Traced(nn.Module):
             self.reset()
             self._loading, self._rows = loaded or None, rows
             return
-        self._latest, self._owed = None, {}
+        self._latest, self._owed, self._heard = None, {}, None
         for layer, tensors in zip(layers, loaded, strict=True):
             layer.load(tensors)  # in place, for what is recorded
 
@@ -440,7 +474,7 @@ class Traced(nn.Module):
     def reset(self) -> None:
         """Forget all: as before the first window."""
         self._layers, self._plan, self._loading, self._latest, self._rows = None, None, None, None, None
-        self._owed = {}
+        self._owed, self._dtype, self._heard = {}, None, None
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -460,6 +494,13 @@ class Traced(nn.Module):
         for parameter, gradient in zip(parameters.values(), found, strict=True):
             if gradient is not None and parameter.requires_grad:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+@torch._disable_dynamo  # that of `torch.compiler`, which is not imported before it is needed
+def _not_compiled(
+    traced: Traced, inputs: Tensor, state: Tree, done: Done, sent: Sequence[Tensor] | None
+) -> Any:
+    return traced._window(inputs, state, done, sent)
 
 
 def _by_parameter(sums: Gradients, parameters: dict[str, Tensor]) -> list[Tensor | None]:
