@@ -1092,6 +1092,14 @@ def test_what_is_thawed_gets_its_part_from_then_on(kind, steps, generator):
         same(got, here if number >= 3 else here | {name: torch.zeros_like(frozen)})
 
 
+def test_hooks_that_would_not_be_called_are_refused():
+    for register in ("register_forward_hook", "register_full_backward_hook", "register_forward_pre_hook"):
+        for core in (nn.LSTM(2, 3), MinGRU(2, 3)):
+            getattr(core, register)(lambda *_: None)
+            with pytest.raises(ValueError, match="hook"):
+                Traced(core)
+
+
 @pytest.mark.parametrize(
     ("build", "error", "words"),
     [

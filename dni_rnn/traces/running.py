@@ -82,6 +82,12 @@ def check(core: nn.Module) -> None:
             f"{type(core).__name__} does not say how it is traced: it needs run(inputs, state) and "
             "initial_state(batch) as in dni_rnn.traces.Traceable"
         )
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(core, name, None) for name in hooks):
+        raise ValueError(
+            f"a trace runs the {type(core).__name__} itself, so its hooks would not be called: remove them, "
+            "or register them on Traced"
+        )
 
 
 def rows_of(core: nn.Module, inputs: Any, embedded: bool, leaves: Sequence[Tensor] | None) -> int:

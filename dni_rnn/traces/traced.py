@@ -481,6 +481,8 @@ class Traced(nn.Module):
         """Add to `.grad` what still waits, and forget it: at the end of a text, before the last update.
 
         Afterwards `.grad` holds everything that came back within `steps`. Nothing waits in the carried form.
+        Of several processes each adds the part of its own rows, and what averages gradients in backward does
+        not see it: average `.grad` once more, or leave `flush` out.
         """
         self._pass_over()
         if self._layers is None:
