@@ -104,8 +104,7 @@ class Interface(Running):
       keeps_sent: a trace (`dni_rnn.traces`) sets it: `send` then keeps what it injects.
       sent: ĝ as the last `send` injected it, without `loss_scale`: a list like the leaves of the message, 0
         in rows of `done`; None before the first. It belongs to the rows, not to the weights: `state_dict`
-        leaves it out.
-      sent_before: the list that `sent` was before the last `send`: each has one of its own.
+        leaves it out. Every `send` makes it a new list; the one before is `sent_before`.
       all_reduce: tensor -> its sum over the processes among which the rows of a message are spread; None
         when they are all here. Means over rows are then over all of them, and `.grad` of M's parameters is
         each process's share: the sum over processes is the gradient.
@@ -128,8 +127,8 @@ class Interface(Running):
     trust: Tensor
     audited: Tensor
     sent: list[Tensor] | None
-    keeps_sent: bool
     sent_before: list[Tensor] | None
+    keeps_sent: bool
     batch_dim: Tree
     _reached: list[bool]
 
@@ -154,7 +153,9 @@ class Interface(Running):
         self._layout = Layout(self.batch_dim)
         self.loss_scale = None
         self.keeps_sent, self.sent, self.sent_before = False, None, None
-        self._reached, self._dtype = [False], dtype_of(synthesizer)
+        # Whether backward from the next `send` reaches M's parameters, by a `receive` before it.
+        self._reached = [False]
+        self._dtype = dtype_of(synthesizer)
         self.register_buffer("target_square", torch.zeros(()))
         self.register_buffer("target_count", torch.zeros(()))
         self.register_buffer("regression_loss", torch.ones(()))
@@ -230,11 +231,8 @@ class Interface(Running):
         sent = self._layout.like(unscaled, leaves)
         before = self.sent_before = self.sent
         if before is None or [s.shape for s in before] != [s.shape for s in sent]:
-            self.sent = [s.clone() for s in sent]
-        else:
-            for kept, s in zip(before, sent, strict=True):
-                kept.copy_(s)
-            self.sent = list(before)
+            before = [torch.empty_like(s) for s in sent]
+        self.sent = [kept.copy_(s) for kept, s in zip(before, sent, strict=True)]
 
     def forward(self, message: Tree, context: Any = None) -> Tree:
         """Both halves at one place, as between two layers: identity; backward trains M and passes on ĝ.

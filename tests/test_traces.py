@@ -1015,7 +1015,7 @@ def test_an_interface_of_two_cores_is_refused(turns, generator):
             if turns:
                 (output.sum() + interface.send(states[number])).backward()
         if not turns:
-            sum(loss + interface.send(state) for loss, state in sends).backward()
+            torch.stack([loss + interface.send(state) for loss, state in sends]).sum().backward()
 
     window()
     with pytest.raises(ValueError, match="serves one traced core"):

@@ -13,6 +13,9 @@ from dni_rnn.traces.rules import LayerWindow, Term
 EMBEDDING = "embedding.weight"
 """What the embedding's table is called among the parameters."""
 
+Scale = Tensor | float | None
+"""That of a loss; None: 1."""
+
 MOST_BY_PRODUCT = 512
 """Symbols up to which a GPU sums by symbol in a product; its sum takes the rows one after the other."""
 
@@ -55,7 +58,7 @@ class Gradients:
         parameters: Mapping[str, Tensor],
         plan: Plan,
         embedding: nn.Embedding | None,
-        factor: Tensor | float | None,
+        factor: Scale,
         sorts: bool,
     ) -> None:
         self.parameters, self.embedding, self.factor, self.sorts = parameters, embedding, factor, sorts
@@ -122,7 +125,7 @@ class Gradients:
                     self._onward(_sum_by(inputs[0], onward, len(self.table)))
 
     def symbols(self, term: Term, summed: Tensor) -> None:
-        """From delta summed by symbol (V, C): ∂/∂W = deltaᵀ table, ∂/∂table = delta W, both in `finish`."""
+        """From delta summed by symbol (V, C): ∂/∂W = deltaᵀ table, ∂/∂table = delta W, both in `in_order`."""
         weight = self.parameters[term.parameter]
         if term.parameter not in self.by_symbol:
             self.by_symbol[term.parameter] = summed.new_zeros(len(summed), len(weight))
@@ -131,8 +134,8 @@ class Gradients:
     def _onward(self, gradient: Tensor) -> None:
         self.of_table = gradient if self.of_table is None else self.of_table.add_(gradient)
 
-    def finish(self) -> tuple[dict[str, Tensor], Tensor | None]:
-        """By name, and of the embedding's table."""
+    def in_order(self) -> list[Tensor | None]:
+        """The sums, as `parameters` has them; None of one that gets none."""
         for name, summed in self.by_symbol.items():
             assert self.table is not None
             if name in self.sums:
@@ -145,7 +148,7 @@ class Gradients:
         if self.factor is not None:
             for gradient in (*self.sums.values(), *([] if of_table is None else [of_table])):
                 gradient.mul_(self.factor)
-        return self.sums, of_table
+        return [of_table if name == EMBEDDING else self.sums.get(name) for name in self.parameters]
 
 
 def _rows(term: Term, parameter: Tensor) -> tuple[int, int]:

@@ -90,6 +90,15 @@ def check(core: nn.Module) -> None:
         )
 
 
+def initial_state(core: Any, batch: int) -> Tree:
+    """Zeros as torch takes them for None, or the core's own initial state."""
+    if not isinstance(core, nn.RNNBase | nn.RNNCellBase):
+        return core.initial_state(batch)
+    shape = (core.num_layers, batch) if isinstance(core, nn.RNNBase) else (batch,)
+    zeros = next(core.parameters()).new_zeros(*shape, core.hidden_size)
+    return LSTMState(zeros, zeros.clone()) if isinstance(core, nn.LSTM | nn.LSTMCell) else zeros
+
+
 def rows_of(core: nn.Module, inputs: Any, embedded: bool, leaves: Sequence[Tensor] | None) -> int:
     """How many rows a window has.
 

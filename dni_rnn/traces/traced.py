@@ -8,52 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dni_rnn.checks import Done, Layout, alike
-from dni_rnn.interface import RECEIVED_BY, Interface
-from dni_rnn.penalty import StatePenalty
-from dni_rnn.pytree import LSTMState, Tree, flatten, has_rows, unflatten
+from dni_rnn.interface import Interface
+from dni_rnn.pytree import Tree, flatten, has_rows, unflatten
+from dni_rnn.traces.edge import Passage, TraceEdge
 from dni_rnn.traces.layer import Layer
-from dni_rnn.traces.memory import EMBEDDING, Gradients, Plan
-from dni_rnn.traces.rules import KINDS, Record
-from dni_rnn.traces.running import check, no_autocast, rows_of, run, run_untraced
-
-_END = "_ends_a_traced_window"
-
+from dni_rnn.traces.memory import EMBEDDING, Gradients, Plan, Scale
+from dni_rnn.traces.received import ENDS, measured, received_by, sent_since
+from dni_rnn.traces.rules import KINDS
+from dni_rnn.traces.running import check, initial_state, no_autocast, rows_of, run, run_untraced
 
 _LAYOUT = Layout(-2)  # of the state of any core that is traced
-
-
-class _Passage:
-    """What one window leaves for its backward: filled by the forward pass, read once."""
-
-    def __init__(
-        self,
-        starts: list[Tensor],
-        done: Tensor | None,
-        anew: bool,
-        sent: list[Tensor] | None,
-        parameters: dict[str, Tensor],
-    ) -> None:
-        self.starts, self.done, self.anew, self.sent, self.parameters = starts, done, anew, sent, parameters
-        self.records: list[Record] = []
-        self.absorbed = self.differentiated = False
-
-
-class _Trace(torch.autograd.Function):
-    """Identity on the state that a window receives. Backward: the trace's part, for the parameters."""
-
-    @staticmethod
-    def forward(ctx: Any, traced: Traced, passage: _Passage, count: int, *tensors: Tensor) -> Any:
-        ctx.traced, ctx.passage, ctx.count = traced, passage, count
-        return tuple(leaf.detach() for leaf in tensors[:count])  # no views: a core may change them in place
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        onward = [g if asks else None for g, asks in zip(gradients, ctx.needs_input_grad[3:], strict=False)]
-        return None, None, None, *onward, *ctx.traced._backward(ctx.passage, gradients)
 
 
 class Traced(nn.Module):
@@ -163,7 +129,7 @@ class Traced(nn.Module):
         self._layers: list[Layer] | None = None
         self._plan: Plan | None = None
         self._loading: list[list[Tensor]] | None = None
-        self._latest: _Passage | None = None
+        self._latest: Passage | None = None
         self._owed: dict[str, Tensor] = {}  # what left the trace in windows without a backward pass
         self._rows: int | None = None
         self._dtype: torch.dtype | None = None
@@ -171,12 +137,7 @@ class Traced(nn.Module):
 
     def initial_state(self, batch: int) -> Tree:
         """Zeros as torch takes them for None, or the core's own initial state."""
-        if not isinstance(self.core, nn.RNNBase | nn.RNNCellBase):
-            return self.core.initial_state(batch)  # type: ignore[operator]
-        weight = next(self.core.parameters())
-        shape = (self.core.num_layers, batch) if isinstance(self.core, nn.RNNBase) else (batch,)
-        zeros = weight.new_zeros(*shape, self.core.hidden_size)
-        return LSTMState(zeros, zeros.clone()) if isinstance(self.core, nn.LSTM | nn.LSTMCell) else zeros
+        return initial_state(self.core, batch)
 
     @property
     def output_size(self) -> int:
@@ -226,21 +187,21 @@ class Traced(nn.Module):
         if not (torch.is_grad_enabled() and self.training):
             vectors = inputs if self.embedding is None else self.embedding(inputs)
             return run_untraced(self.core, vectors, unflatten([leaf.detach() for leaf in leaves], spec))
-        interface = self._find(leaves)
+        interface = received_by(leaves, self._interface[0])
         if interface is not None:
             interface.keeps_sent = True
-        leaves = [leaf if interface is not None or _measured(leaf) else leaf.detach() for leaf in leaves]
+        leaves = [leaf if interface is not None or measured(leaf) else leaf.detach() for leaf in leaves]
         self._check_rows(rows)
         self._pass_over()
         if anew or (self._latest is not None and not self._latest.differentiated):
             sent = None  # into a loss that was not differentiated nothing was injected
         elif sent is None and interface is not None:
-            sent = self._sent_by(interface)
+            sent = sent_since(interface, self._heard)
         known = None if sent is None else [s.clone() for s in sent]  # the next ones take their place
         parameters = self._parameters_traced()
         starts = [leaf.detach() for leaf in leaves]
-        passage = _Passage(starts, done, anew, known, parameters)
-        leaves = list(_Trace.apply(self, passage, len(leaves), *leaves, *parameters.values()))  # type: ignore
+        passage = Passage(starts, done, anew, known, parameters)
+        leaves = list(TraceEdge.apply(self, passage, len(leaves), *leaves, *parameters.values()))  # type: ignore
         received = unflatten(leaves, spec)
         output, end, passage.records = run(
             self.core, inputs, received, self.embedding, self.fused, self.decay
@@ -249,7 +210,7 @@ class Traced(nn.Module):
         self._latest, self._rows, self._dtype = passage, rows, next(self.core.parameters()).dtype
         self._heard = None if interface is None else (interface.sent,)
         for leaf in flatten(end, has_rows)[0]:
-            setattr(leaf, _END, True)
+            setattr(leaf, ENDS, True)
         return end if isinstance(self.core, nn.RNNCellBase) else (output, end)
 
     def _parameters_traced(self) -> dict[str, Tensor]:
@@ -266,53 +227,14 @@ class Traced(nn.Module):
         if self._dtype is not None and self._dtype != dtype:
             raise ValueError(f"the trace is of weights in {self._dtype}, not {dtype}: call reset() first")
 
-    def _find(self, leaves: list[Tensor]) -> Interface | None:
-        """The interface that a state was received from."""
-        given, found = self._interface[0], None
-        owners = [
-            getattr(leaf.grad_fn, "interface", None) or getattr(leaf, RECEIVED_BY, None) for leaf in leaves
-        ]
-        for leaf, own in zip(leaves, owners, strict=True):
-            if given is not None:
-                if own is not None and own is not given:
-                    raise ValueError(
-                        "the state was received by another interface than the one given to Traced"
-                    )
-            elif own is not None and not leaf._version:
-                found = own
-            elif own is not None or (not hasattr(leaf, _END) and _hides_interface(leaf.grad_fn)):
-                raise ValueError(
-                    "the state was changed after Interface.receive, so what was sent into it is not known: "
-                    "change it before, or give Traced the interface (or detach it, if it was not received)"
-                )
-        if found is not None and any(own is not found for own in owners):
-            raise ValueError("a traced state is received as a whole, by one interface: receive((h, c))")
-        return found if given is None else given
-
-    def _sent_by(self, interface: Interface) -> list[Tensor] | None:
-        """What an interface has sent at this boundary; None: nothing."""
-        if self._heard is None:
-            return interface.sent
-        (heard,) = self._heard
-        if interface.sent is heard:
-            return None
-        if interface.sent_before is not heard:
-            raise ValueError(
-                "what the interface has sent is not of this core's last window alone: an interface serves "
-                "one traced core, with one send a window (another interface from here on: reset() first)"
-            )
-        return interface.sent
-
     # Backward.
 
     @torch.no_grad()
-    def _absorb(
-        self, passage: _Passage, gradients: Sequence[Tensor], loss_scale: Tensor | float | None
-    ) -> list[Tensor | None]:
+    def _absorb(self, passage: Passage, gradients: Sequence[Tensor], scale: Scale) -> list[Tensor | None]:
         """The window joins the trace; before it, what came back at its start meets the trace.
 
         Returns:
-          The trace's part for each of the passage's parameters, times `loss_scale`.
+          The trace's part for each of the passage's parameters, times `scale`.
         """
         passage.absorbed = True
         device = next(self.core.parameters()).device
@@ -331,11 +253,11 @@ class Traced(nn.Module):
             for layer in self._layers:
                 layer.end(None if passage.anew else passage.done)
         residuals = self._residuals(gradients, passage.sent, windows[0].path)
-        sums = self._gradients(self._plan, passage.parameters, windows[0].path[..., 0].numel(), loss_scale)
+        sums = self._gradients(self._plan, passage.parameters, windows[0].path[..., 0].numel(), scale)
         for number, layer in enumerate(self._layers):
             here = [r[number] if r.dim() == 3 else r for r in residuals]
             layer.correct(here, sums)
-        found = _by_parameter(sums, passage.parameters)
+        found = sums.in_order()
         for layer, window in zip(self._layers, windows, strict=True):
             layer.push(window)
         passage.records, passage.starts, passage.sent, passage.parameters = [], [], None, {}
@@ -368,18 +290,14 @@ class Traced(nn.Module):
         ]
 
     def _gradients(
-        self,
-        plan: Plan | None,
-        parameters: dict[str, Tensor],
-        count: int,
-        loss_scale: Tensor | float | None,
+        self, plan: Plan | None, parameters: dict[str, Tensor], count: int, scale: Scale
     ) -> Gradients:
         if plan is None:
             layers = self._layers or []
             plan = Plan(parameters, [t for layer in layers for t in (*layer.terms, *layer.instant_terms)])
             self._plan = plan
         few = self.embedding is not None and self.embedding.num_embeddings < count
-        return Gradients(parameters, plan, self.embedding, loss_scale, few or self.steps is None)
+        return Gradients(parameters, plan, self.embedding, scale, few or self.steps is None)
 
     def _residuals(
         self, gradients: Sequence[Tensor], sent: list[Tensor] | None, like: Tensor
@@ -396,7 +314,7 @@ class Traced(nn.Module):
             residuals = [r - s.to(dtype) for r, s in zip(residuals, sent, strict=True)]
         return residuals
 
-    def _backward(self, passage: _Passage, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    def _backward(self, passage: Passage, gradients: Sequence[Tensor]) -> list[Tensor | None]:
         if passage is not self._latest or passage.absorbed:
             raise RuntimeError(
                 "a trace needs one backward pass for each window, before the next window begins: this was "
@@ -420,11 +338,8 @@ class Traced(nn.Module):
             return self
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin._layers, twin._latest, twin._owed = (
-            copy.deepcopy(self._layers),
-            copy.copy(self._latest),
-            dict(self._owed),
-        )
+        twin._layers, twin._latest = copy.deepcopy(self._layers), copy.copy(self._latest)
+        twin._owed = dict(self._owed)
         twin._pass_over()
         return twin
 
@@ -492,37 +407,13 @@ class Traced(nn.Module):
         sums = self._gradients(Plan(parameters, terms), parameters, 0, self.loss_scale)
         for layer in self._layers:
             layer.flush(sums)
-        found = self._with_owed(parameters, _by_parameter(sums, parameters))
+        found = self._with_owed(parameters, sums.in_order())
         for parameter, gradient in zip(parameters.values(), found, strict=True):
             if gradient is not None and parameter.requires_grad:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-@torch._disable_dynamo  # that of `torch.compiler`, which is not imported before it is needed
-def _not_compiled(
-    traced: Traced, inputs: Tensor, state: Tree, done: Done, sent: Sequence[Tensor] | None
-) -> Any:
-    return traced._window(inputs, state, done, sent)
-
-
-def _by_parameter(sums: Gradients, parameters: dict[str, Tensor]) -> list[Tensor | None]:
-    by_name, of_table = sums.finish()
-    return [of_table if name == EMBEDDING else by_name.get(name) for name in parameters]
-
-
-def _measured(leaf: Tensor) -> bool:
-    """Whether a penalty waits for the gradient that arrives at it."""
-    return isinstance(getattr(leaf.grad_fn, "penalty", None), StatePenalty)
-
-
-def _hides_interface(node: Any, most: int = 32) -> bool:
-    """Whether a few operations lie between a state and `Interface.receive`."""
-    waiting, seen = [] if node is None else [node], 0
-    while waiting and seen < most:
-        node, seen = waiting.pop(0), seen + 1
-        if isinstance(getattr(node, "traced", None), Traced):
-            continue  # the last window, not this one
-        if isinstance(getattr(node, "interface", None), Interface) and not node.passes_on:
-            return True
-        waiting.extend(before for before, _ in node.next_functions if before is not None)
-    return False
+# That of `torch.compiler`, which takes seconds to import: not before something is compiled.
+@torch._disable_dynamo  # type: ignore[reportPrivateImportUsage]
+def _not_compiled(traced: Traced, *arguments: Any) -> Any:
+    return traced._window(*arguments)
