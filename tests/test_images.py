@@ -287,6 +287,19 @@ def test_shifts_move_whole_pictures_and_flips_mirror_them():
     } == {1}
 
 
+def test_batches_are_augmented_before_they_are_normalised():
+    data = pictures(16)
+    plain, augmented = (Batches(data, "train", 8, CPU, augment=on) for on in (False, True))
+    torch.manual_seed(3)
+    inputs, targets = augmented.batch(0)
+    torch.manual_seed(3)
+    plain.batch(0)  # draws the order of the first pass
+    raw = torch.from_numpy(data.train[0])[plain._order][:8]
+    assert torch.equal(inputs, plain._numbers(shifted(raw, data.flips)))
+    assert torch.equal(targets, plain.batch(0)[1])
+    assert not torch.equal(inputs, plain.batch(0)[0])
+
+
 def test_losses_and_errors_by_arithmetic():
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     labels = torch.tensor([0, 0])
