@@ -757,18 +757,16 @@ class Job(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("runs/endurance"), help="folder for all output")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/endurance"), help="folder for all that is made"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=60.0, help="stop after this long; the same command goes on"
+        "--minutes", type=float, default=60.0, help="stop after this long; the same command continues"
     )
     parser.add_argument("--runs", type=int, default=20, help="killed runs of each kind")
     parser.add_argument("--apart", type=int, default=5, help="the same, in several processes")
     parser.add_argument("--sweeps", type=int, default=10, help="killed sweeps")
     parser.add_argument("--steps", type=int, default=STEPS, help="updates of a run that is killed")
     parser.add_argument("--damaged", type=int, default=1000, help="damaged inputs")
-    parser.add_argument("--full", type=int, default=150, help="commands on a disk that fills up")
+    parser.add_argument("--full", type=int, default=150, help="commands on a full disk")
     parser.add_argument("--table", type=Path, help="folder for table.md and rows.jsonl")
     options = parser.parse_args(arguments)
     mounts = options.full > 0 and may_mount()

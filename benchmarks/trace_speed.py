@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--wait", type=int, default=32, help="steps that a step waits")
+    parser.add_argument("--wait", type=int, default=32, help="`steps` of the trace")
     parser.add_argument("--only", type=int, nargs="*", help="rows of the table")
     args = parser.parse_args()
     torch.set_num_threads(1)
