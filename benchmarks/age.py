@@ -1,11 +1,12 @@
-"""What does the age of a gradient do, with and without its correction?
+"""The effect of the age of a gradient, with and without correction.
 
     python benchmarks/age.py --out results/age [--methods dni cdni critic none] [--under-way 1 2 4 8 16 32]
 
-The parts of a net cut at every boundary, as `--decoupled` trains them, in one process and with ages that are
-exact: with k messages under way a gradient comes back when k − 1 more have been learnt from. The task is
-addition, a sigmoid net of 3 layers, where age does harm. A rate is a factor on all learning rates. Test error
-with the weights of the lowest validation error. Rows that are there are not run again.
+Trains the parts of a net that is cut at every boundary as `--decoupled` does, but in one process and with
+exact ages: with k messages in flight, a gradient comes back after k − 1 more messages have been learnt from.
+The task is addition with a sigmoid net of 3 layers, where age does harm. A rate is a factor on all learning
+rates. The test error is that of the weights with the lowest validation error. Existing rows are not run
+again.
 """
 
 from __future__ import annotations
@@ -56,16 +57,16 @@ backpropagation. Rates are those of the task, chosen for one process, unless a f
 
 
 class Message(NamedTuple):
-    """What a part handed on, until its true gradient is back."""
+    """An output of a part, kept until its true gradient is back."""
 
     out: Tensor
     synthetic: Tensor | None  # ĝ
     made: Stashed | None  # with correction
-    answer: Tensor | None  # without: the gradient that went to the part before, at once
+    answer: Tensor | None  # without correction: the gradient that was sent at once to the part before
 
 
 class Part:
-    """A part of the net with what stands at its end."""
+    """A part of the net and the interface at its end."""
 
     def __init__(self, net: nn.Module, interface: Any, config: AdditionConfig) -> None:
         self.net, self.interface = net, interface
@@ -80,7 +81,7 @@ class Part:
             group["lr"] = factor * rate
 
     def learn(self, x: Tensor, context: Tensor, corrected: bool) -> Message:
-        """From a message, at once."""
+        """Learn from a message at once."""
         x = x.detach().requires_grad_()
         self.optimizer.zero_grad()
         made = Stashed(self.net, x) if corrected else None
@@ -96,7 +97,7 @@ class Part:
         return Message(out.detach(), synthetic, made, x.grad if made is None else None)
 
     def hear(self, message: Message, gradient: Tensor, context: Tensor) -> Tensor | None:
-        """What comes back of a message: the true gradient, or without correction the next part's guess."""
+        """Handle the gradient that comes back: the true one, or without correction the next part's guess."""
         self.optimizer.zero_grad()
         if self.interface is not None:
             self.interface.receive(message.out, context).backward(gradient)

@@ -1,15 +1,15 @@
-"""Parts of a net in processes of their own: without waiting for gradients, against in lock-step.
+"""Throughput of the parts of a net in separate processes: without waiting for gradients, and in lock-step.
 
     python benchmarks/decoupled.py [--seconds 2] [--rounds 3] [--parts 2 3] [--out results/decoupled]
 
-Parts of equal cost (2 layers of 1024 each, batch 256), one thread each. Lock-step is the same parts in the
-same processes, with exact gradients: a part sends its output and waits for the gradient (`--method bprop`).
-Decoupled is a critic, corrected the same with `--correct`, late gradients alone `--method none --correct`.
-They take turns, round after round, in one run; medians over rounds. Every message is held back by an
-artificial delay. About five minutes on two idle cores.
+Parts of equal cost (2 layers of 1024 each, batch 256), one thread each. Lock-step: the same parts in the same
+processes, with exact gradients; a part sends its output and waits for the gradient (`--method bprop`).
+Decoupled: a critic. Corrected: the same with `--correct`. Late gradients alone: `--method none --correct`.
+The methods take turns, round after round, in one run; medians over rounds. Every message is held back by an
+artificial delay. Takes about five minutes on two idle cores.
 
-Writes rows.jsonl, table.md and throughput.png (svg). `--plot` only draws and writes the table again, from
-the rows that are there; the simulation is part of that.
+Writes rows.jsonl, table.md and throughput.png (svg). `--plot` only renders the plot and the table again from
+existing rows, including the simulation.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def made_up() -> Examples:
 def measure(
     processes: Processes, data: Examples, method: str, delay: float, seconds: float, folder: Path
 ) -> dict[str, Any]:
-    """Train for a while; what process 0 saw."""
+    """Train for a while; returns the counts of process 0."""
     parts = processes.size
     config = FeedforwardConfig(
         layers=2 * parts + 1,
@@ -102,7 +102,7 @@ def measure(
 
 
 def work(args: argparse.Namespace) -> None:
-    """What each process does."""
+    """The work of one process."""
     torch.set_num_threads(1)
     data = made_up()
     with joined(600.0) as processes, tempfile.TemporaryDirectory() as folder:
@@ -117,7 +117,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def launch(args: argparse.Namespace, parts: int) -> None:
-    """Start the processes, with torch's own launcher, on the loopback."""
+    """Start the processes with torch's own launcher, on the loopback interface."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     options = ["--rounds", str(args.rounds), "--seconds", str(args.seconds), "--out", str(args.out)]
     subprocess.run(
@@ -138,7 +138,7 @@ def medians(rows: list[dict[str, Any]]) -> dict[tuple[int, float, str], tuple[fl
 
 
 def ratios(rows: list[dict[str, Any]], parts: int, delay: float, method: str) -> list[float]:
-    """Its throughput to that of lock-step, round by round."""
+    """Ratios of the throughput to that of lock-step, round by round."""
     speeds = {
         (row["round"], row["method"]): row["messages"] / row["seconds"]
         for row in rows
@@ -149,16 +149,16 @@ def ratios(rows: list[dict[str, Any]], parts: int, delay: float, method: str) ->
 
 
 def simulated(method: str, parts: int, cost: float, extra: float, latency: float) -> float:
-    """Messages per second of a pipeline of equal parts on processors of their own. Not measured.
+    """Messages per second of a pipeline of equal parts, each on its own processor. Simulated, not measured.
 
     Args:
       cost: seconds of a part's forward and backward pass and update, a third of it forward.
       extra: seconds that its synthesizer takes.
       latency: seconds that a message takes.
 
-    Decoupled, part i takes up message k as soon as it has come and the one before is done, and no more
-    than `QUEUE` are under way. Lock-step: there and back again. Micro-batches (`MICRO`, as in GPipe): the
-    exact gradient too, with the parts working at once.
+    Decoupled: part i starts on message k as soon as it has arrived and the previous one is done, with at most
+    `QUEUE` in flight. Lock-step: forward through all parts and back. Micro-batches (`MICRO`, as in GPipe):
+    the exact gradient as well, with the parts working in parallel.
     """
     if method == "lock-step":
         return 1.0 / (parts * cost + 2 * (parts - 1) * latency)
@@ -178,7 +178,7 @@ def simulated(method: str, parts: int, cost: float, extra: float, latency: float
 
 
 def write(out: Path) -> None:
-    """The table and the plots of the rows that are there."""
+    """Write the table and the plots of the existing rows."""
     rows = read_jsonl(out / "rows.jsonl")
     found = medians(rows)
     cells, panels = [], {}

@@ -1,9 +1,9 @@
-"""A trace against the same run without it, seed by seed, wherever `results/` has both.
+"""Compares runs with a trace to the same runs without it, seed by seed, wherever `results/` has both.
 
     python benchmarks/do_no_harm.py
 
-Two runs are a pair when their commands differ in `--trace` alone, the seed being the same. Nothing is run:
-the table is made of the rows of the sweeps, and of `results/live`.
+Two runs are a pair if they have the same seed and their commands differ only in `--trace`. Nothing is run:
+the table is made from the rows of the sweeps and of `results/live`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ elsewhere as many.
 
 @dataclass(frozen=True)
 class Pair:
-    """Two runs of one seed: what they ended at with the trace and without it."""
+    """Final scores of two runs of one seed, with the trace and without it."""
 
     folder: str
     cell: str
@@ -59,7 +59,7 @@ class Pair:
 
 
 def alike(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two runs of one command trained the same net at the same rate: a default may have changed."""
+    """Whether two runs of one command trained the same net at the same rate; a default may have changed."""
     return all(row["config"].get(name) == other["config"].get(name) for name in OF_THE_NET)
 
 
@@ -95,7 +95,7 @@ def pairs_of_streams(rows: Iterable[dict[str, Any]]) -> Iterator[Pair]:
 
 
 def all_pairs(results: Path) -> list[Pair]:
-    """Of every folder of `results` that has some."""
+    """The pairs of every folder of `results` that has any."""
     found: list[Pair] = []
     for path in sorted(results.glob("*/rows.jsonl")):
         rows = read_jsonl(path)

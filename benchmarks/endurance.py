@@ -1,22 +1,23 @@
-"""How runs take `kill -9` and a disk that fills up, and every command inputs that are damaged.
+"""How runs survive `kill -9` and a full disk, and how every command handles damaged inputs.
 
     python benchmarks/endurance.py --out runs/endurance --minutes 60 --table results/endurance
 
-A killed run is killed again and again, each time at a random moment, and resumed until it ends: then every
-logged number and every weight must be that of a run that was left alone. Of a run in several processes one
-process is killed, or all that train, or what started them; of a sweep what runs it, and its rows must be
-those of a sweep that was left alone, but for times. Nothing that was started may be left.
+Killed runs: a run is killed repeatedly, each time at a random moment, and resumed until it ends. Every logged
+number and every weight must then equal those of an uninterrupted run. In a run with several processes, one
+process, all training processes, or their parent is killed. In a sweep, the process that runs it is killed,
+and the rows must equal those of an uninterrupted sweep, except for times. No child process may be left.
 
-A damaged input is made from a valid one; a command must refuse it in one line, with exit code 2 and without
-having written anything, or do what it does when the damage means nothing. Of a checkpoint no changed byte may
-go unnoticed.
+Damaged inputs are made from valid ones. A command must refuse such an input in one line, with exit code 2 and
+without having written anything, or work as usual if the damage has no meaning. No changed byte of a
+checkpoint may go unnoticed.
 
-A disk fills up before a command or while it runs, but for some room. The command must end in one line and
-leave no part of a file; with room again it must end as it ends when there was always room. The disk is a
-tmpfs in a mount namespace of its own; where that is not allowed, no file may become longer than some size.
+Full disks: a disk fills up before a command or while it runs, except for some room. The command must end with
+one line and leave no partial file; with room again it must end as it does when there was always room. The
+disk is a tmpfs in a mount namespace of its own; where that is not allowed, the length of files is limited
+instead.
 
-What was tried is kept in `--out`, by number, and not tried again: the same command goes on.
-Needs `fork`, so not Windows, and for processes and sweeps /proc, so Linux.
+Finished trials are kept in `--out`, by number, and not run again: the same command continues.
+Needs `fork` (not available on Windows) and, for processes and sweeps, /proc (Linux).
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ SECONDS = 900.0
 
 
 class Ended(NamedTuple):
-    """How a command ended; `code` is None for one that was killed."""
+    """How a command ended; `code` is None if it was killed."""
 
     code: int | None
     out: str
@@ -91,7 +92,7 @@ class Command:
     """`dni-rnn WORDS` in `folder`, in a process of its own; a stream reads the text.
 
     Args:
-      longest: bytes of a file that it may write; None: any number.
+      longest: the largest file that it may write, in bytes; None: no limit.
     """
 
     def __init__(self, folder: Path, words: Sequence[str], longest: int | None = None) -> None:
@@ -123,7 +124,7 @@ class Command:
             os._exit(code)
 
     def wait(self, seconds: float) -> Ended | None:
-        """How it ended; None while it runs."""
+        """How the command ended; None while it runs."""
         until = time.monotonic() + seconds
         while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
             if time.monotonic() >= until:
@@ -141,7 +142,7 @@ class Command:
         return ended
 
     def started(self) -> list[int]:
-        """Numbers of the processes that it has started, and these in turn, as far as they are at work."""
+        """Ids of its running child processes and their descendants."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -150,7 +151,7 @@ class Command:
         return found
 
     def left(self, seconds: float = 20.0) -> int:
-        """How many of them are still there after so long at most; they are then killed."""
+        """How many of them are still there after waiting at most so long; they are then killed."""
         until = time.monotonic() + seconds
         while (found := self.started()) and time.monotonic() < until:
             time.sleep(0.05)
@@ -168,7 +169,7 @@ def run(folder: Path, words: Sequence[str], seconds: float = SECONDS) -> Ended:
 
 @functools.cache
 def warm(folder: Path) -> None:
-    """Import all that commands import, before the first fork: a process is then killed at its work."""
+    """Import what commands import before the first fork, so that a process is killed at its work."""
     shutil.rmtree(folder / "warm", ignore_errors=True)
     for number, name in enumerate(RUNS):
         words = training(name, str(folder / "warm" / str(number)), 1)
@@ -185,10 +186,10 @@ def training(name: str, out: str, steps: int) -> list[str]:
 
 
 def result_of(path: Path, apart: bool = False) -> Any:
-    """Every logged number of a run that is not a time, and its weights, as one digest.
+    """A digest of the weights of a run and of every logged number that is not a time.
 
     Args:
-      apart: of the numbers those of validations alone: what a part has heard of others is up to the moment.
+      apart: only the numbers of validations: what a part has received from others depends on timing.
     """
     rows = [{k: v for k, v in row.items() if "second" not in k} for row in read_jsonl(path / "metrics.jsonl")]
     rows = [row for row in rows if not apart or "valid_loss" in row or "valid_error" in row]
@@ -204,7 +205,7 @@ def result_of(path: Path, apart: bool = False) -> Any:
 
 
 def left_alone(folder: Path, name: str, steps: int, number: int = 0) -> Path:
-    """A run of a kind from beginning to end, made once; how long it took is in its file `seconds`."""
+    """An uninterrupted run of a kind, made once; its file `seconds` says how long it took."""
     whole, began = folder / f"whole {name} {number}", time.monotonic()
     if not (whole / "seconds").exists():
         shutil.rmtree(whole, ignore_errors=True)
@@ -215,14 +216,14 @@ def left_alone(folder: Path, name: str, steps: int, number: int = 0) -> Path:
 
 
 def killed(folder: Path, name: str, number: int, steps: int) -> dict[str, Any]:
-    """One run of a kind, killed at random moments until it ends; `same` is whether that left no mark."""
+    """One run of a kind, killed at random moments until it ends; `same`: whether the result is unchanged."""
     warm(folder)
     whole = left_alone(folder, name, steps)
     seconds, chance = float((whole / "seconds").read_text()), random.Random(f"{name} {number}")
     shutil.rmtree(folder / "killed", ignore_errors=True)
     kills, moment = 0, 0
     while True:
-        # Longer and longer, so that every run ends.
+        # Each start gets more time, so that every run ends.
         limit = chance.uniform(0.0, seconds * (0.4 + 0.2 * moment))
         ended = run(folder, [*training(name, "killed", steps), "--resume"], limit)
         moment += 1
@@ -234,7 +235,7 @@ def killed(folder: Path, name: str, number: int, steps: int) -> dict[str, Any]:
 
 
 def killed_apart(folder: Path, name: str, number: int, steps: int) -> dict[str, Any]:
-    """The same of a run in several processes. What it had started must be gone when what started it is."""
+    """The same for a run in several processes. Child processes must be gone when their parent is."""
     whole, chance = left_alone(folder, name, steps), random.Random(f"{name} {number}")
     shutil.rmtree(folder / "killed", ignore_errors=True)
     words, metrics = training(name, "killed", steps), folder / "killed" / "metrics.jsonl"
@@ -242,7 +243,7 @@ def killed_apart(folder: Path, name: str, number: int, steps: int) -> dict[str, 
     victims = Counter[str]()
     command = Command(folder, [*words, "--resume"])
     for moment in sorted(chance.uniform(-0.3, 0.9) for _ in range(4)):
-        # A share of its rows; before the first at any moment of its start.
+        # After a share of its rows, or at any moment before the first.
         until = time.monotonic() + (SECONDS if moment >= 0.0 else chance.uniform(0.0, 6.0))
         ended = command.wait(0.01)
         while ended is None and time.monotonic() < until:
@@ -311,7 +312,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def swept(folder: Path, seconds: float = 4 * SECONDS) -> Path:
-    """A sweep that was left alone, made once."""
+    """An uninterrupted sweep, made once."""
     whole, began = folder / "whole sweep", time.monotonic()
     if not (whole / "seconds").exists():
         shutil.rmtree(whole, ignore_errors=True)
@@ -322,7 +323,7 @@ def swept(folder: Path, seconds: float = 4 * SECONDS) -> Path:
 
 
 def killed_sweep(folder: Path, number: int) -> dict[str, Any]:
-    """A sweep, killed at random moments; the runs that it had started must be gone too."""
+    """A sweep, killed at random moments; the runs that it started must be gone too."""
     whole, chance = swept(folder), random.Random(f"sweep {number}")
     seconds = float((whole / "seconds").read_text())
     for name in ("killed sweep", "killed sweep at work"):
@@ -377,7 +378,7 @@ def zeroed(content: bytes, chance: random.Random) -> bytes:
 
 
 def another_kind(content: bytes, chance: random.Random) -> bytes:
-    """A value somewhere in JSON, or in a line of it, is of another kind, or gone."""
+    """Replaces a value somewhere in JSON, or in a line of it, by one of another type, or removes it."""
     lines = content.decode().splitlines()
     whole = content[:2] == b"{\n"
     number = 0 if whole else chance.randrange(len(lines))
@@ -457,13 +458,13 @@ def valid(folder: Path) -> Path:
 
 
 def held(folder: Path) -> dict[str, bytes]:
-    """What lies in a folder; locks are no content."""
+    """The contents of a folder, without locks."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def damaged(folder: Path, number: int) -> dict[str, Any]:
-    """One damaged input and one command that reads it; `wrong` says what should not be, if anything."""
+    """One damaged input and one command that reads it; `wrong` describes the failure, if any."""
     warm(folder)
     chance, made, there = random.Random(number), valid(folder), folder / "damaged"
     shutil.rmtree(there, ignore_errors=True)
@@ -493,7 +494,7 @@ def damaged(folder: Path, number: int) -> dict[str, Any]:
     return record | {"refused": ended.code == 2, "wrong": wrong, "said": ended.err[-600:] if wrong else ""}
 
 
-# A disk that fills up
+# Full disks
 
 BENCH = "--hidden 4 --bptt 1 --batch-size 2 --rounds 1 --processes 1"
 FILLED: dict[str, list[str]] = {
@@ -516,7 +517,7 @@ INSIDE = "DNI_RNN_ENDURANCE_MOUNTS"
 
 
 def may_mount() -> bool:
-    """Whether this process may mount what nobody else sees; where it can, it starts itself anew so."""
+    """Whether this process may use a private mount namespace; if so, it restarts itself in one."""
     if INSIDE in os.environ or not shutil.which("unshare"):
         return INSIDE in os.environ
     words = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
@@ -528,7 +529,7 @@ def may_mount() -> bool:
 
 
 def whole_files(folder: Path) -> str:
-    """Which file in a folder is not whole, or that there is none such."""
+    """Which file in a folder is incomplete, or that there is none."""
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".tmp":
             return f"{path.name} was left"
@@ -551,7 +552,7 @@ def whole_files(folder: Path) -> str:
 
 
 def outcome(there: Path, name: str, out: str) -> Any:
-    """What a command has made, without times."""
+    """The output of a command, without times."""
     if name.startswith("train, decoupled") or name == "train, live":
         return True
     if name.startswith("train"):
@@ -572,7 +573,7 @@ def prepared(folder: Path, there: Path) -> None:
 
 
 def filled(folder: Path, number: int, mounts: bool) -> dict[str, Any]:
-    """One command whose disk fills up; `wrong` says what should not be, if anything."""
+    """One command whose disk fills up; `wrong` describes the failure, if any."""
     warm(folder)
     chance, name = random.Random(f"disk {number}"), list(FILLED)[number % len(FILLED)]
     words, there, example = FILLED[name], folder / "disk", folder / "ample" / name
@@ -640,7 +641,7 @@ def filled(folder: Path, number: int, mounts: bool) -> dict[str, Any]:
 
 
 def fill(there: Path, room: int) -> None:
-    """Leave so much room on a disk."""
+    """Fill a disk, except for so much room."""
     with open(there / "ballast", "wb") as ballast, contextlib.suppress(OSError):
         while (free := shutil.disk_usage(there).free - room) > 0:
             ballast.write(bytes(min(free, 1 << 16)))
@@ -651,7 +652,7 @@ def fill(there: Path, room: int) -> None:
 
 
 class Kind(NamedTuple):
-    """One table: what was tried, and how a column counts the records of a name."""
+    """One table: what was tried, and how each column counts the records of a name."""
 
     file: str
     title: str
@@ -724,7 +725,7 @@ Made by `{command}` from [rows.jsonl](rows.jsonl), which has the counts.
 
 
 def errors_of(records: Sequence[dict[str, Any]]) -> str:
-    """How those compare with runs left alone that are up to the machine."""
+    """Compares killed runs with uninterrupted ones where the result depends on timing."""
     found = [record for record in records if "error" in record]
     if not found:
         return ""
@@ -745,7 +746,7 @@ def write_page(folder: Path, rows: list[dict[str, Any]], kills: Sequence[dict[st
 
 
 class Job(NamedTuple):
-    """Something to be tried, once."""
+    """One trial."""
 
     kind: str
     name: str
@@ -754,20 +755,18 @@ class Job(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 when anything was not as it should be."""
+    """Exit code 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("runs/endurance"), help="folder for all output")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/endurance"), help="folder for all that is made"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=60.0, help="stop after this long; the same command goes on"
+        "--minutes", type=float, default=60.0, help="stop after this long; the same command continues"
     )
     parser.add_argument("--runs", type=int, default=20, help="killed runs of each kind")
     parser.add_argument("--apart", type=int, default=5, help="the same, in several processes")
     parser.add_argument("--sweeps", type=int, default=10, help="killed sweeps")
     parser.add_argument("--steps", type=int, default=STEPS, help="updates of a run that is killed")
     parser.add_argument("--damaged", type=int, default=1000, help="damaged inputs")
-    parser.add_argument("--full", type=int, default=150, help="commands on a disk that fills up")
+    parser.add_argument("--full", type=int, default=150, help="commands on a full disk")
     parser.add_argument("--table", type=Path, help="folder for table.md and rows.jsonl")
     options = parser.parse_args(arguments)
     mounts = options.full > 0 and may_mount()
@@ -795,7 +794,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done = {(kind, r["number"], r["name"]) for kind, rs in records.items() for r in rs}
         done |= {(kind, number, "") for kind, number, _ in done}
         most = Counter((job.kind, job.name) for job in jobs)
-        # All kinds in turns, so that a short time has some of each.
+        # All kinds take turns, so that even a short time covers each.
         for job in sorted(jobs, key=lambda job: job.number / most[job.kind, job.name]):
             if (job.kind, job.number, job.name) not in done and time.monotonic() < until:
                 records[job.kind].append(job.act())

@@ -1,11 +1,12 @@
-"""What does a synthetic gradient at every boundary cost? One training step of a cut net against backprop.
+"""The cost of a synthetic gradient at every boundary: a step of a cut net, relative to backpropagation.
 
     python benchmarks/feedforward_step.py [--net "MNIST, fully connected" ...] [--layers 6] [--threads 1]
     python benchmarks/feedforward_step.py --operations     # multiply-adds of an example, no time
 
-The published nets, on random pictures. The same net, data and optimizer; the methods take turns in blocks of
-steps, so that a change of the machine's speed meets all of them. Reported: the median step in milliseconds,
-and the median over rounds of (median step of the method / that of backprop in the same round).
+Uses the published nets, on random pictures, with the same net, data and optimizer for every method. The
+methods take turns in blocks of steps, so that a change of the machine's speed affects all of them. Reports
+the median step in milliseconds, and the median over rounds of (median step of the method / that of
+backpropagation in the same round).
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ def training_step(name: str, layers: int, step_of: str, rows: int = ROWS) -> Cal
 
 
 class Operations(TorchDispatchMode):
-    """Counts those of matrix products and convolutions, by torch's formulas.
+    """Counts the operations of matrix products and convolutions, by torch's formulas.
 
-    torch's own counter follows modules too, and then cannot see a gradient within a forward pass.
+    torch's own counter also follows modules, and then misses a gradient that is taken within a forward pass.
     """
 
     total = 0
@@ -84,7 +85,7 @@ class Operations(TorchDispatchMode):
 
 
 def multiply_adds(name: str, layers: int, step_of: str) -> float:
-    """Of a step, forward and backward, for each example."""
+    """Multiply-adds of a step, forward and backward, per example."""
     rows = 4
     step = training_step(name, layers, step_of, rows)
     step()
@@ -94,7 +95,7 @@ def multiply_adds(name: str, layers: int, step_of: str) -> float:
 
 
 def operations() -> None:
-    """Print the table of `multiply_adds`, in millions, of all nets as they are published."""
+    """Print the table of `multiply_adds`, in millions, for all published nets."""
     nets = [(name, layers) for name in NETS for layers in ((6,) if "fully" in name else (3, 4))]
     print("| step | " + " | ".join(f"{name}, {layers} layers" for name, layers in nets) + " |")
     print("|---|" + "--:|" * len(nets))

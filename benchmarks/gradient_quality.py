@@ -1,15 +1,14 @@
-"""How good is a synthetic gradient where nothing else moves, and what does it cost?
+"""How good is a synthetic gradient on a frozen net, and what does it cost?
 
     python benchmarks/gradient_quality.py [--data-dir DATA] [--out results/gradient-quality]
 
-An LSTM of 128 is trained on Penn Treebank characters by truncated BPTT with T = 20, then frozen. A
-synthesizer M alone is trained on the training text, through the package's own `DNI`, and the gradient it
-gives is measured on validation text against full BPTT over 120 steps
-(`dni_rnn.gradient_quality`). One thread.
+An LSTM of 128 is trained on Penn Treebank characters by truncated BPTT with T = 20, then frozen. Only a
+synthesizer M is trained on the training text, by the package's own `DNI`, and the resulting gradient is
+compared with full BPTT over 120 steps of validation text (`dni_rnn.gradient_quality`). One thread.
 
-Each (candidate, seed) is a line of rows.jsonl; those that are there are not run again. --seconds measures
-what an update costs, into seconds.jsonl. table.md and the plot are made from these two; with --report
-nothing else is done.
+Each (candidate, seed) is a line of rows.jsonl; existing rows are not run again. --seconds measures the cost
+of an update and writes seconds.jsonl. table.md and the plot are made from these two files; --report does
+nothing else.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ class Candidate:
     """A synthesizer and how it is trained; the fields are those of `RecurrentConfig` where they share a name.
 
     Attributes:
-      windows: of T steps and 128 rows, that M is trained on.
-      core: at the end of its training, under a constant learning rate or one that fell to zero.
+      windows: the number of windows of T steps and 128 rows that M is trained on.
+      core: the core at the end of its training, with a constant learning rate or one that fell to zero.
     """
 
     bptt: int
@@ -68,7 +67,7 @@ class Candidate:
     core: Literal["constant", "annealed"] = "constant"
 
     def config(self, seed: int) -> RecurrentConfig:
-        """ĝ is injected as M gives it: neither scaled nor centred, and without a penalty."""
+        """ĝ is injected as M predicts it: not scaled, not centred, and without a penalty."""
         return RecurrentConfig(
             hidden=HIDDEN, embedding=EMBEDDING, batch_size=ROWS, bptt=self.bptt, seed=seed,
             dni=True, scale=1.0, centre=False, restore=0.0, synthesizer=self.synthesizer,
@@ -124,7 +123,7 @@ def pretrained(core: str, seed: int, data_dir: Path | None) -> tuple[dict[str, T
 def train_synthesizer(
     model: SequenceModel, candidate: Candidate, config: RecurrentConfig, data: Data
 ) -> None:
-    """Train M, and nothing else, on the training text."""
+    """Train only M on the training text."""
     net, parameters = model.net_parameters(), model.synthesizer_parameters()
     for parameter in net:
         parameter.requires_grad_(False)
@@ -142,11 +141,11 @@ def train_synthesizer(
 
 
 def multiply_adds(candidate: Candidate, data: Data) -> tuple[float, float]:
-    """Products of M at a boundary, and all those that DNI adds, per product of a window of truncated BPTT.
+    """Multiply-adds of M at a boundary, and all that DNI adds, relative to a window of truncated BPTT.
 
-    As PyTorch counts them, forward and backward, for one row. M is called in `send` and in `receive`, where
-    it is trained. Besides, DNI needs the gradient at the start of a window, which truncated BPTT does not.
-    One-hot symbols are rows of a table that are added: no products.
+    Counted by PyTorch, forward and backward, for one row. M is called in `send` and in `receive`, where it is
+    trained. DNI also needs the gradient at the start of a window, which truncated BPTT does not. One-hot
+    symbols are rows of a table that are added, without products.
     """
     config = candidate.config(seed=0)
     # In float64 an LSTM and a GRU on a CPU are made of operations that are counted; fused ones are not.
@@ -179,9 +178,9 @@ def _products(work: Callable[[], object]) -> float:
 
 
 def seconds_ratio(config: RecurrentConfig, data_dir: Path | None) -> float:
-    """How much longer an update of `dni-rnn train` takes than without --dni, as a share of the latter.
+    """The extra time of an update of `dni-rnn train` with --dni, relative to one without.
 
-    Of the time that the process computes: with one thread, that of a clock on a machine that is not shared.
+    In CPU time of the process: with one thread, this is wall-clock time on a machine that is not shared.
     """
     torch.set_num_threads(1)
     data = load(data_dir)
@@ -228,7 +227,7 @@ def measure(candidate: Candidate, seed: int, data_dir: Path | None) -> dict[str,
 
 
 def qualities(found: Diagnosis) -> dict[str, float]:
-    """Of a diagnosis at one T: of DNI, of truncated BPTT, and of ĝ against all that follows."""
+    """The errors of a diagnosis at one T: of DNI, of truncated BPTT, and of ĝ for everything that follows."""
     values = {}
     for quality in found.parameters:
         prefix = "truncated_" if quality.estimator == "truncated" else ""
@@ -239,17 +238,17 @@ def qualities(found: Diagnosis) -> dict[str, float]:
 
 
 def candidate_of(row: dict[str, Any]) -> Candidate:
-    """What a line of rows.jsonl or seconds.jsonl is about."""
+    """The candidate of a line of rows.jsonl or seconds.jsonl."""
     return Candidate(**{field.name: row[field.name] for field in fields(Candidate)})
 
 
 def read_seconds(path: Path) -> dict[Candidate, float]:
-    """What `measure_seconds` has written; nothing when it has not been run."""
+    """The output of `measure_seconds`; empty if it has not been run."""
     return {candidate_of(row): row["seconds_ratio"] for row in read_jsonl(path)} if path.exists() else {}
 
 
 def by_candidate(rows: Iterable[dict[str, Any]]) -> dict[Candidate, list[dict[str, Any]]]:
-    """The rows of each candidate, in the order of T and of cost."""
+    """The rows of each candidate, sorted by T and cost."""
     groups: dict[Candidate, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(candidate_of(row), []).append(row)
@@ -257,7 +256,7 @@ def by_candidate(rows: Iterable[dict[str, Any]]) -> dict[Candidate, list[dict[st
 
 
 def describe(candidate: Candidate) -> str:
-    """What is not the same for all, in words."""
+    """The settings in which candidates differ, in words."""
     state = ", reads h and c" if candidate.synthesizer_reads == "state" else ""
     core = ", annealed core" if candidate.core == "annealed" else ""
     return f"{candidate.synthesizer}, {candidate.context}{state}{core}"
@@ -344,7 +343,7 @@ def line(candidate: Candidate, rows: list[dict[str, Any]], seconds_ratio: float 
 
 
 def panels(rows: list[dict[str, Any]]) -> list[Panel]:
-    """Relative error against T, and against what M costs."""
+    """Relative error against T, and against the cost of M."""
     groups = by_candidate(rows)
 
     def mean(candidate: Candidate, name: str = "relative_error") -> float:

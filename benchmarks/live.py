@@ -1,11 +1,11 @@
-"""Three streams, read once, strictly online: bits per character of each byte before it is learnt.
+"""Three streams, read once, strictly online: bits per character, each byte predicted before it is learnt.
 
     python benchmarks/live.py --text FILE --log FILE [--minutes 30]
 
-Every run is `dni-rnn train live --lag 0` (the rows of DNI that is conditioned say their lag) with the
-stream on its standard input. Streams: a play (tiny-shakespeare), a log, and a manual, Python's own help. The
-rates were chosen beforehand, on the first 100,000 bytes of the play (--rates). Each run is a line of
-rows.jsonl; those that are there are not run again.
+Every run is `dni-rnn train live --lag 0` (rows of conditioned DNI state their lag) with the stream on its
+standard input. Streams: a play (tiny-shakespeare), a log, and a manual, Python's own help. The learning rates
+were chosen beforehand, on the first 100,000 bytes of the play (--rates). Each run is a line of rows.jsonl;
+existing rows are not run again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ METHODS = {
     "DNI, conditioned, 8 symbols behind, T = 1": "--bptt 1 --dni --lag 8",
     "trace and penalty, T = 8": "--bptt 8 --lag 0 --trace 32 --restore 0.1",
 }
-RATES = ("1e-3", "3e-3", "1e-2", "3e-2")  # the last at T > 1 alone
+RATES = ("1e-3", "3e-3", "1e-2", "3e-2")  # the last only at T > 1
 
 HEADER = """# Three streams, read once
 
@@ -64,7 +64,7 @@ def run(stream: bytes, words: str, seed: int) -> dict[str, Any]:
 
 
 def better_rates(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Of each method, of the pilots."""
+    """The better learning rate of each method, from the pilots."""
     best: dict[str, tuple[float, str]] = {}
     for row in rows:
         if row["pilot"]:

@@ -1,9 +1,9 @@
-"""Does the memory of `dni-rnn train live` stay flat? A stream without end, a reading each minute.
+"""Does the memory of `dni-rnn train live` stay constant? An endless stream, with a reading each minute.
 
     python benchmarks/live_memory.py --out results/live-memory --minutes 120
 
-The stream is a text (Python's own help) over and over, so many bytes a second. Every byte is learnt when
-it comes: one row, T = 1, a trace of 32 steps, the state penalty, a checkpoint each minute. A reading is the
+The stream repeats a text (Python's own help) at a fixed number of bytes per second. Every byte is learnt when
+it arrives: one row, T = 1, a trace of 32 steps, the state penalty, a checkpoint each minute. A reading is the
 resident memory of that process, in MB. Needs Linux.
 """
 
@@ -34,7 +34,7 @@ def resident(process: int) -> float:
 
 
 def feed(pipe: Any, rate: int) -> None:
-    """Ten times a second what has come meanwhile."""
+    """Ten times a second, write the bytes that are due."""
     text = itertools.cycle("\n".join(topics[name] for name in sorted(topics)).encode())
     began, sent = time.monotonic(), 0
     try:
@@ -64,7 +64,7 @@ def table(readings: Sequence[dict[str, float]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 when the run did not end well."""
+    """Exit code 1 if the run failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder for readings and table")
     parser.add_argument("--minutes", type=float, default=120.0)

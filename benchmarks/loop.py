@@ -1,10 +1,9 @@
-"""`dni-rnn train` against a bare PyTorch loop that does the same work, in characters per second.
+"""`dni-rnn train` compared with a bare PyTorch loop that does the same work, in characters per second.
 
     python benchmarks/loop.py [--rounds 7] [--steps 400] [--threads 1]
 
-Both train an LSTM of 256 on the same text with the same windows, optimizer and clipping; `train` also
-logs, shows progress and keeps checkpoints. In turn, in one process; medians. Validation is left out of
-both.
+Both train an LSTM of 256 on the same text with the same windows, optimizer and clipping; `train` also logs,
+shows progress and writes checkpoints. They take turns in one process; medians. Neither includes validation.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""One training step of the peers that run, of ours and of plain truncated BPTT, in turn in one process.
+"""One training step of other DNI projects, of this one and of plain truncated BPTT, in turns in one process.
 
     python benchmarks/peers.py --koz4k DNI.PY --mtanghu DNI.PY --pytorch-dni
 
-Nothing of a peer is kept here. `--koz4k` is `dni.py` of https://github.com/koz4k/dni-pytorch (b14a07c),
-`--mtanghu` that of https://github.com/mtanghu/DNI-RNN (3c3cca7), each in a clone of yours; `--pytorch-dni`
-lets pip fetch pytorch-dni 0.0.1 from PyPI into a folder that is removed again. A peer that is not given is
-not measured. Each trains the same net with the same optimizer, as its own example does. The rows of one call
-replace those of the last, and table.md is written from them (--report measures nothing).
+No code of another project is kept here. `--koz4k` is `dni.py` of https://github.com/koz4k/dni-pytorch
+(b14a07c), `--mtanghu` that of https://github.com/mtanghu/DNI-RNN (3c3cca7), each in your own clone;
+`--pytorch-dni` lets pip fetch pytorch-dni 0.0.1 from PyPI into a temporary folder. A project that is not
+given is not measured. Each trains the same net with the same optimizer, as its own example does. The rows of
+one call replace those of the last, and table.md is written from them (--report measures nothing).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ State = tuple[Tensor, Tensor]
 
 
 class Net(nn.Module):
-    """What every step here trains."""
+    """The net that every step here trains."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def adam(*modules: nn.Module) -> torch.optim.Adam:
 
 
 def our_step() -> Callable[[], None]:
-    """`Interface` in a user's loop, with the synthesizer that the peers have: h and c, one layer of 2·256."""
+    """`Interface` in a user's loop, with the other projects' synthesizer: h and c, one layer of 2·256."""
     net, state = Net(), [zero_state()]
     interface = Interface(MLPSynthesizer(zero_state(), [2 * HIDDEN], bounded=False), scale=0.1)
     parameters, optimizer = list(net.parameters()), adam(net, interface)
@@ -99,7 +99,7 @@ def our_step() -> Callable[[], None]:
 
 
 def load(name: str, path: Path, mend: Callable[[str], str] = str) -> ModuleType:
-    """A peer's file as a module, its source changed by `mend`."""
+    """Another project's file as a module, with its source changed by `mend`."""
     if not path.is_file():
         raise UsageError(
             f"--{name} {path}: no file there; clone the repository (see --help) and give its dni.py"
@@ -134,7 +134,7 @@ def koz4k_step(path: Path, layers: int) -> Callable[[], None]:
 
 
 def mtanghu_step(path: Path) -> Callable[[], None]:
-    """As its README says. The last commit does not compile: a string has a quotation mark too many."""
+    """As in its README. The last commit does not compile: a string has one quotation mark too many."""
     synthesizer = load("mtanghu", path, lambda source: source.replace('before""\n', 'before"\n')).Synthesizer(
         HIDDEN
     )
@@ -156,7 +156,7 @@ def mtanghu_step(path: Path) -> Callable[[], None]:
 
 
 def try_pytorch_dni(folder: str) -> dict[str, Any]:
-    """Wrap a net in the package that pip put into `folder`: what `backward` says, and what was learnt."""
+    """Wrap a net with the package that pip put into `folder`: what `backward` says, and what was learnt."""
     os.chdir(folder)  # importing it writes a log file
     sys.path.insert(0, folder)
     warnings.simplefilter("ignore")
@@ -176,7 +176,7 @@ def try_pytorch_dni(folder: str) -> dict[str, Any]:
 
 
 def fetch_pytorch_dni() -> dict[str, Any]:
-    """Let pip fetch it, and try it in a process of its own."""
+    """Let pip fetch it, and try it in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, PYPI]
         if subprocess.run(pip).returncode:
@@ -186,7 +186,7 @@ def fetch_pytorch_dni() -> dict[str, Any]:
 
 
 def measure(koz4k: Path | None, mtanghu: Path | None, rounds: int) -> dict[str, Cost]:
-    """Milliseconds of a step, and its ratio to the plain one, of all that are there."""
+    """Milliseconds of a step, and its ratio to the plain one, for all projects given."""
     torch.set_num_threads(1)
     steps = {
         PLAIN: plain_step(SIZE),
@@ -253,7 +253,7 @@ def main() -> None:
     args = parser.parse_args()
     path = args.out / "rows.jsonl"
     if not args.report:
-        # As in `dni_rnn.experiments.bench`: the allocator held still, and several processes.
+        # As in `dni_rnn.experiments.bench`: fixed allocator settings, and several processes.
         os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**32))
         words = ["/".join(Path(word).parts[-2:]) if word.endswith(".py") else word for word in sys.argv[1:]]
         about = {

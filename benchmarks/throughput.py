@@ -2,10 +2,10 @@
 
     python benchmarks/throughput.py results/ptb [--rounds 7] [--data-dir DATA]
 
-A sweep's own wall-clock seconds were taken while other runs shared the machine. Here the cells train in
-blocks of updates in turn, round after round, so that a change of the machine's speed meets all of them; the
-median over rounds is written to speed.json in the sweep's folder, and `dni-rnn report` uses it to turn
-characters into seconds. One thread.
+A sweep's own wall-clock seconds were measured while other runs shared the machine. Here the cells train in
+blocks of updates in turn, round after round, so that a change of the machine's speed affects all of them; the
+median over rounds is written to speed.json in the sweep's folder, and `dni-rnn report` uses it to convert
+characters to seconds. One thread.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What a trace costs on a GPU: updates of `dni-rnn train` as CUDA graphs, in turn, and where their time goes.
+"""The cost of a trace on a GPU: updates of `dni-rnn train` as CUDA graphs, in turns, and where time goes.
 
     python benchmarks/trace_on_gpu.py [--hidden 1024 --rows 256 --steps 2 8 --rounds 9]
 
-One row for each method, milliseconds for an update, medians over rounds of blocks that take turns: *update*
-as it is trained, *replay* the recording alone, and the ratio of this one to truncated BPTT in the same round.
-A trace is measured in two ways: the LSTM of cuDNN, whose gates are computed again, the default; *cells*, step
-by step by the kernels of `nn.LSTMCell`, which keep them (`Traced(fused=False)`). Then the products and
-kernels of a step alone, and the kernels of one recording with their times. On a CPU nothing is recorded: a
-test of the script.
+Prints one row for each method, in milliseconds per update, medians over rounds of blocks that take turns:
+*update* is the whole update, *replay* only the replayed graph, with its ratio to truncated BPTT in the same
+round. A trace is measured in two ways: with the LSTM of cuDNN, whose gates are recomputed (the default), and
+as *cells*, step by step with the kernels of `nn.LSTMCell`, which keep the gates (`Traced(fused=False)`). Then
+it prints the products and kernels of a step alone, and the kernels of one graph with their times. On a CPU no
+graph is recorded; that only tests the script.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ROWS: dict[str, tuple[dict[str, Any], bool]] = {
 
 
 def build(size: Size, settings: dict[str, Any], fused: bool) -> tuple[Work, Work | None]:
-    """An update, and its recording alone where there is one."""
+    """An update, and its recorded graph if there is one."""
     trained = learner(size, settings)
     for traced in getattr(trained.estimator, "_traced", []):
         traced.fused = fused
@@ -57,7 +57,7 @@ def wait(device: str) -> float:
 
 
 def several(work: Work, times: int) -> Work:
-    """Without waiting in between, as in training."""
+    """`work`, `times` times without synchronisation in between, as in training."""
 
     def call() -> None:
         for _ in range(times):
@@ -67,13 +67,13 @@ def several(work: Work, times: int) -> Work:
 
 
 def measure(works: dict[str, Work], rounds: int, times: int, device: str) -> dict[str, Cost]:
-    """Of works that do something so many times, of one time."""
+    """The cost of one repetition, for works that do something `times` times."""
     found = time_in_turns(works, rounds, 1, partial(wait, device))
     return {name: cost._replace(milliseconds=cost.milliseconds / times) for name, cost in found.items()}
 
 
 def compare(size: Size, rounds: int, block: int) -> Work:
-    """Print the table of one size; the recording of a trace by cells."""
+    """Print the table of one size; returns the recorded graph of a trace with cells."""
     began = wait(size.device)
     built = {name: build(size, *row) for name, row in ROWS.items()}
     seconds = wait(size.device) - began
@@ -91,7 +91,7 @@ def compare(size: Size, rounds: int, block: int) -> Work:
 
 
 def parts(size: Size, rounds: int, block: int) -> None:
-    """The products and kernels of which a step consists, alone and in turn."""
+    """The products and kernels that make up a step, each alone and in turns."""
     rows, hidden, steps, device = size.batch_size, size.hidden, size.bptt, size.device
 
     def draw(*shape: int) -> torch.Tensor:

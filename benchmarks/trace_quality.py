@@ -1,11 +1,10 @@
-"""How near does a trace come to full BPTT, where nothing is learnt and nothing is known of what comes?
+"""How close does a trace come to the gradient of full BPTT on a frozen net?
 
     python benchmarks/trace_quality.py [--data-dir DATA] [--out results/trace-quality]
 
-A net of 128 units is trained on Penn Treebank characters by truncated BPTT with T = 20, and held still.
-Then each estimator of `dni-rnn diagnose` is measured at each T against full BPTT over 120 steps of
-validation text. Each (core, seed) is a few lines of rows.jsonl; those that are there are not run again;
-with --report nothing is.
+A net of 128 units is trained on Penn Treebank characters by truncated BPTT with T = 20, then frozen. Each
+estimator of `dni-rnn diagnose` is then compared at each T with full BPTT over 120 steps of validation text.
+Each (core, seed) is a few lines of rows.jsonl; existing rows are not run again, and with --report nothing is.
 """
 
 from __future__ import annotations

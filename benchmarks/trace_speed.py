@@ -1,10 +1,11 @@
-"""What a trace costs: one update with it against one of truncated BPTT, interleaved, one thread.
+"""The cost of a trace: an update with it, relative to truncated BPTT, interleaved, one thread.
 
     python benchmarks/trace_speed.py [--rounds 15] [--device cpu]
 
-An update is everything: embedding, `nn.LSTM`, readout, cross entropy, backward, clipping, Adam. Round after
-round the nets take a block of updates in turn, so that a change of the machine's speed meets all; given are
-medians over rounds of milliseconds for an update, and of the ratio to the plain net in the same round.
+An update is the whole step: embedding, `nn.LSTM`, readout, cross entropy, backward, clipping, Adam. The nets
+take turns in blocks of updates, round after round, so that a change of the machine's speed affects all of
+them. Prints medians over rounds of the milliseconds per update and of the ratio to the plain net in the same
+round.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SIZES = [(256, 32, 8), (256, 32, 2), (128, 64, 2), (128, 64, 1), (1024, 32, 8)]
 
 
 def updates(hidden: int, rows: int, steps: int, device: str, wait: int) -> dict[str, Callable[[], Any]]:
-    """By name, one update each of nets that are alike."""
+    """One update for each of several nets of the same size, by name."""
     embedding = nn.Embedding(SYMBOLS, hidden)
     lstm, readout = nn.LSTM(hidden, hidden), nn.Linear(hidden, SYMBOLS)
     generator = torch.Generator().manual_seed(0)
@@ -65,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--wait", type=int, default=32, help="steps that a step waits")
+    parser.add_argument("--wait", type=int, default=32, help="`steps` of the trace")
     parser.add_argument("--only", type=int, nargs="*", help="rows of the table")
     args = parser.parse_args()
     torch.set_num_threads(1)

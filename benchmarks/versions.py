@@ -1,10 +1,10 @@
-"""Does a step cost what it cost in another version of the package?
+"""Does a step cost as much as in another version of the package?
 
     python benchmarks/versions.py CHECKOUT_BEFORE CHECKOUT_AFTER [--rounds 101]
 
-An LSTM with an interface in a loop of its own, in both checkouts, in one process and in turns, whose order
-changes from round to round. CPU time of the thread: the median of the ratios of a round with its quartiles,
-and the smallest time of either version, which other processes disturb least.
+Trains an LSTM with an interface in a plain loop with both checkouts, in one process, taking turns in an order
+that changes from round to round. Prints CPU time of the thread: the median over rounds of the ratio, with
+quartiles, and the smallest time of each version, which other processes disturb least.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INPUTS = 32
 
 
 def loaded(checkout: Path) -> Any:
-    """The package of a checkout; what it was loaded from before goes on by itself."""
+    """The package of a checkout; a package loaded before stays usable."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "dni_rnn"]:
         del sys.modules[name]
     sys.path.insert(0, str(checkout.resolve()))
@@ -39,7 +39,7 @@ def loaded(checkout: Path) -> Any:
 
 
 def calls(package: Any, hidden: int, rows: int, steps: int) -> dict[str, Callable[[], Any]]:
-    """A training step, and by themselves the two calls of an interface in it."""
+    """A training step, and separately the two calls of an interface in it."""
     torch.manual_seed(0)
     lstm = nn.LSTM(INPUTS, hidden)
     state = [(torch.zeros(1, rows, hidden), torch.zeros(1, rows, hidden))]

@@ -3,8 +3,8 @@
     python examples/accelerate_loop.py [FILE] [--precision bf16] [--accumulate 2]
     accelerate launch examples/accelerate_loop.py
 
-The interface is a part of the model, so `prepare` sees one module. Each process reads rows of its own;
-here all read the same text from different places.
+The interface is part of the model, so `prepare` sees one module. Each process reads its own rows; here all
+processes read the same text, starting at different places.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Synthetic gradients in one page: three layers learn to add, and none waits for the one above.
+"""Synthetic gradients on one page: three layers learn to add, and none waits for the layer above.
 
     python examples/addition.py
 
-Two binary numbers go in, their sum comes out of a sigmoid net of 3 layers. It is trained four times: by
-backpropagation; with synthetic gradients regressed on a layer's output alone, which says little about the
-sum that was wanted, and the net hardly learns; with ones regressed on the output and the data (the wanted
-sum); and with ones that are the derivative of a predicted loss, from the same two.
+A sigmoid net of 3 layers gets two binary numbers and outputs their sum. It is trained four times: with
+backpropagation; with synthetic gradients predicted from a layer's output alone, which says little about the
+target sum, so the net hardly learns; with synthetic gradients predicted from the output and the target; and
+with the derivative of a loss that is predicted from these two.
 """
 
 import torch
@@ -25,7 +25,7 @@ def batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(method: str) -> float:
-    """Share of sums that come out right after training."""
+    """Share of sums that are right after training."""
     torch.manual_seed(0)
     layers = nn.ModuleList(
         [
@@ -35,8 +35,8 @@ def train(method: str) -> float:
     )
     readout = nn.Linear(HIDDEN, BITS + 1)
 
-    # One interface at the output of each hidden layer: it hands the layer a synthetic gradient, and learns
-    # from the gradient that the next layer has for it.
+    # One interface at the output of each hidden layer: it gives the layer a synthetic gradient, and learns
+    # from the gradient that the next layer sends back.
     interfaces = nn.ModuleList()
     if method != "backpropagation":
         for _ in layers:

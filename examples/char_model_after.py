@@ -1,5 +1,5 @@
-"""`char_model_before.py` with synthetic gradients: the two lines marked (1) and (2) change, and the
-interface is made and joins the optimizer.
+"""`char_model_before.py` with synthetic gradients: the two lines marked (1) and (2) change, and an
+interface is created, whose parameters are added to the optimizer.
 
     python examples/char_model_after.py [FILE] [--bptt 4] [--steps 1500]
 """

@@ -1,5 +1,5 @@
-"""A character model in plain PyTorch: truncated BPTT, nothing else. `char_model_after.py` is this file
-with synthetic gradients.
+"""A character model in plain PyTorch, with truncated BPTT. `char_model_after.py` is the same program with
+synthetic gradients.
 
     python examples/char_model_before.py [FILE] [--bptt 4] [--steps 1500]
 """

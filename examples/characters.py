@@ -1,4 +1,4 @@
-"""What the examples beside it share: a text in windows, and a character model that carries its interface."""
+"""Shared by the other examples: a text in windows, and a character model that contains its interface."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +12,15 @@ State = tuple[Tensor, Tensor]
 
 
 def read(file: Path | None) -> tuple[Tensor, int]:
-    """A text as numbers, and how many different symbols it has. The default is a source file of torch."""
+    """A text as numbers, and its number of different symbols. The default is a source file of torch."""
     text = file.read_text() if file else (Path(torch.__file__).parent / "nn/functional.py").read_text()
     symbols = {symbol: number for number, symbol in enumerate(sorted(set(text)))}
     return torch.tensor([symbols[symbol] for symbol in text]), len(symbols)
 
 
 def windows(text: Tensor, rows: int, bptt: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`steps` windows of `bptt` inputs and targets, (bptt, rows), one after the other in time."""
-    columns = text[: len(text) // rows * rows].view(rows, -1).t()  # every row reads a stretch of its own
+    """`steps` successive windows of `bptt` inputs and targets, (bptt, rows)."""
+    columns = text[: len(text) // rows * rows].view(rows, -1).t()  # each row reads its own part
     starts = range(0, len(columns) - bptt, bptt)
     for step in range(steps):
         start = starts[step % len(starts)]
@@ -31,8 +31,8 @@ def windows(text: Tensor, rows: int, bptt: int, steps: int) -> Iterator[tuple[Te
 class CharModel(nn.Module):
     """Embedding, LSTM, readout and the interface at the window's boundary, in one module.
 
-    A framework that wraps a model (in DDP, in autocast) wraps its `forward`. So both edges are in there,
-    and the synthesizer's parameters are among the model's.
+    A framework that wraps a model (for DDP or autocast) wraps its `forward`. So `forward` contains both
+    edges, and the synthesizer's parameters are among the model's.
     """
 
     def __init__(self, symbols: int, hidden: int = 128) -> None:
@@ -47,11 +47,11 @@ class CharModel(nn.Module):
         return zeros, zeros.clone()
 
     def net_parameters(self) -> list[nn.Parameter]:
-        """All but the synthesizer's: what is clipped."""
+        """All parameters except the synthesizer's: those to clip."""
         return [p for name, p in self.named_parameters() if not name.startswith("interface.")]
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State, Tensor]:
-        """Logits (T, B, symbols), the state after the window, and the zero to add to the loss."""
+        """Logits (T, B, symbols), the state after the window, and the zero-valued term to add to the loss."""
         state = self.interface.receive(state)
         output, state = self.lstm(self.embedding(x), state)
         return self.readout(output), state, self.interface.send(state)

@@ -3,8 +3,8 @@
     python examples/compiled_core.py [FILE] [--backend inductor]
 
 The whole window step is one graph: `receive`, the cell's T steps, the loss and `send`. torch does not
-compile `nn.LSTM`, `nn.GRU` and `nn.RNN` (it calls their own fused kernels, and the interface works beside
-them as always); a loop in Python is what compiling speeds up.
+compile `nn.LSTM`, `nn.GRU` and `nn.RNN` (it calls their fused kernels, and the interface works with them as
+usual); compiling speeds up loops in Python such as this cell.
 """
 
 import argparse
@@ -57,7 +57,7 @@ optimizer = torch.optim.Adam([*net.parameters(), *interface.parameters()], 3e-3)
 def window_step(x: Tensor, y: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     outputs, state = cell(embedding(x), interface.receive(state))
     loss = F.cross_entropy(readout(outputs).flatten(0, 1), y.flatten()) + interface.send(state)
-    return loss, state.detach()  # a state that wants gradients would be compiled for once more
+    return loss, state.detach()  # a state that requires grad would cause another compilation
 
 
 compiled = torch.compile(window_step, backend=args.backend, fullgraph=True)

@@ -2,10 +2,11 @@
 
     torchrun --nproc-per-node 2 examples/encoder_and_core.py [--windows 3000] [--frozen]
 
-Frames come in: symbols out of 4, each drawn as one of many noisy patterns. Process 0 encodes them; process 1,
-an LSTM, says which symbol was seen 2 frames ago, in windows of 4 steps of truncated BPTT with a synthetic
-gradient at their ends. The encoder learns at once, with a synthetic gradient of its output; the true one
-comes back a window or two later and trains the synthesizer. --frozen leaves the encoder as it was drawn.
+The input is a sequence of frames: each shows one of 4 symbols as one of many noisy patterns. Process 0
+encodes them. Process 1, an LSTM, predicts which symbol was shown 2 frames ago, trained on windows of 4 steps
+with a synthetic gradient at their ends. The encoder learns at once from a synthetic gradient at its output;
+the true gradient comes back a window or two later and trains the synthesizer. --frozen keeps the encoder's
+random weights.
 """
 
 from __future__ import annotations

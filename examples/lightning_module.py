@@ -4,7 +4,7 @@
 
 A batch is a window, and the module keeps the state from one to the next. Optimization stays automatic, so
 precision, accumulation, clipping and logging are options of the Trainer. The windows must come in order:
-no shuffling, and no sampler put in by the Trainer.
+without shuffling, and without a sampler from the Trainer.
 """
 
 import argparse
@@ -30,7 +30,7 @@ class TruncatedBPTT(L.LightningModule):
         self.average = Average()
 
     def on_train_epoch_start(self) -> None:
-        self.state = self.model.initial_state(ROWS)  # the text begins anew
+        self.state = self.model.initial_state(ROWS)  # the text starts again
 
     def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)

@@ -1,16 +1,17 @@
-"""An actor-critic that must remember: A2C in updates of T = 5 steps, a cue that is asked for K steps later.
+"""An actor-critic that must remember a cue for K steps, trained by A2C with updates of T = 5 steps.
 
     python examples/memory_actor_critic.py [--delay 20] [--trace 32] [--seed 0] [--updates 3000]
 
-Plain: an `nn.LSTM` whose state is detached at each update. With a trace: the same, wrapped, and the line that
-calls it. Both run one after the other; `memory_actor_critic.png` has both curves.
+The plain run uses an `nn.LSTM` whose state is detached at each update. The run with a trace differs in the
+line that wraps the LSTM and the line that calls it. Both run one after the other; `memory_actor_critic.png`
+shows both curves.
 
 Doors opened in the last 200 of 3,000 updates, K = 20, seeds 0, 1, 2 (chance 25 %): plain 24, 26, 24 %,
-level all the way; with a trace 99, 99, 98 %, more than half of them after 1,400 to 1,800 updates. Plain 28
-to 29 s of one core, with the trace 36 to 38 s. The trace must reach the cue (`--trace` at least K), and the
-cell be able to hold it: forget gates begin open here, in both runs. That alone does not help the plain one,
-whose cell the distractors fill, and it is not always enough: K = 50 with `--trace 64` was still near chance
-after 5,000 updates (seed 0).
+without any improvement; with a trace 99, 99, 98 %, more than half of them after 1,400 to 1,800 updates. The
+plain run takes 28 to 29 s on one core, the run with the trace 36 to 38 s. The trace must reach the cue
+(`--trace` at least K), and the cell must be able to hold it: in both runs the forget gates start open. That
+alone does not help the plain run, whose cell fills with distractors. It is not always enough: K = 50 with
+`--trace 64` was still near chance after 5,000 updates (seed 0).
 """
 
 import argparse
@@ -30,20 +31,20 @@ T, ROWS, CUES, HIDDEN, GAMMA = 5, 64, 4, 64, 0.98
 
 
 class Corridor:
-    """Rows of episodes: a cue, K − 1 steps of distractors, then a door that the cue's number opens.
+    """Episodes, one per row: a cue, K − 1 steps of distractors, then a door that the cue's number opens.
 
-    A distractor looks as a cue does, but for the mark on the first step. The right action at the door is paid
-    1; nothing else is. An episode that has ended waits for the end of the window.
+    A distractor looks like a cue, except for the mark on the first step. The right action at the door gives a
+    reward of 1; nothing else is rewarded. An episode that has ended waits for the end of the window.
     """
 
     def __init__(self, delay: int) -> None:
         self.delay = delay
         self.length = -(-(delay + 1) // T) * T
-        self.clock = torch.arange(ROWS) * T % self.length  # no two neighbours at the same place
+        self.clock = torch.arange(ROWS) * T % self.length  # neighbouring rows are at different steps
         self.cue = torch.randint(CUES, (ROWS,))
 
     def look(self) -> Tensor:
-        """What each row sees: a symbol, the mark of the first step, the door."""
+        """The observation of each row: a symbol, the mark of the first step, the door."""
         first, door = self.clock == 0, self.clock == self.delay
         shown = torch.randint(CUES, (ROWS,))
         self.cue = torch.where(first, shown, self.cue)
@@ -61,7 +62,7 @@ def train(delay: int, trace: int, seed: int, updates: int) -> Iterator[tuple[int
     torch.manual_seed(seed)
     world = Corridor(delay)
     lstm, heads = nn.LSTM(CUES + 2, HIDDEN), nn.Linear(HIDDEN, CUES + 1)
-    # Forget gates that begin by remembering: exp(−1) is left after K steps.
+    # Forget gates start open: exp(−1) of the cell is left after K steps.
     nn.init.constant_(lstm.get_parameter("bias_hh_l0")[HIDDEN : 2 * HIDDEN], math.log(delay))
     net = nn.ModuleList([lstm, heads])
     core = Traced(lstm, steps=trace) if trace else lstm
@@ -69,7 +70,7 @@ def train(delay: int, trace: int, seed: int, updates: int) -> Iterator[tuple[int
     state = (torch.zeros(1, ROWS, HIDDEN), torch.zeros(1, ROWS, HIDDEN))
     opened, doors = 0.0, 0.0
     for update in range(1, updates + 1):
-        # Five steps with the policy as it is.
+        # Five steps with the current policy.
         done = world.clock == 0  # an episode begins
         state = tuple(leaf.detach().masked_fill(done[:, None], 0.0) for leaf in state)
         inside, looks, actions, rewards = state, [], [], []
@@ -81,7 +82,7 @@ def train(delay: int, trace: int, seed: int, updates: int) -> Iterator[tuple[int
                 actions.append(torch.multinomial(heads(output[0])[:, :CUES].softmax(1), 1)[:, 0])
                 rewards.append(world.act(actions[-1]))
 
-        # The same five steps, with their gradient.
+        # The same five steps again, with gradients.
         x = torch.stack(looks)
         if trace:
             output, state = core(x, state, done)
@@ -113,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--delay", type=int, default=20, help="K: steps from the cue to the door")
     parser.add_argument(
-        "--trace", type=int, default=32, help="steps of the trace, at least K; 0: the plain run alone"
+        "--trace", type=int, default=32, help="steps of the trace, at least K; 0: only the plain run"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--updates", type=int, default=3000)

@@ -1,15 +1,15 @@
-"""A recurrent cell of one's own, trained with synthetic gradients from the command line.
+"""A custom recurrent cell, trained with synthetic gradients from the command line.
 
     PYTHONPATH=examples dni-rnn train text --core own_cell:Cell --bptt 4 --dni --steps 50
 
-It is an LSTM whose input and forget gates are coupled, so that what enters the memory is what left it:
+It is an LSTM with coupled input and forget gates: the memory takes in as large a share as it forgets:
 
     f, o  = σ(W x + U h + b)                two gates
-    m'    = f · m + (1 − f) · tanh(W x + b) the memory, within ±1 for ever
+    m'    = f · m + (1 − f) · tanh(W x + b) the memory, always within ±1
     h'    = o · tanh(m')                    the output
 
-Any module with the four members below will do (`dni_rnn.cores.Core`); its state is any tree of tensors,
-here a dict.
+Any module with the four members below works (`dni_rnn.cores.Core`); its state can be any tree of tensors,
+here it is a dict.
 
 Source: Greff et al. 2017, "LSTM: A Search Space Odyssey", arXiv:1503.04069 (CIFG, without peepholes).
 """

@@ -2,10 +2,10 @@
 
     python examples/precision_and_accumulation.py [FILE] [--precision bf16] [--accumulate 2]
 
-bfloat16 needs nothing but autocast, and a processor that has instructions for it (torch's LSTM refuses it
-elsewhere). float16 needs a scaler, which multiplies the loss, and the interface must know by how much.
-Several windows per update need nothing: the state is carried from window to window as always, and only the
-optimizer waits.
+bfloat16 needs only autocast, and a processor with instructions for it (torch's LSTM refuses it otherwise).
+float16 needs a scaler, which multiplies the loss, and the interface must know the factor. Several windows
+per update need nothing special: the state is carried from window to window as usual, and only the optimizer
+waits.
 """
 
 import argparse
@@ -36,7 +36,7 @@ scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
 rows, average, one = 32, Average(), torch.ones((), device=device)
 state = model.initial_state(rows)
 for step, (x, y) in enumerate(windows(text.to(device), rows, args.bptt, args.steps), start=1):
-    model.interface.loss_scale = scaler.scale(one)  # 1 where the scaler is off
+    model.interface.loss_scale = scaler.scale(one)  # 1 if the scaler is disabled
     with torch.autocast(device, dtype, enabled=dtype is not None):
         logits, state, sent = model(x, state)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())

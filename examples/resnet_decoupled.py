@@ -2,9 +2,9 @@
 
     python examples/resnet_decoupled.py
 
-The net is written in the style of torchvision's and knows nothing of synthetic gradients; `decouple` cuts
-it, and the training loop is the ordinary one. The pictures are made up: the class is the colour and
-the direction of a stripe.
+The net is written in the style of torchvision and contains nothing about synthetic gradients; `decouple` cuts
+it, and the training loop is the usual one. The pictures are synthetic: the class is the colour and the
+direction of a stripe.
 """
 
 import torch

@@ -1,5 +1,5 @@
-"""A word-level language model in plain PyTorch, of the usual form (batchify, repackage_hidden, get_batch,
-clip, AdamW): truncated BPTT, nothing else. `word_model_after.py` is this file with a trace.
+"""A word-level language model in plain PyTorch, in the usual form (batchify, repackage_hidden, get_batch,
+clip, AdamW), with truncated BPTT. `word_model_after.py` is the same program with a trace.
 
     python examples/word_model_before.py [FILE] [--bptt 2] [--epochs 3] [--seed 0]
 """

@@ -214,7 +214,7 @@ def test_figures_of_the_readme_stand_in_the_tables() -> None:
         assert figure in overview, figure
     table = (ROOT / "results" / "decoupled" / "table.md").read_text()
     speed = re.findall(r"\| 2 +\| +100 \| +(?:lock-step|decoupled) \| +([\d.]+) \|", table)
-    sentence = "two parts g[eo]t {1} through a second, in lock-step {0}".format(*speed)
+    sentence = "two parts process(?:ed)? {1} messages a second, in lock-step {0}".format(*speed)
     for page in (README, PAGES["docs/tutorials/layers.md"]):
         assert re.search(sentence, " ".join(page.split()))
 
