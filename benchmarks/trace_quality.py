@@ -28,15 +28,15 @@ SEEDS = (0, 1, 2)
 LENGTHS = (1, 2, 4, 8)
 UPDATES = 1000  # of 64 rows x 20 steps
 
-HEADER = """# Traces on a net that is held still: gradient error and bias
+HEADER = """# Traces on a frozen net: gradient error and bias
 
 Penn Treebank characters (convention char), 128 units, {updates:,} updates of truncated BPTT (T = 20,
-batch 64, Adam at 1e-3), then held still. *Error*: relative, of the gradient of the core's weights over
+batch 64, Adam at 1e-3), then frozen. *Error*: relative, of the gradient of the core's weights over
 120 steps of up to 128 rows of validation text, against full BPTT; mean over 6 stretches. *Bias*: the same
 of the expected gradient, from the product of the errors of two disjoint halves of the rows. *Gain*: how
 much of the true gradient is in the estimate. *Cost*: seconds of both halves, as a multiple of truncated
 BPTT at this T; shared machine. `trace`: own path, or exact in mingru and diagonal; nothing is learnt and
-nothing is known of what comes. `lookahead:8`: backpropagation through 8 steps more, the bound of what is
+nothing is conditioned on what comes. `lookahead:8`: backpropagation through 8 steps more, the bound of what is
 conditioned on 8 symbols. Mean ± sample standard deviation over n seeds.
 
 """
