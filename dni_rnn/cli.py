@@ -29,7 +29,7 @@ from dni_rnn.config import RunConfig
 from dni_rnn.data.task import Task, installed_tasks
 from dni_rnn.distributed import processes as distributed
 from dni_rnn.errors import DivergedError, LostError, ReportedElsewhere, UsageError, of_files
-from dni_rnn.starter import end_with_starter
+from dni_rnn.parent_process import end_with_starter
 
 TASKS = installed_tasks()
 

@@ -10,8 +10,8 @@ import dni_rnn
 ROOT = Path(dni_rnn.__file__).parent
 LAYERS = (
     "agreement asking atomic_files checks cores edges errors estimators feedforward gradient_quality "
-    "interface local_loss metrics penalty pytree recurrent registry running_rms stashed starter synthesizers "
-    "traces two_rates window",
+    "interface local_loss metrics parent_process penalty pytree recurrent registry running_rms stashed "
+    "synthesizers traces two_rates window",
     "config",
     "data",
     "training",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dni_rnn import starter
+from dni_rnn import parent_process
 from dni_rnn.errors import DivergedError, LostError, ReportedElsewhere, UsageError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def launch(arguments: list[str], processes: int) -> int:
 
     options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
     for start in range(RESTARTS + 1):
-        os.environ |= {**starter.environment(), ATTEMPT: str(start)}
+        os.environ |= {**parent_process.environment(), ATTEMPT: str(start)}
         try:
             run(parse_args([*options, "-m", "dni_rnn", *arguments]))
             return 0

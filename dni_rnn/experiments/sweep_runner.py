@@ -34,7 +34,7 @@ from dni_rnn.experiments.sweep import (
 )
 from dni_rnn.experiments.sweep_progress import SweepProgress, best_score
 from dni_rnn.metrics import metric_of
-from dni_rnn.starter import environment
+from dni_rnn.parent_process import environment
 
 POLL_SECONDS = 0.5
 LEAST_TURN = 20.0
