@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn.agreement import trust_of
-from dni_rnn.asking import Critique, ask, batch_dim_of, dtype_of
 from dni_rnn.checks import Done, Layout, alike
 from dni_rnn.edges import Edge, Send, times, without
 from dni_rnn.pytree import Spec, Tree, flatten, has_rows, unflatten
 from dni_rnn.running_rms import AllReduce, Running, follow, sum_of_squares
+from dni_rnn.synthesizer_call import Critique, ask, batch_dim_of, dtype_of
 
 __all__ = ["Critique", "Interface"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rnn.asking import Critique
 from dni_rnn.checks import Layout, coming
 from dni_rnn.pytree import Tree, flatten, flatten_rows, has_rows, part, unflatten
+from dni_rnn.synthesizer_call import Critique
 
 
 def units(widths: Sequence[int | Fraction], of: int) -> list[int]:
