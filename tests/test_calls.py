@@ -562,7 +562,7 @@ def test_rows_that_lie_elsewhere_are_noticed(generator):
     for call in (lambda: MLPSynthesizer(mixed), lambda: StatePenalty(1.0)(mixed)):
         with pytest.raises(ValueError, match="one number of rows"):
             call()
-    with pytest.raises(ValueError, match="rows of 2 tensors lie, and 3 have rows"):
+    with pytest.raises(ValueError, match="for 2 tensors, but 3 tensors have rows"):
         MLPSynthesizer(mixed, batch_dim={"lstm": (1, 1)})
     with pytest.raises(TypeError, match="batch_dim"):
         MLPSynthesizer(mixed, batch_dim={"lstm": 0.5})
