@@ -12,7 +12,7 @@ BEAT_SECONDS = 1.0
 """Between two heartbeats."""
 
 STOP = "stop"
-STARTER = "what started the processes"
+STARTER = "the parent process"
 
 
 class Heartbeat:
