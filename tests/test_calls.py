@@ -560,7 +560,7 @@ def test_rows_of_each_leaf_lie_where_they_are_said_to(generator):
 def test_rows_that_lie_elsewhere_are_noticed(generator):
     mixed = {"lstm": (torch.zeros(1, B, H),) * 2, "memory": torch.zeros(B, 5, 2)}
     for call in (lambda: MLPSynthesizer(mixed), lambda: StatePenalty(1.0)(mixed)):
-        with pytest.raises(ValueError, match="one number of rows"):
+        with pytest.raises(ValueError, match="the same number of rows"):
             call()
     with pytest.raises(ValueError, match="for 2 tensors, but 3 tensors have rows"):
         MLPSynthesizer(mixed, batch_dim={"lstm": (1, 1)})
