@@ -1,4 +1,4 @@
-"""How well one gradient stands for another; and measuring without leaving a mark."""
+"""How well one gradient approximates another, and measuring it without side effects."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ def agreement_of(synthetic: Tensor, true: Tensor) -> Agreement:
 
 
 def cosine_similarity(a: Tensor, b: Tensor) -> float:
-    """Of two tensors as vectors."""
+    """Cosine similarity of two tensors, flattened."""
     return float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
 
 
 def trust_of(products: Tensor, squares: Tensor) -> Tensor:
-    """From Σ ĝ·g and Σ ĝ·ĝ (scalars): their quotient clipped to [0, 1], 0 where ĝ is 0."""
+    """Σ ĝ·g / Σ ĝ·ĝ from the two sums (scalars), clipped to [0, 1]; 0 where ĝ is 0."""
     return (products / squares).nan_to_num(0.0).clamp(0.0, 1.0)
 
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Inside, backward passes leave no mark: buffers (an interface's statistics, those of batch
-    normalisation) and `.grad` are afterwards what they were. `.grad` is None to begin with.
+    """Restore `.grad` and buffers (statistics of interfaces and batch normalisation) on exit.
+
+    Inside, `.grad` starts as None.
     """
     parameters = [p for module in modules for p in module.parameters()]
     buffers = [buffer for module in modules for buffer in module.buffers()]

@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all, files of JSON lines, and folders that one process holds."""
+"""Files that are replaced whole or not at all, files of JSON lines, and locks on folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dni_rnn.errors import UsageError
 def write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary file beside `path`, flush it to the disk, then rename it over `path`.
 
-    Killed at any moment, or on a full disk, `path` is what it was before or whole.
+    Whenever it is killed, and on a full disk, `path` is either unchanged or complete.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -29,7 +29,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        # Which file it was is not said by all that fails.
+        # Not every error names its file.
         raise type(error)(error.errno, error.strerror, str(path)) from None
     if os.name == "posix":  # elsewhere a folder cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
@@ -40,15 +40,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def name_of(path: Path) -> str:
-    """That of what a path or link leads to, in symbols that can be written; links may lead round."""
+    """The file name of a path after following links, in symbols that can be encoded."""
     return os.path.basename(os.path.realpath(path)).encode(errors="replace").decode()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file of JSON holds.
+    """The object in a JSON file.
 
     Raises:
-      UsageError: it cannot be read, or holds something else.
+      UsageError: it cannot be read, or holds anything else.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -82,9 +82,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def understood(path: Path) -> Iterator[None]:
-    """Inside, what was read from `path` is used: where it lacks something, or holds another kind of value,
-    that is what the user is told.
-    """
+    """Report errors in the use of what was read from `path` as a `UsageError`: the file is damaged."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -101,7 +99,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """`folder` for this process alone, by a lock on `folder/.lock` that ends with the process.
+    """Hold `folder` for this process alone, by a lock on `folder/.lock` that ends with the process.
 
     Raises:
       UsageError: another process holds it.

@@ -1,6 +1,6 @@
-"""What enters an interface, a trace or a penalty: checked once, there, by shapes and types alone.
+"""Checks of what enters an interface, a trace or a penalty, by shapes and types alone.
 
-No value is read, so a device is never waited for, and a compiler or a recorder sees nothing of it.
+They read no value, so they never wait for a device and leave nothing in a compiled or recorded graph.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Done = Any
 
 
 class Layout:
-    """Where the rows of a message lie, and its tensors by rows.
+    """The batch dimensions of a message, and its conversion to rows and back.
 
     Args:
-      batch_dim: see `dni_rnn.interface.Interface`; None: in the last dimension but one of up to three.
+      batch_dim: see `dni_rnn.interface.Interface`; None: the last dimension but one of up to three.
     """
 
     def __init__(self, batch_dim: int | Tree | None) -> None:
@@ -41,10 +41,10 @@ class Layout:
     def enter(
         self, message: Tree, done: Done = None, device: torch.device | None = None
     ) -> tuple[list[Tensor], Spec, Tensor | None]:
-        """A message's tensors with rows, the rest of it, and its `done`, (B,); all checked.
+        """A message's tensors with rows, its spec, and its `done`, (B,); all checked.
 
         Args:
-          device: where it must be; None: anywhere.
+          device: the device where it must be; None: any.
 
         Raises:
           ValueError: see `Interface`.
@@ -58,7 +58,7 @@ class Layout:
         return leaves, spec, done_rows(done, rows, here)
 
     def count(self, leaves: Sequence[Tensor]) -> int:
-        """B, the number of rows of the tensors of a message, of which there is one at least."""
+        """B, the number of rows of the tensors of a message, at least one tensor."""
         dims = dims_of(leaves, self.dims)
         device, rows, most = leaves[0].device, -1, 9 if self.said else 3
         for leaf, dim in zip(leaves, dims, strict=True):
@@ -77,7 +77,7 @@ class Layout:
         return rows
 
     def sizes(self, leaves: Sequence[Tensor]) -> tuple[int, int]:
-        """(B, features) of the tensors of a message that was let in."""
+        """(B, features) of the tensors of a checked message."""
         dims = dims_of(leaves, self.dims)
         rows = leaves[0].shape[dims[0]]
         return rows, sum([leaf.numel() for leaf in leaves]) // rows if rows else sum(map(width, leaves, dims))
@@ -85,9 +85,9 @@ class Layout:
     def _why_refused(self, leaf: Tensor, dim: int, leaves: Sequence[Tensor], dims: Sequence[int]) -> str:
         shape = tuple(leaf.shape)
         if leaf.is_complex():
-            return "a message is of real numbers: of a complex tensor pass torch.view_as_real"
+            return "a message has real numbers: for a complex tensor pass torch.view_as_real"
         if leaf.layout is not torch.strided:
-            return f"a message is of dense tensors, not {leaf.layout}"
+            return f"a message has dense tensors, not {leaf.layout}"
         if leaf.device != leaves[0].device:
             return f"a message lies on one device, not on {leaves[0].device} and {leaf.device}"
         if not self.said and len(shape) > 3:
@@ -101,12 +101,12 @@ class Layout:
             f"{leaf.shape[dim]} in {tuple(leaf.shape)}" for leaf, dim in zip(leaves, dims, strict=True)
         )
         return (
-            f"the tensors of a message must have one number of rows, and here are {shapes} (dimensions "
-            f"{list(dims)}): batch_dim says where they lie, as one number or as a tree like the message"
+            f"the tensors of a message must have the same number of rows, not {shapes} (dimensions "
+            f"{list(dims)}): batch_dim gives their dimension, as one number or as a tree like the message"
         )
 
     def rows(self, leaves: Sequence[Tensor]) -> Tensor:
-        """They side by side, (B, features)."""
+        """The tensors concatenated along features, (B, features)."""
         return side_by_side(leaves, self.dims)
 
     def like(self, rows: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -115,7 +115,7 @@ class Layout:
 
 
 def done_rows(done: Done, rows: int, device: torch.device) -> Tensor | None:
-    """`done` as a boolean tensor (B,) on the device of what it goes with; None stays None.
+    """`done` as a boolean tensor (B,) on `device`; None stays None.
 
     Raises:
       ValueError: it is not (B,) or (B, 1).
@@ -127,7 +127,7 @@ def done_rows(done: Done, rows: int, device: torch.device) -> Tensor | None:
         return done
     if not isinstance(done, Tensor):
         try:
-            # An array may be a view, turned round or of objects, that torch does not take.
+            # An array may be a reversed view or hold objects, which torch does not accept.
             done = torch.as_tensor(done.tolist() if hasattr(done, "tolist") else done)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(
@@ -146,23 +146,22 @@ def done_rows(done: Done, rows: int, device: torch.device) -> Tensor | None:
 
 
 def alike(parts: Sequence[Tensor], leaves: Sequence[Tensor], what: str) -> None:
-    """Raises ValueError where tensors are not of the shapes of a message."""
+    """Raises ValueError if tensors do not have the shapes of a message."""
     if [part.shape for part in parts] != [leaf.shape for leaf in leaves]:
         got, wanted = [tuple(part.shape) for part in parts], [tuple(leaf.shape) for leaf in leaves]
         raise ValueError(f"{what} must be tensors like the message, {wanted}, not {got}")
 
 
 def coming(tokens: Any, window: int, batch_first: bool, device: torch.device) -> Tensor:
-    """Symbols that are known ahead, as (W, B): a text's end is filled up with -1, nothing known.
+    """The next symbols as (W, B), padded with -1 (unknown) at the end of a text.
 
     Args:
-      tokens: integers, (w, B) with w ≤ W, or (B, w) where `batch_first` says so; where W is 1 (B,) too, and
-        (B, 1).
+      tokens: integers, (w, B) with w ≤ W, or (B, w) with `batch_first`; if W is 1, also (B,) and (B, 1).
       window: W.
-      device: where they must be.
+      device: the device where they must be.
 
     Raises:
-      ValueError: they are something else. Where W = B sizes cannot tell (W, B) from (B, W).
+      ValueError: they are anything else. If W = B, sizes cannot tell (W, B) from (B, W).
     """
     wanted = f"({window}, B)" if not batch_first else f"(B, {window})"
     if window == 1:
@@ -185,7 +184,7 @@ def coming(tokens: Any, window: int, batch_first: bool, device: torch.device) ->
         missing = window - known.shape[0]
         return torch.cat([known, known.new_full((missing, known.shape[1]), -1)]) if missing else known
     turned = tokens.dim() == 2 and not batch_first and 1 < tokens.shape[1] <= window
-    other = "; of a loader with rows first say batch_first=True" if turned else ""
+    other = "; if rows come first, give batch_first=True" if turned else ""
     raise ValueError(f"the context must be integers {wanted}, not {tuple(tokens.shape)}{other}")
 
 

@@ -1,4 +1,4 @@
-"""`dni-rnn`: the command line. It parses; `dni_rnn.commands` does. Torch is imported by what computes."""
+"""The command line `dni-rnn`: parses arguments and calls `dni_rnn.commands`, which import torch if needed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dni_rnn.config import RunConfig
 from dni_rnn.data.task import Task, installed_tasks
 from dni_rnn.distributed import processes as distributed
 from dni_rnn.errors import DivergedError, LostError, ReportedElsewhere, UsageError, of_files
-from dni_rnn.starter import end_with_starter
+from dni_rnn.parent_process import end_with_starter
 
 TASKS = installed_tasks()
 
@@ -76,15 +76,15 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _check_words(arguments: list[str]) -> None:
-    """Refuse an unknown command or task, and an empty word, in one line.
+    """Refuse unknown commands or tasks and empty arguments, each in one line.
 
-    A path that is empty would be the working directory.
+    An empty path would mean the working directory.
     """
     for before, word in pairwise(["dni-rnn", *arguments]):
         option, equals, value = word.partition("=")
         empty = not word or (option.startswith("--") and equals and not value)
         if empty and "--prompt" not in (before, option):
-            raise UsageError(f"nothing behind {option or before}: was a variable meant that is not set?")
+            raise UsageError(f"{option or before}: empty value; is a shell variable not set?")
     if arguments[:1] == ["train"] and arguments[1:2] and arguments[1].startswith("-"):
         if {"-h", "--help"} & {*arguments}:
             return
@@ -100,7 +100,7 @@ def _check_words(arguments: list[str]) -> None:
 
 
 def _among_others(arguments: list[str]) -> None:
-    """The command in one of several processes: what fails is said by one of them."""
+    """Run the command in one of several processes; only one of them reports errors."""
     command, error, output = None, "only dni-rnn train runs in several processes", io.StringIO()
     try:
         with redirect_stdout(output), redirect_stderr(output):
@@ -140,7 +140,7 @@ def script() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 2 for what the user can mend, 3 for a diverged run."""
+    """Run one command. Returns the exit code: 2 for a usage error, 3 for a diverged run."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments == ["--version"]:
         print(f"dni-rnn {version('dni-rnn')}")

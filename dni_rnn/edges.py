@@ -1,4 +1,4 @@
-"""The edges of the autograd graph that an interface puts in: what arrives is learnt from, ĝ is handed on."""
+"""Edges that an interface adds to the autograd graph: one trains M on the gradient, one injects ĝ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Owner(Protocol):
-    """What an edge belongs to: an `Interface`."""
+    """The owner of an edge: an `Interface`."""
 
     loss_scale: Tensor | float | None
 
@@ -25,10 +25,10 @@ class Owner(Protocol):
 
 
 class Edge(torch.autograd.Function):
-    """Identity forward. Backward: trains M on what arrives, and hands ĝ to a message that asks for it.
+    """Identity forward. Backward: trains M on the gradient, and passes ĝ on if the message requires one.
 
-    A detached message asks for nothing: then the edge is `receive`, and the graph ends here. The tensors are
-    the `count` of the message, what M predicts for it (B, features), and M's losses where it has such.
+    For a detached message, which does not, the edge is `receive`, and the graph ends here. The tensors are
+    the `count` of the message, M's prediction for it (B, features), and M's losses, if any.
     """
 
     @staticmethod
@@ -36,12 +36,12 @@ class Edge(torch.autograd.Function):
         messages, predicted = tensors[:count], tensors[count:]
         ctx.interface, ctx.done = interface, done
         ctx.passes_on = any(ctx.needs_input_grad[3 : 3 + count])
-        # The target RMS as it is now: backward moves it.
+        # With the current target RMS: backward updates it.
         ctx.factor = (
             interface._factor(len(predicted) > 1, 1.0, interface.loss_scale) if ctx.passes_on else None
         )
         ctx.save_for_backward(*predicted)
-        # Not views: what is received may be changed in place, and M has to find what it was told.
+        # Not views: the receiver may change them in place, and M's input must stay as it was.
         return tuple(message.clone() for message in messages)
 
     @staticmethod
@@ -59,7 +59,7 @@ class Edge(torch.autograd.Function):
 class Send(torch.autograd.Function):
     """Zero forward. Backward: the synthetic gradients, as the gradients of the messages.
 
-    The tensors are `count` gradients, as many messages, and others that backward reaches with no gradient.
+    The tensors are `count` gradients, as many messages, and others, which get no gradient.
     """
 
     @staticmethod
@@ -70,9 +70,9 @@ class Send(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> Any:
-        # The incoming factor is left out on purpose. `receive` sees gradients of whatever the user
-        # calls backward on, so M already speaks in those units: with (loss + sent) / 4, g comes
-        # divided by 4, M learns it so, and dividing ĝ once more would be wrong.
+        # The incoming factor is ignored on purpose. `receive` sees gradients of the scalar on which
+        # backward is called, so M already predicts in its units: with (loss + sent) / 4, g is divided
+        # by 4, M learns that, and dividing ĝ again would be wrong.
         synthetic = ctx.saved_tensors
         others = len(ctx.needs_input_grad) - 1 - 2 * len(synthetic)
         return None, *[None] * len(synthetic), *synthetic, *[None] * others
@@ -84,7 +84,7 @@ def attach(loss: Tensor) -> Tensor:
 
 
 def without(done: Tensor | None, rows: Tensor) -> Tensor:
-    """Zero in the rows of `done`."""
+    """`rows` with zeros where `done` holds."""
     return rows if done is None else rows.masked_fill(done.unsqueeze(1), 0.0)
 
 

@@ -10,7 +10,7 @@ ACCESS = (
 
 
 def of_files(error: OSError) -> str | None:
-    """What to tell the user of a file that cannot be read or written; None where it is something else."""
+    """The message for a file that cannot be read or written; None for any other error."""
     if error.errno not in (*ROOM, *ACCESS):
         return None
     file = "" if error.filename is None else f"{error.filename}: "
@@ -24,12 +24,12 @@ class UsageError(Exception):
 
 
 class DivergedError(Exception):
-    """Training ran away: the step, the cause and the last good checkpoint. Exit code 3."""
+    """Training diverged; the message names update, cause and last good checkpoint. Exit code 3."""
 
 
 class ReportedElsewhere(UsageError):  # noqa: N818
-    """The same, in a process that leaves it to another one to say so. Exit code 2."""
+    """A `UsageError` that another process prints. Exit code 2."""
 
 
 class LostError(Exception):
-    """A process that trains with this one has died or hangs. Exit code 1."""
+    """Another process of this training run died or hangs. Exit code 1."""

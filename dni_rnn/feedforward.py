@@ -1,4 +1,4 @@
-"""Feed-forward nets cut by interfaces: the same `Interface` that serves a recurrent net, between layers.
+"""Feed-forward nets cut by interfaces between layers, the same `Interface` as in recurrent nets.
 
 Source: Jaderberg et al. 2017, arXiv:1608.05343, §2 and §3.1, §A.1 for the nets.
 """
@@ -30,8 +30,8 @@ def fcn(features: int, outputs: int, layers: int, width: int) -> nn.Sequential:
 
     Shapes: (B, ...) with `features` elements a row -> (B, outputs).
 
-    Source: Jaderberg et al. 2017, §A.1. Their layer counts include the last one: their figures without
-    any gradient (9.3 % at 3 to 21.4 % at 6 layers) are those of 2 to 5 random hidden layers.
+    Source: Jaderberg et al. 2017, §A.1. Their layer counts include the last one: their results without any
+    gradient (9.3 % at 3 to 21.4 % at 6 layers) are those of 2 to 5 random hidden layers.
     """
     sizes = [features, *[width] * (layers - 1)]
     blocks: list[nn.Module] = [
@@ -96,21 +96,20 @@ class Decoupled(nn.Module):
         loss = criterion(logits, labels)
         optimizer.zero_grad(); loss.backward(); optimizer.step()
 
-    That one backward brings each part the gradient of its own objective: the last part that of the
+    This one backward pass gives each part the gradient of its own objective: the last part that of the
     loss, every other the synthetic gradient at its output, that of its local loss, or the sum of both; no
-    gradient crosses a cut. In evaluation mode, or where no gradients are recorded, the parts are simply
-    chained.
+    gradient crosses a cut. In evaluation mode, or if no gradients are recorded, the parts are simply chained.
 
     Args:
       parts: in order; a part maps a tensor (B, ...) to a tensor (B, ...).
-      interfaces: one per cut, or none: then nothing comes across the cuts.
-      losses: one per cut, or none: with neither, only the last part learns.
+      interfaces: one per cut, or none: no synthetic gradients.
+      losses: one per cut, or none. Without interfaces and losses, only the last part learns.
       update_probability: p. In every training step each part, independently, takes part in the backward
-        pass with probability p; the gradients of the others stay None, so an optimizer passes them over.
-        The synthesizer at a cut is trained when the part behind it takes part. With p = 1 nothing is drawn.
-      guesses: one module per cut, x -> a synthetic input for the part behind it, trained on the mean
-        squared error to what really comes out before it: complete unlock, a part then waits for neither
-        of its neighbours.
+        pass with probability p; the gradients of the others stay None, so an optimizer skips them. The
+        synthesizer at a cut is trained if the part after it takes part. With p = 1 nothing is drawn.
+      guesses: one module per cut, x -> a synthetic input for the part after it, trained on the mean squared
+        error to the output of the part before it: complete unlock, in which a part waits for neither of its
+        neighbours.
 
     Source: Jaderberg et al. 2017, §3.1: feed-forward nets, sparse updates, complete unlock.
     """
@@ -143,15 +142,15 @@ class Decoupled(nn.Module):
         self.update_probability = update_probability
 
     def net_parameters(self) -> list[nn.Parameter]:
-        """Those of the parts."""
+        """The parameters of the parts."""
         return list(self.parts.parameters())
 
     def synthesizer_parameters(self) -> list[nn.Parameter]:
-        """Those of what stands at the cuts: synthesizers of gradients and of inputs, local losses."""
+        """The parameters at the cuts: synthesizers of gradients and of inputs, local losses."""
         return [p for each in (self.interfaces, self.losses, self.guesses) for p in each.parameters()]
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
-        """The output of the last part. `context` is what the synthesizers may know, such as the labels."""
+        """The output of the last part. `context` conditions the synthesizers, for example the labels."""
         if not (self.training and torch.is_grad_enabled()):
             for part in self.parts:
                 x = part(x)
@@ -180,7 +179,7 @@ class Decoupled(nn.Module):
     def _cross(
         self, cut: int, out: Tensor, x: Tensor, context: Any, updates: list[bool], terms: list[Tensor]
     ) -> Tensor:
-        """What the part behind the cut starts from."""
+        """The input of the part after the cut."""
         interface: Any = self.interfaces[cut] if self.interfaces else None
         if updates[cut] and self.losses:
             loss: Any = self.losses[cut]
@@ -198,7 +197,7 @@ class Decoupled(nn.Module):
         return message.detach()
 
     def gradient(self, cut: int, message: Tensor, context: Any = None) -> Tensor:
-        """What a message at a cut gets in place of the true gradient: ĝ, the local loss's, or their sum."""
+        """The gradient that replaces the true one at a cut: ĝ, that of the local loss, or their sum."""
         found = torch.zeros_like(message)
         if self.interfaces:
             interface: Any = self.interfaces[cut]
@@ -216,7 +215,7 @@ def split(net: nn.Sequential, cuts: Sequence[int]) -> list[nn.Sequential]:
     """`net` in parts, cut before each module numbered in `cuts`: net[:2], net[2:5], net[5:] for [2, 5].
 
     Raises:
-      ValueError: a cut lies not within the net, or they are not in rising order.
+      ValueError: cuts are not in rising order or not within the net.
     """
     edges = [0, *cuts, len(net)]
     if any(a >= b for a, b in pairwise(edges)):
@@ -244,30 +243,30 @@ def decouple(
     """Cut a sequential net, with a synthesizer at each cut that suits the message there.
 
     Args:
-      net: any `nn.Sequential` whose modules hand on one tensor (B, ...): vectors (B, F), feature maps of
-        one to three dimensions, channels in dimension 1, or sequences (B, T, F), whose steps M answers one by
-        one. A critic reads any. The last layer before the cut tells which of them three dimensions are.
+      net: any `nn.Sequential` whose modules return one tensor (B, ...): vectors (B, F), feature maps of one
+        to three dimensions, channels in dimension 1, or sequences (B, T, F), for which M predicts step by
+        step. A critic takes any. The last layer before a cut shows what a message of three dimensions is.
       cuts: before which modules, as in slicing: [2, 5] makes net[:2], net[2:5] and net[5:].
       example: an input of one row or more, on the net's device; its values do not matter.
-      classes: number of labels, for the methods that know them.
-      method: `bprop` (no cut at all), `none` (nothing crosses the cuts), `dni` (regression on the message
+      classes: number of labels, for methods conditioned on them.
+      method: `bprop` (no cut), `none` (no gradient crosses the cuts), `dni` (regression on the message
         alone), `cdni` (regression on the message and the label), `critic` (the derivative of a predicted
         loss, `Critic`), `local` (a loss at each cut, `LocalLoss`), `local+critic` (both, added).
-      hidden: widths of the hidden layers of the synthesizers; a `Fraction` is one of the message's. The
-        default is none for a critic, one layer as wide as the message for cdni (with none it could only add
-        a constant per label to what it predicts from the message, and the right gradient is not of that form)
-        and two such for dni.
-      norm: batch normalisation in them; the default is only for dni.
+      hidden: widths of the hidden layers of the synthesizers; a `Fraction` is relative to the message. The
+        default is none for a critic, one layer as wide as the message for cdni (without it, a label could
+        only add a constant to the prediction, and the true gradient is not of that form) and two such for
+        dni.
+      norm: batch normalisation in them; by default only for dni.
       window: targets per row (W of `Critic` and `OneHotTokens`).
       update_probability: see `Decoupled`.
-      unlock: widths of the hidden layers of synthetic inputs, which are then used (`guesses` of
-        `Decoupled`); they need messages that are vectors.
+      unlock: use synthetic inputs (`guesses` of `Decoupled`) with hidden layers of these widths; messages
+        must be vectors.
       synthesizer: message -> M, in place of the above.
 
     Raises:
-      ValueError: what is asked for does not go together, or a message is none of the above: then give a
+      ValueError: the arguments contradict each other, or a message is none of the above: then give a
         `synthesizer`.
-      TypeError: a part hands on something that is not one tensor.
+      TypeError: a part returns anything but one tensor.
     """
     if method == "bprop" or not cuts:
         if update_probability < 1.0 or unlock is not None:
@@ -320,7 +319,7 @@ def decouple(
 
 @torch.no_grad()
 def messages_of(parts: Sequence[nn.Module], example: Tensor) -> Iterator[Tensor]:
-    """What crosses each cut when `example` comes in; the net is left as it was."""
+    """The messages at each cut for the input `example`; the net is not changed."""
     for part in parts[:-1]:
         modes = [(module, module.training) for module in part.modules()]
         example = part.eval()(example)
@@ -382,7 +381,7 @@ def _sequence(message: Tensor, below: Sequence[nn.Module]) -> bool:
 
 
 class StepByStep(nn.Module):
-    """M for sequences (B, T, F), from one for feature maps (B, F, T)."""
+    """M for sequences (B, T, F), from an M for feature maps (B, F, T)."""
 
     def __init__(self, synthesizer: nn.Module) -> None:
         super().__init__()
@@ -393,13 +392,13 @@ class StepByStep(nn.Module):
 
 
 def agreement(model: Decoupled, x: Tensor, context: Any, loss: Callable[[Tensor], Tensor]) -> list[Agreement]:
-    """What each cut gets against the gradient that full backpropagation has there, on one batch.
+    """Agreement at each cut with the gradient of full backpropagation, on one batch.
 
-    Costs a training step. The model is in the mode it is in (batch statistics count in training), and
-    comes out with the weights, statistics and gradients it had.
+    Costs a training step. The model stays in its mode (in training mode with batch statistics), and keeps its
+    weights, statistics and gradients.
 
     Args:
-      loss: output of the last part -> the scalar that is trained on.
+      loss: output of the last part -> the training loss, a scalar.
     """
     messages: list[Tensor] = []
     with frozen(model), torch.enable_grad():

@@ -1,23 +1,23 @@
 """Gradient quality: how close an estimate comes to full BPTT. High agreement between a synthesizer and
-its own bootstrapped target proves nothing; the yardstick is the true gradient.
+its own bootstrapped target proves nothing; the reference is the true gradient.
 
 For a stretch of S steps of held-out text, read by B rows from a carried state, with windows of T:
 
     g_full      = ∂/∂θ  weight · Σ losses of the stretch           θ: the core's recurrent weights
-    g           = what an estimator with windows of T adds up to over the same stretch
+    g           = sum of an estimator's gradients with windows of T over the same stretch
     cosine      = g·g_full / (|g| |g_full|),      relative error = |g − g_full| / |g_full|
     bias        = √(e_1·e_2 / g_full,1·g_full,2),  e_i = g_i − g_full,i on either half of the rows
 
-The error of one sample mostly asks whether sampling noise was reproduced; in the product of two independent
-errors the noise averages out and what is common to all rows stays (negative products count as 0).
+The error of one sample mostly measures whether sampling noise was reproduced; in the product of two
+independent errors the noise averages out and what is common to all rows stays (negative products count as 0).
 
-At a boundary, with s the true gradient of the loss to come (of the next n windows, or of the rest of the
-stretch) with respect to the state there, and ĝ = target RMS · M (M's estimate of it, before `scale`):
+At a boundary, with s the true gradient of the future loss (of the next n windows, or of the rest of the
+stretch) with respect to the state there, and ĝ = target RMS · M (M's prediction of it, before `scale`):
 
     cosine      = ĝ·s / (|ĝ| |s|),      explained = 1 − |ĝ − s|² / |s|²     over all rows and features
 
 `explained` is 0 for predicting zero and 1 for a perfect synthesizer; it may be far below 0. `weight` is
-that of training, 1 / (T·accumulate·B), because that is the unit M has learnt.
+that of training, 1 / (T·accumulate·B), the unit of M's predictions.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from dni_rnn.window import Window
 HORIZONS = (1, 2, 4, 8, 16)
 BOUNDARIES = 8
 TRACE = 120
-"""Steps of the trace that is measured: a whole stretch."""
+"""Length of the measured trace: a whole stretch."""
 
 AHEAD = 8
-"""Steps that `LookaheadBPTT` sees: the bound of an M that is told as many."""
+"""Steps that `LookaheadBPTT` looks ahead: the bound of an M conditioned on as many symbols."""
 
 Stretches = Callable[[int], Sequence[tuple[Sequence[Window], Tree]]]
 """T -> stretches of held-out data cut into windows of T steps, each with the state carried to its start."""
@@ -63,9 +63,9 @@ class Quality:
       estimator: "truncated", "lookahead:8", "trace", "synthetic" or "synthetic+trace".
       bptt: T.
       cosine, relative_error: of one sample against full BPTT on the same sample.
-      bias: of the expected gradient, relative: what no larger batch would mend.
-      gain: how much of the true gradient is in the estimate, g·g_full / |g_full|²; 1 is right.
-      cost: seconds, as a multiple of those of truncated BPTT at this T.
+      bias: relative bias of the expected gradient, which no larger batch would reduce.
+      gain: how much of the true gradient is in the estimate, g·g_full / |g_full|²; 1 is ideal.
+      cost: seconds, relative to truncated BPTT at this T.
     """
 
     estimator: str
@@ -79,11 +79,11 @@ class Quality:
 
 @dataclass(frozen=True)
 class BoundaryQuality:
-    """The synthetic gradient itself: means over boundaries and stretches.
+    """Quality of the synthetic gradient itself: means over boundaries and stretches.
 
     Attributes:
       bptt: T.
-      horizon: n, in windows; 0 for all the rest of the stretch.
+      horizon: n, in windows; 0 for the rest of the stretch.
       cosine, explained: see the module.
     """
 
@@ -95,7 +95,7 @@ class BoundaryQuality:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` measures."""
+    """The result of `diagnose`."""
 
     parameters: list[Quality]
     boundaries: list[BoundaryQuality]
@@ -125,13 +125,13 @@ def diagnose(
 ) -> Diagnosis:
     """Measure a model: truncated BPTT at each T, overlapping windows, a trace, and its own synthesizer.
 
-    The yardstick is full BPTT over each stretch; means over the stretches.
+    The reference is full BPTT over each stretch; means over the stretches.
 
     Args:
       stretches: see `Stretches`.
-      weight: of a symbol's loss, as in training.
-      bptts: the T to measure.
-      discount: of the future per step, as in training (`DNI`).
+      weight: weight of a symbol's loss, as in training.
+      bptts: the truncation lengths T to measure.
+      discount: discount per step, as in training (`DNI`).
     """
     estimators: dict[str, Estimator] = {
         "truncated": TruncatedBPTT(),
@@ -164,7 +164,7 @@ def diagnose(
 
 
 class _Sample(NamedTuple):
-    """Of one stretch: gradients of two halves of the rows, estimated and true."""
+    """Gradients of two halves of the rows of one stretch, estimated and true."""
 
     estimates: list[Tensor]
     full: list[Tensor]
@@ -172,7 +172,7 @@ class _Sample(NamedTuple):
 
 
 def _halves(windows: Sequence[Window], state: Tree) -> list[tuple[list[Window], Tree]]:
-    """The stretch of either half of the rows; of one row, twice that row."""
+    """The stretch for either half of the rows; a single row counts as both halves."""
     rows = windows[0].inputs.shape[1]
     cuts = [slice(0, max(rows // 2, 1)), slice(rows // 2, rows)]
     return [

@@ -1,10 +1,10 @@
 """The decoupled neural interface: two edges of the autograd graph.
 
-A message passes from a producer to a consumer. Forward, it passes. Backward, the two sides do not
-wait for each other:
+A message passes from a producer to a consumer. In the backward pass the two sides do not wait for each
+other:
 
     producer:   ∂L/∂message  :=  ĝ = target RMS · M(message, context)   (`send`)
-    consumer:   M is regressed on the gradient g that arrives there      (`receive`)
+    consumer:   M is regressed on the true gradient g                    (`receive`)
 
 Source: Jaderberg et al. 2017, "Decoupled Neural Interfaces using Synthetic Gradients",
 arXiv:1608.05343.
@@ -20,20 +20,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn.agreement import trust_of
-from dni_rnn.asking import Critique, ask, batch_dim_of, dtype_of
 from dni_rnn.checks import Done, Layout, alike
 from dni_rnn.edges import Edge, Send, times, without
 from dni_rnn.pytree import Spec, Tree, flatten, has_rows, unflatten
 from dni_rnn.running_rms import AllReduce, Running, follow, sum_of_squares
+from dni_rnn.synthesizer_call import Critique, ask, batch_dim_of, dtype_of
 
 __all__ = ["Critique", "Interface"]
 
 RECEIVED_BY = "_received_by"
-"""By this attribute a tensor that `Interface.receive` returned tells whose it is (to a trace), where its
-`grad_fn` does not: from compiled code, and from an M without parameters."""
+"""Attribute of a tensor that `Interface.receive` returned, with the interface (for a trace), where `grad_fn`
+does not show it: in compiled code, and for an M without parameters."""
 
 AUDIT_DECAY = 0.8
-"""Of an audit's weight when the next one comes."""
+"""Decay of an audit's weight with each later audit."""
 
 
 class Interface(Running):
@@ -45,76 +45,74 @@ class Interface(Running):
         output, state = lstm(x, state)
         loss = criterion(output, y) + interface.send(state)   # was: criterion(output, y)
 
-    One `loss.backward()` then does everything: the parameters of the net get their truncated
-    gradient plus what ĝ adds through the boundary, and the parameters of M get `.grad` like any
-    others, for an optimizer of the user's choice.
+    One `loss.backward()` then does everything: the parameters of the net get their truncated gradient plus
+    that of ĝ through the boundary, and the parameters of M get `.grad` like any others, for an optimizer of
+    the user's choice.
 
-    M is called as `M(message, context)` and returns a tensor or tree like `message`, or the same as one
-    tensor (B, features) with the tensors of each row side by side. It works in units of the running RMS of
-    its target, so that it and its learning rate do not depend on the scale of the loss (one that returns a
-    `Critique` is in units of the loss itself, and the same holds with `target RMS` left out of ĝ):
+    M is called as `M(message, context)` and returns a tensor or tree like `message`, or one tensor
+    (B, features) with the tensors of each row concatenated. It predicts in units of the running RMS of its
+    target, so that it and its learning rate do not depend on the scale of the loss (an M that returns a
+    `Critique` predicts in units of the loss itself, and ĝ has no factor `target RMS`):
 
         target RMS² = running mean of g² over rows and features
         ĝ           = trust · scale · target RMS · M(message, context)
         loss of M   = mean over rows and features of (M(message, context) − g / target RMS)²
-                      + mean over rows of `Critique.losses`, where M has such
+                      + mean over rows of `Critique.losses`, if M returns them
 
-    so a first term of 1 is what predicting zero gives, and 0 is a perfect prediction. g is in the units
-    of the scalar on which backward is called (for a loss that is a mean over a batch, it shrinks
-    with the batch), and so is ĝ. M is told the message in the dtype of its own parameters (under autocast as
-    it is), and ĝ comes back in the message's; the running RMS is kept in float32 or wider. M is called twice
-    for every message, by `send` and by `receive`, so one with dropout draws twice.
+    so predicting zero gives a first term of 1, and a perfect prediction 0. g is in units of the scalar on
+    which backward is called (for a loss that is a mean over a batch, it shrinks with the batch), and so is ĝ.
+    M gets the message in the dtype of its own parameters (under autocast, unconverted), and ĝ has that of the
+    message; the running RMS is kept in float32 or wider. M is called twice for every message, by `send` and
+    by `receive`, so dropout in it is drawn twice.
 
     A message is a tensor or a tree of tensors (`dni_rnn.pytree.flatten`), with rows in each. None, numbers,
-    tensors of integers and 0-d tensors in it have no gradient and pass through. A message with nothing
-    else, as the None that `nn.LSTM` takes for its initial state, passes `receive` as it is, and `send` is 0.
+    tensors of integers and 0-d tensors in it have no gradient and pass through. A message with nothing else,
+    such as None for the initial state of `nn.LSTM`, passes `receive` unchanged, and `send` is 0.
 
-    The same backward that brings ĝ to the parameters carries it on to the previous boundary, where it
-    is part of M's next target. `trust` is 1 unless `audit` is called, which measures how far ĝ can be
-    relied on. So `scale` is the weight of ĝ and, with it, the factor by which the
-    future is discounted at every boundary it is bootstrapped across.
+    The same backward pass carries ĝ on to the previous boundary, where it is part of M's next target. `trust`
+    is 1 unless `audit` is called, which measures how well ĝ matches. So `scale` is the weight of ĝ and also
+    the factor by which the future is discounted at every boundary that it is bootstrapped across.
 
     `loss_scale` is for a loss that is multiplied before backward and divided out of `.grad` after it, as
     `torch.amp.GradScaler` does for float16. Set it whenever the factor may have changed:
 
         interface.loss_scale = scaler.scale(torch.ones((), device=device))
 
-    Then ĝ and M's `.grad` are multiplied by it, and g is divided by it, so that after unscaling all is as
-    without a scaler. None, the default, is 1. bfloat16 needs no scaler.
+    Then ĝ and M's `.grad` are multiplied by it, and g is divided by it, so that after unscaling the result is
+    as without a scaler. None, the default, is 1. bfloat16 needs no scaler.
 
     Args:
       synthesizer: M, any module.
-      centre: subtract from what `send` injects its mean over the rows that are not done. What is the same in
-        every row of a batch is mostly M's own bias, and a consistent push is what drives a cell state
-        away: Adam turns it into full steps, and the bootstrapped target then confirms it. A row that is
-        alone has nothing to be compared with, and is sent as it is.
+      centre: subtract from ĝ in `send` its mean over the rows that are not done. A component common to all
+        rows is mostly M's own bias, and makes a cell state drift: Adam turns it into full steps, and the
+        bootstrapped target then confirms it. A single row is not centred.
       scale: factor on ĝ. 0 makes the interface a plain detach that trains M. Published: 0.1.
-      normalize: keep M in units of the running RMS of its target. Without it that is 1.
-      decay: of the running RMS, per backward pass (`dni_rnn.running_rms.follow`).
-      batch_dim: where the rows of a message lie: -2 for the states of recurrent cores, (layers, B, H)
-        or (B, H), and for vectors (B, F); 0 for feature maps (B, C, height, width) and for states
-        (B, layers, H). A tree of such in the shape of the message, `{"lstm": (-2, -2), "memory": 0}`, where
-        leaves differ; a leaf (B,) has its rows where it can. None: where M has them (its `batch_dim`), else
-        -2, for tensors of up to three dimensions.
+      normalize: let M predict in units of the running RMS of its target; else the target RMS is 1.
+      decay: decay of the running RMS, per backward pass (`dni_rnn.running_rms.follow`).
+      batch_dim: batch dimension of a message: -2 for the states of recurrent cores, (layers, B, H) or (B, H),
+        and for vectors (B, F); 0 for feature maps (B, C, height, width) and for states (B, layers, H). A tree
+        of numbers in the shape of the message, `{"lstm": (-2, -2), "memory": 0}`, if leaves differ; does not
+        matter for a leaf (B,). None: M's `batch_dim` if it has one, else -2, for tensors of up to three
+        dimensions.
 
     Attributes:
-      loss_scale: see above; a scalar tensor or number that is set from outside, or None.
-      regression_loss: the last loss of M, its first term alone (a scalar tensor; no wait for a device).
+      loss_scale: see above; a scalar tensor or number set by the caller, or None.
+      regression_loss: the last loss of M, only its first term (a scalar tensor; not synchronised).
       trust: see above; a scalar tensor between 0 and 1.
-      keeps_sent: a trace (`dni_rnn.traces`) sets it: `send` then keeps what it injects.
+      keeps_sent: set by a trace (`dni_rnn.traces`): `send` then keeps what it injects.
       sent: ĝ as the last `send` injected it, without `loss_scale`: a list like the leaves of the message, 0
         in rows of `done`; None before the first. It belongs to the rows, not to the weights: `state_dict`
         leaves it out. Every `send` makes it a new list; the one before is `sent_before`.
-      all_reduce: tensor -> its sum over the processes among which the rows of a message are spread; None
-        when they are all here. Means over rows are then over all of them, and `.grad` of M's parameters is
-        each process's share: the sum over processes is the gradient.
+      all_reduce: tensor -> its sum over the processes that share the rows of a message; None if there is one
+        process. Means over rows are then over all processes, and `.grad` of M's parameters is each process's
+        share: the sum over processes is the gradient.
 
     Raises:
-      ValueError: `decay` does not lie in [0, 1); or, when it is called, the tensors of a message differ
-        in the number of their rows or lie elsewhere than the interface, `done` is not one value for each row,
-        or M does not return tensors of the shapes of the message, changes the message in place, or returns
-        what has no graph although it has parameters to train.
-      TypeError: a message holds something that has no place in one (`dni_rnn.pytree.flatten`).
+      ValueError: `decay` does not lie in [0, 1); or, when called, the tensors of a message differ in their
+        number of rows or are on another device than the interface, `done` is not one value per row, or M does
+        not return tensors of the shapes of the message, changes the message in place, or returns tensors
+        without a graph although it has parameters to train.
+      TypeError: a message contains a value of another type (`dni_rnn.pytree.flatten`).
 
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §2.
     """
@@ -172,19 +170,18 @@ class Interface(Running):
         return self.target_square.sqrt() if self.normalize else torch.ones_like(self.target_square)
 
     def receive(self, message: Tree, context: Any = None, done: Done = None) -> Tree:
-        """Take a message over from its producer: the same values, cut from its history.
+        """Receive a message from its producer: the same values, detached.
 
-        Backward, the gradient g that arrives here becomes M's regression target.
+        In the backward pass its gradient g becomes M's regression target.
 
         Args:
           message: what was sent, for example the state at the end of the previous window.
-          context: what M may know besides the message; what `send` was given for it.
+          context: what M is conditioned on besides the message; as given to `send`.
           done: (B,) or (B, 1), booleans or numbers, a tensor, array or list. Rows whose sequence ended at
-            this boundary: the caller has put an initial state there, its gradient is not theirs, and M is
-            not trained on it.
+            this boundary: the caller has put an initial state there, and M is not trained on its gradient.
 
-        What it returns may be changed in place, without the message. Where no gradients are recorded it is a
-        detach and nothing else.
+        The result may be changed in place without changing the message. If no gradients are recorded, this is
+        only a detach.
         """
         leaves, spec, done = self._enter(message, done)
         leaves = [leaf.detach() for leaf in leaves]
@@ -197,18 +194,18 @@ class Interface(Running):
         return unflatten(leaves, spec)
 
     def send(self, message: Tree, context: Any = None, done: Done = None, *, discount: float = 1.0) -> Tensor:
-        """Hand a message on: a scalar of value 0 whose gradient with respect to the message is ĝ.
+        """Send a message: a scalar of value 0 whose gradient with respect to the message is ĝ.
 
-        Add it to the loss. A factor in front of it changes nothing (ĝ is already in the units of the
-        loss that is differentiated); `scale` is the place for one.
+        Add it to the loss. Multiplying it by a factor has no effect (ĝ is already in the units of the loss
+        that is differentiated); use `scale`.
 
         Args:
           message: for example the state at the end of this window, with its graph.
-          context: what M may know besides the message, for example the next symbols.
+          context: what M is conditioned on besides the message, for example the next symbols.
           done: as for `receive`. Rows whose sequence ends here: they have no future, so ĝ is 0.
-          discount: a factor on ĝ at this boundary alone, such as γ^T behind a window of T steps.
+          discount: factor on ĝ at this boundary alone, such as γ^T after a window of T steps.
 
-        Where no gradients are recorded it is a zero and nothing else.
+        If no gradients are recorded, this is only a zero.
         """
         leaves, spec, done = self._enter(message, done)
         if not torch.is_grad_enabled():
@@ -219,14 +216,14 @@ class Interface(Running):
             if self.keeps_sent:
                 self._keep(rows, leaves)
             synthetic = self._like(rows, leaves)
-        # Data parallelism counts on every parameter in every backward pass; M's come in at `receive`.
+        # Data parallelism expects every parameter in every backward pass; M's come in at `receive`.
         parameters = [] if self._reached[0] else [p for p in self.synthesizer.parameters() if p.requires_grad]
         self._reached[0] = False
         tensors = (*synthetic, *leaves, *parameters)
         return Send.apply(len(leaves), *tensors) if tensors else self.target_square.new_zeros(())  # type: ignore
 
     def _keep(self, rows: Tensor, leaves: list[Tensor]) -> None:
-        """In place where it can be: what is recorded on a device must find it again."""
+        """In place if possible, so that a recorded update finds it."""
         unscaled = rows if self.loss_scale is None else (rows / self.loss_scale).to(rows.dtype)
         sent = self._layout.like(unscaled, leaves)
         before = self.sent_before = self.sent
@@ -235,10 +232,10 @@ class Interface(Running):
         self.sent = [kept.copy_(s) for kept, s in zip(before, sent, strict=True)]
 
     def forward(self, message: Tree, context: Any = None) -> Tree:
-        """Both halves at one place, as between two layers: identity; backward trains M and passes on ĝ.
+        """Send and receive at one place, as between two layers: identity; backward trains M and returns ĝ.
 
-        What the layer below gets is trust · scale · target RMS · M, not centred, with the target RMS before
-        this backward pass.
+        The layer below gets trust · scale · target RMS · M, not centred, with the target RMS before this
+        backward pass.
         """
         if not torch.is_grad_enabled():
             return message
@@ -262,14 +259,14 @@ class Interface(Running):
         *,
         discount: float = 1.0,
     ) -> None:
-        """Set `trust` by one more comparison of ĝ with a gradient s that was really backpropagated.
+        """Update `trust` by a comparison of ĝ with a true, backpropagated gradient s.
 
             trust = Σ ĝ·s / Σ ĝ·ĝ, clipped to [0, 1]
 
         the least-squares coefficient of the true gradient on the synthetic one. The sums are over rows,
-        features and audits, older ones fading; ĝ is what `send` would inject at trust 1. It is small when ĝ
-        points elsewhere, and when it is larger than real gradients are. An s of few windows knows
-        nothing of what lies beyond, which counts against ĝ: `trust` is then a lower bound.
+        features and audits, with decaying weights; ĝ is what `send` would inject at trust 1. It is small if ĝ
+        has another direction, or is larger than true gradients. An s of few windows misses the loss beyond
+        them, which counts against ĝ: `trust` is then a lower bound.
 
         Args:
           message, context, done, discount: as for `send`.
@@ -288,7 +285,7 @@ class Interface(Running):
         self.trust.copy_(trust_of(self.audited[0], self.audited[1]))
 
     def predict(self, message: Tree, context: Any = None, done: Done = None) -> Tree:
-        """M's output in units of the target RMS: like `message`, in its dtypes, 0 in rows of `done`."""
+        """M's prediction in units of the target RMS: like `message`, in its dtypes, 0 in rows of `done`."""
         leaves, spec, done = self._enter(message, done)
         if not leaves:
             return unflatten(leaves, spec)
@@ -297,8 +294,8 @@ class Interface(Running):
             predicted = times(_inverse(self.target_rms()), predicted)
         return unflatten(self._like(predicted, leaves), spec)
 
-    # Below, a message and what goes with it is its rows: one tensor (B, features), its tensors side by side.
-    # This runs at every boundary: few and small tensor operations, none that waits for a device.
+    # Below, messages and predictions are rows: one tensor (B, features), the tensors concatenated. This runs
+    # at every boundary: few and small tensor operations, none that waits for a device.
 
     def _enter(self, message: Tree, done: Done) -> tuple[list[Tensor], Spec, Tensor | None]:
         return self._layout.enter(message, done, self.target_square.device)
@@ -328,7 +325,7 @@ class Interface(Running):
         discount: float = 1.0,
         loss_scale: Tensor | float | None = None,
     ) -> Tensor:
-        """ĝ, in a dtype in which what a loss scaler is there to save does not underflow."""
+        """ĝ, in a dtype wide enough that values which a loss scaler protects do not underflow."""
         predicted, critique = self._centred(leaves, spec, context, done)
         return times(self._factor(critique, discount, loss_scale), predicted)
 
@@ -336,7 +333,7 @@ class Interface(Running):
     def _centred(
         self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None
     ) -> tuple[Tensor, bool]:
-        """`_predict`, if wanted minus the mean over the rows that are not done."""
+        """`_predict`, with `centre` minus the mean over the rows that are not done."""
         predicted, critique = self._predict(leaves, spec, context, done)
         if not self.centre:
             return predicted, critique
@@ -348,14 +345,14 @@ class Interface(Running):
         summed = predicted.sum(0)
         rows = len(predicted) if done is None else (~done).sum()
         both = self._summed(torch.cat([summed, summed.new_zeros(1) + rows]))
-        count = F.threshold(both[-1], 1.0, torch.inf)  # of a row that is alone the mean counts as 0
+        count = F.threshold(both[-1], 1.0, torch.inf)  # the mean of a single row counts as 0
         return without(done, predicted - both[:-1] / count), critique
 
     @torch.no_grad()
     def _predict(
         self, leaves: list[Tensor], spec: Spec, context: Any, done: Tensor | None
     ) -> tuple[Tensor, bool]:
-        """M's output as it is, 0 in rows of `done`; and whether it is a `Critique`, in units of the loss."""
+        """M's output, 0 in rows of `done`; and whether it is a `Critique`, in units of the loss."""
         predicted, *losses = self._call(leaves, spec, context)
         return without(done, predicted), bool(losses)
 
@@ -364,7 +361,7 @@ class Interface(Running):
         if not answers[0].requires_grad and any(p.requires_grad for p in self.synthesizer.parameters()):
             raise ValueError(
                 "what the synthesizer returns has no graph, so its parameters would never be trained: is "
-                "there a detach or a no_grad in it? (One that is not to be trained: requires_grad_(False))"
+                "there a detach or a no_grad in it? (If it should not be trained: requires_grad_(False))"
             )
         tensors = (*leaves, *answers)
         self._reached[0] = True
@@ -376,12 +373,12 @@ class Interface(Running):
     def _regress(
         self, predicted: Tensor, gradients: Sequence[Tensor], done: Tensor | None, losses: Tensor | None
     ) -> list[Tensor]:
-        """The gradient of M's loss with respect to its outputs. Moves the running RMS on the way."""
+        """The gradient of M's loss with respect to its outputs. Also updates the running RMS."""
         target = self._layout.rows(gradients).to(self.target_square.dtype)
         if self.loss_scale is not None:
             target = target / self.loss_scale
         target = without(done, target)
-        # A loss scaler lets a non-finite gradient through now and then; M must not see it.
+        # A loss scaler sometimes produces a non-finite gradient; M must not be trained on it.
         trained, count = follow(
             self.target_square, self.target_count, target, done, self.decay, self.all_reduce
         )
@@ -389,7 +386,7 @@ class Interface(Running):
         answer = predicted.to(target.dtype)
         if losses is None:
             residual, mean = torch.addcmul(answer, target, inverse, value=-1.0), 1.0 / count
-        else:  # in units of the loss: what is divided are its square and its slope
+        else:  # in units of the loss: its square and its slope are divided
             residual, mean = answer - target, inverse.square() / count
         residual = without(done, residual)
         loss = mean * self._summed(sum_of_squares(residual))
@@ -415,5 +412,5 @@ torch.serialization.add_safe_globals([Interface])
 
 
 def _inverse(rms: Tensor) -> Tensor:
-    """1 / rms; 0 where that is 0: all targets may have been zero so far, in a net that is cut everywhere."""
+    """1 / rms; 0 if rms is 0: so far all targets may have been zero."""
     return torch.where(rms > 0, rms.reciprocal(), 0.0)

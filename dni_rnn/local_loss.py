@@ -1,4 +1,4 @@
-"""Local losses: what a part of a cut net learns from at its own output, with nothing from above.
+"""Local losses: each part of a cut net learns from a loss at its own output, with no gradient from above.
 
 Source: Nøkland and Eidnes 2019, "Training Neural Networks with Local Error Signals", arXiv:1901.06656.
 """
@@ -20,39 +20,39 @@ POOLED = 2048
 
 
 class LocalLoss(nn.Module):
-    """The loss of a message against the targets: of a linear classifier, and of the message's similarities.
+    """The loss of a linear classifier on a message, and of the message's similarities, against the targets.
 
         loss = (1 − β) · pred + β · sim,   β = `similarity`
         pred = mean over rows of Σ_i −log softmax(classifier(pool(message)))[target_i],   i in [0, W), in nats
         sim  = mean over pairs of rows of (S(z) − S(one-hot targets))²
         S(z)_ij = cosine of z_i and z_j, each less its mean over features
 
-    Of a vector, z is a linear map of it to `projected` features; of a feature map, the standard deviation
-    over the places of each channel of a 3×3 convolution of it to so many channels. The pool is a mean over
-    squares (stretches, cubes), the smallest that leave 2,048 features or fewer; a vector is not pooled.
-    β = 0 leaves the classifier alone, β = 1 the similarities. The classifier is zero at the start. One
-    backward trains the classifier, the map and whatever made the message.
+    For a vector, z is a linear map of it to `projected` features; for a feature map, the standard deviation
+    over positions of each channel of a 3×3 convolution to as many channels. pool is a mean over the smallest
+    squares (intervals, cubes) that leave at most 2,048 features; a vector is not pooled. β = 0 uses the
+    classifier alone, β = 1 the similarities. The classifier starts at zero. One backward pass trains the
+    classifier, the map and whatever made the message.
 
-    In some hundred updates similarities help fully connected layers and hinder convolutions
-    (results/what-was-tried.md), so β is 0.99 of a vector and 0 of a feature map unless it is given.
+    Over a few hundred updates similarities help fully connected layers and hinder convolutions
+    (results/what-was-tried.md), so the default β is 0.99 for a vector and 0 for a feature map.
 
     Args:
-      message: an example, (B, F) or (B, C, ...) of one to three dimensions of places.
+      message: an example, (B, F), or (B, C, ...) with one to three spatial dimensions.
       symbols: number of distinct targets.
       window: targets per row, W.
       similarity: β; None: see above.
       projected: features of z, at most as many as the message has.
 
-    Shapes: message like the example, context (B,) or (W, B), integers, -1 where nothing is known: there a
-    row adds nothing to pred, and none of its pairs count in sim. Returns a scalar.
+    Shapes: message like the example, context (B,) or (W, B), integers, -1 for an unknown target: it adds
+    nothing to pred, and no pair of its row counts in sim. Returns a scalar.
 
     Attributes:
-      value: the last loss (a scalar tensor; no wait for a device).
+      value: the last loss (a scalar tensor; reading it need not wait for a device).
       loss_scale: see `Interface`; for `send`.
 
     Raises:
-      ValueError: the message is no vector and no feature map; or, when it is called, the context is missing
-        or has another size or type.
+      ValueError: the message is no vector and no feature map; or, when called, the context is missing or has
+        another size or type.
 
     Source: Nøkland and Eidnes 2019, arXiv:1901.06656: β = 0.99 is their "predsim", β = 0 their "pred". There
     z has as many features as the message, and the sides of the squares are powers of two.
@@ -98,7 +98,7 @@ class LocalLoss(nn.Module):
             raise ValueError("a local loss must be called with the targets as context")
         targets = coming(context, self.window, False, message.device).t()  # (B, W)
         if len(targets) != len(message):
-            raise ValueError(f"the context is of {len(targets)} rows, the message of {len(message)}")
+            raise ValueError(f"the context has {len(targets)} rows, the message {len(message)}")
         loss = message.new_zeros(())
         if self.similarity < 1.0:
             loss = loss + (1.0 - self.similarity) * self._prediction(message, targets)
@@ -149,7 +149,7 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _pooled(sides: torch.Size, size: int) -> int:
-    """Places that are left of a map when stretches of `size` are pooled."""
+    """Positions left of a map after pooling over `size`."""
     return math.prod(-(-side // size) for side in sides)
 
 

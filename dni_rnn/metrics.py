@@ -1,4 +1,4 @@
-"""What a task is judged by. Nothing here imports torch or matplotlib."""
+"""The metrics of tasks. Nothing here imports torch or matplotlib."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Metric:
       label: what tables and plots call it.
       meaning: the label in words.
       lower_is_better: whether a smaller number is a better one.
-      unit: what training is counted in (`symbols` of rows and summaries).
+      unit: what `symbols` counts in rows and summaries.
       digits: decimals in a table.
       logarithmic: drawn on a logarithmic axis where values differ more than tenfold.
       validated: whether it is measured on held-out data; if not, rows and summaries hold one number, KEY.
@@ -51,7 +51,7 @@ class Metric:
         return value <= target if self.lower_is_better else value >= target
 
     def points(self, validations: Iterable[Mapping[str, Any]]) -> list[Point]:
-        """The validation curve from the rows that hold one: of `curve` or `climbs`, or of metrics.jsonl."""
+        """The validation curve, from rows of `curve`, `climbs` or metrics.jsonl; other rows are skipped."""
         name = f"valid_{self.key}" if self.validated else self.key
         return [
             Point(number(row["symbols"]), number(row["seconds"]), number(row[name]), row.get("step"))
@@ -61,7 +61,7 @@ class Metric:
 
 
 def number(value: Any) -> Any:
-    """The same value. Raises `TypeError` where a file that was damaged holds something else than a number."""
+    """The same value; raises `TypeError` where a damaged file holds anything but a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} is not a number")
     return value
@@ -77,7 +77,7 @@ COUNTS_OF_EACH = (
     Metric("error_fast", "A error %", "wrong counts of network A, in percent", unit="digit"),
     Metric("error_slow", "B error %", "wrong counts of network B, in percent", unit="digit"),
 )
-"""Of two networks at different rates: COUNTS decides which weights are best, these are reported."""
+"""For two networks at different rates: COUNTS selects the best weights, these are reported."""
 
 RMSE = Metric(
     "rmse", "RMS error", "root mean square error, in standard deviations of what is learnt", unit="point"
@@ -87,14 +87,14 @@ SOLVED = Metric(
     "solved", "longest solved", "what the task got to before the end, by the training loss",
     lower_is_better=False, unit="symbol", digits=1, validated=False,
 )  # fmt: skip
-"""Of a task with a curriculum. It holds a loss at its present level as well, which says little."""
+"""For tasks with a curriculum. Their rows also hold a loss at the current level, which says little."""
 
 
 def metric_of(row: Mapping[str, Any]) -> Metric:
     """The metric that a finished row, or a summary, is judged by.
 
     Raises:
-      UsageError: it holds none of them.
+      UsageError: it holds no known metric.
     """
     if SOLVED.key in row:
         return SOLVED
@@ -107,7 +107,7 @@ def metric_of(row: Mapping[str, Any]) -> Metric:
 
 
 def metrics_of(row: Mapping[str, Any]) -> tuple[Metric, ...]:
-    """The metrics that a finished row is reported by: of several nets, that of each."""
+    """The metrics that a finished row is reported by: one per network."""
     metric = metric_of(row)
     return COUNTS_OF_EACH if metric is COUNTS else (metric,)
 
@@ -119,7 +119,7 @@ LOGGED: Mapping[str, str] = {
     "synthesizer_loss": "loss of the synthesizer",
     "state_rms": "root mean square of the state",
 }
-"""What is logged of how things go inside, and what it is called; per cut as NAME_CUT.
+"""Logged diagnostics and their labels; those of a cut are called NAME_CUT.
 
 Trust is a least-squares coefficient, clipped to [0, 1]; explained variance is 1 − |ĝ − g|² / |g|², uncentred.
 """

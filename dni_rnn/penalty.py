@@ -1,4 +1,4 @@
-"""A penalty on a recurrent state that runs away, for any estimator."""
+"""A penalty on large recurrent states, for any estimator."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dni_rnn.pytree import Tree, unflatten
 from dni_rnn.running_rms import AllReduce, Running, follow, sum_of_squares
 
 BEYOND = 3.0
-"""tanh is flat beyond it: a cell state gains nothing there."""
+"""tanh saturates beyond it, so a larger cell state gains nothing."""
 
 
 class _Measure(torch.autograd.Function):
-    """Identity forward. Backward: the penalty follows the gradient that arrives, and the graph ends."""
+    """Identity forward. Backward: the gradient updates the penalty's RMS, and the graph ends."""
 
     @staticmethod
     def forward(ctx: Any, penalty: StatePenalty, done: Tensor | None, _: Tensor, *leaves: Tensor) -> Any:
@@ -34,15 +34,15 @@ class _Measure(torch.autograd.Function):
 
 
 class StatePenalty(Running):
-    """A penalty on what lies beyond ±3 in a recurrent state, for any estimator. A term of the loss:
+    """A loss term for any estimator that penalises elements of a recurrent state beyond ±3:
 
         penalty = strength · RMS · ½ Σ over rows and features of max(|state| − 3, 0)²
 
     at the state that ends a window. RMS is the running root mean square, over rows and features, of the
-    gradient that arrives at a window's start, in units of the scalar on which backward is called, and taken
-    as a constant. So strength has the unit of a state's inverse: 0.1 means that an element 1 beyond the
-    bound is pushed back as strongly as a tenth of a usual gradient pushes it, whatever the scale of the loss
-    and the size of the batch. Nothing is pushed inside the bound.
+    gradient at a window's start, in units of the scalar on which backward is called; it is treated as a
+    constant. So strength has units of 1/state: at 0.1, the penalty's gradient at an element 1 beyond the
+    bound is a tenth of a typical gradient, whatever the scale of the loss and the batch size. Elements
+    within the bound are not penalised.
 
     In a loop of truncated BPTT two lines change:
 
@@ -55,16 +55,16 @@ class StatePenalty(Running):
 
     Args:
       strength: see above.
-      decay: of the running RMS (`dni_rnn.running_rms.follow`).
-      batch_dim: where the rows of a state lie: a number, or a tree of them (see `Interface`).
+      decay: decay of the running RMS (`dni_rnn.running_rms.follow`).
+      batch_dim: batch dimension of the state, a number or a tree of numbers (see `Interface`).
 
-    A state that holds nothing with rows, as the None of a first window, passes, and its penalty is 0.
+    A state without rows, such as the None of a first window, is accepted; its penalty is 0.
 
     Attributes:
       loss_scale, all_reduce: see `Interface`.
 
     Raises:
-      ValueError, TypeError: when it is called, of a state or `done` as an `Interface` refuses them.
+      ValueError, TypeError: called with a state or `done` that an `Interface` would refuse.
     """
 
     loss_scale: Tensor | float | None = None
@@ -80,17 +80,17 @@ class StatePenalty(Running):
         self.register_buffer("count", torch.zeros(()))
 
     def measure(self, state: Tree, done: Done = None) -> Tree:
-        """The state, detached; backward, the gradient that arrives there moves the running RMS.
+        """Detach the state; in the backward pass its gradient updates the running RMS.
 
         Args:
-          done: (B,) or (B, 1), as of an `Interface`: rows that begin a new sequence here; theirs does not
-            count.
+          done: (B,) or (B, 1), as for an `Interface`: rows that begin a new sequence here; their gradients
+            are ignored.
         """
         leaves, spec, done = self._layout.enter(state, done)
         leaves = [leaf.detach() for leaf in leaves]
         if not (leaves and torch.is_grad_enabled()):
             return unflatten(leaves, spec)
-        asked = torch.zeros((), device=self.count.device, requires_grad=True)  # or backward would not come
+        asked = torch.zeros((), device=self.count.device, requires_grad=True)  # else backward is not called
         return unflatten(_Measure.apply(self, done, asked, *leaves), spec)  # type: ignore[arg-type]
 
     def forward(self, state: Tree, done: Done = None, *, rms: Tensor | None = None) -> Tensor:
@@ -99,7 +99,7 @@ class StatePenalty(Running):
         Args:
           state: with its graph.
           done: as for `measure`, rows whose sequence ends here.
-          rms: a scalar tensor in place of what `measure` has followed.
+          rms: a scalar tensor to use instead of the RMS from `measure`.
         """
         rms = self.mean_square.sqrt() if rms is None else rms
         leaves, _, done = self._layout.enter(state, done)

@@ -1,4 +1,4 @@
-"""Messages: tensors, or nested tuples and dicts of tensors. And the one detach of the package."""
+"""Messages: tensors, or nested tuples and dicts of tensors; and the only detach of the package."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ torch.serialization.add_safe_globals([LSTMState])  # or torch.load with weights_
 
 LEAF = "leaf"
 Spec = Any
-"""The structure of a tree without its tensors; what `unflatten` needs."""
+"""The structure of a tree without its tensors, for `unflatten`."""
 
 
 class Constant(NamedTuple):
-    """What a tree holds besides its leaves: it belongs to the structure and comes back as it is."""
+    """A value in a tree that is not a leaf: part of the structure, restored unchanged."""
 
     value: Any
 
 
 def has_rows(tensor: Tensor) -> bool:
-    """Whether a tensor of a message gets a gradient row by row: no integers, and not a lone number."""
+    """Whether a tensor of a message has rows that get gradients: no integers, no scalars."""
     return tensor.dim() > 0 and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def flatten(tree: Tree, is_leaf: Callable[[Tensor], bool] | None = None) -> tuple[list[Tensor], Spec]:
-    """The tensors of `tree` in a fixed order (dicts by sorted key), and what puts them back.
+    """The tensors of `tree` in a fixed order (dicts by sorted key), and the spec for `unflatten`.
 
     A tree is a tensor, or a tuple, named tuple, list, dict, dataclass, or a subclass of these, of trees. None
-    and numbers are no leaves: they come back as they are.
+    and numbers are not leaves: `unflatten` restores them.
 
     Args:
       is_leaf: which tensors are leaves, for example `has_rows`; None: all. The others come back detached.
 
     Raises:
-      TypeError: something else is in it.
+      TypeError: `tree` contains anything else.
     """
     leaves: list[Tensor] = []
     return leaves, _flatten(tree, leaves, is_leaf)
@@ -96,7 +96,7 @@ def _sorted(tree: dict[Any, Any]) -> list[Any]:
 
 
 class Pattern:
-    """A container that is more than its branches: a subclass, whose copy has its attributes too."""
+    """A container with more than its branches: a subclass, copied with its attributes."""
 
     def __init__(self, tree: Any) -> None:
         self.tree = tree
@@ -112,14 +112,14 @@ class Pattern:
 
 
 def _kind(tree: Any) -> Any:
-    """A type that its branches alone make, or a pattern."""
+    """The type, if its branches alone can rebuild the container, else a `Pattern`."""
     kind = type(tree)
     plain = kind is tuple or kind is list or kind is dict or (hasattr(tree, "_fields") and not vars_of(tree))
     return kind if plain else Pattern(tree)
 
 
 def vars_of(tree: Any) -> dict[str, Any]:
-    """Its attributes."""
+    """The instance attributes of a container, if any."""
     return getattr(tree, "__dict__", {})
 
 
@@ -148,7 +148,7 @@ def _unflatten(leaves: Iterator[Tensor], spec: Spec) -> Tree:
 
 
 def _filled(tree: Any, values: dict[Any, Any]) -> Any:
-    """A copy of a dict or dataclass with these values; its keys stay in their order."""
+    """A copy of a dict or dataclass with these values; key order is kept."""
     new = copy.copy(tree)
     for key, value in values.items():
         if isinstance(tree, dict):
@@ -165,15 +165,15 @@ def _refilled(tree: Any, values: list[Any]) -> Any:
         new = copy.copy(tree)
         new[:] = values
         return new
-    if hasattr(tree, "n_sequence_fields"):  # of torch or Python itself
+    if hasattr(tree, "n_sequence_fields"):  # built into torch or Python
         return kind(values)
-    new = tuple.__new__(kind, values)  # a constructor may ask for other arguments
+    new = tuple.__new__(kind, values)  # its constructor may take other arguments
     vars_of(new).update(vars_of(tree))
     return new
 
 
 def part(tree: Tree, key: str | int | None) -> Tree:
-    """A part of a tree: the field of a named tuple, the key of a dict, the index of a tuple; None is all."""
+    """A part of a tree: the field of a named tuple, the key of a dict, the index of a tuple; None: all."""
     if key is None:
         return tree
     return tree[key] if isinstance(key, int) or isinstance(tree, dict) else getattr(tree, key)
@@ -186,19 +186,19 @@ def map_tree(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
 
 
 def detach(tree: Tree) -> Tree:
-    """Cut the graph: the same values, no history. What a module may keep of the state that it sent."""
+    """Cut the graph: same values, no history. For a state that is kept after it was sent."""
     return map_tree(torch.Tensor.detach, tree)
 
 
 BatchDim = int | Sequence[int]
-"""Where rows lie: the dimension, of all leaves or leaf by leaf."""
+"""The batch dimension: one for all leaves, or one per leaf."""
 
 
 def batch_dims(batch_dim: int | Tree) -> BatchDim:
     """`batch_dim` as the functions below take it: a number, or a tree of numbers in the shape of a message.
 
     Raises:
-      TypeError: it is something else.
+      TypeError: it is anything else.
     """
     if hasattr(batch_dim, "__index__") and not isinstance(batch_dim, bool | Tensor):
         return operator.index(batch_dim)
@@ -218,17 +218,15 @@ def batch_dims(batch_dim: int | Tree) -> BatchDim:
 
 
 def dims_of(leaves: Sequence[Tensor], batch_dim: BatchDim) -> Sequence[int]:
-    """Where the rows of each leaf lie. A leaf (B,) has one feature a row, whatever the number of all.
+    """The batch dimension of each leaf. A number applies to all leaves but those of shape (B,).
 
     Raises:
-      ValueError: `batch_dim` is of other leaves.
+      ValueError: `batch_dim` is for another number of leaves.
     """
     if isinstance(batch_dim, int):
         return [batch_dim if leaf.dim() > 1 else 0 for leaf in leaves]
     if len(batch_dim) != len(leaves):
-        raise ValueError(
-            f"batch_dim says where the rows of {len(batch_dim)} tensors lie, and {len(leaves)} have rows"
-        )
+        raise ValueError(f"batch_dim is for {len(batch_dim)} tensors, but {len(leaves)} tensors have rows")
     return batch_dim
 
 
@@ -254,7 +252,7 @@ def where_rows(rows: Tensor, chosen: Tree, other: Tree, batch_dim: BatchDim = -2
 
 
 def flatten_rows(tree: Tree, batch_dim: BatchDim = -2) -> Tensor:
-    """All tensors of `tree` that have rows side by side, one row per row: (B, features)."""
+    """All tensors of `tree` that have rows, concatenated along features: (B, features)."""
     return side_by_side(flatten(tree, has_rows)[0], batch_dim)
 
 
@@ -262,7 +260,7 @@ def side_by_side(leaves: Sequence[Tensor], batch_dim: BatchDim = -2) -> Tensor:
     """`flatten_rows` of tensors that all have rows.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there are none.
     """
     if not leaves:
         raise ValueError("nothing here has rows: give a tensor of real numbers, or a tree with one in it")
@@ -274,7 +272,7 @@ def side_by_side(leaves: Sequence[Tensor], batch_dim: BatchDim = -2) -> Tensor:
 
 
 def _row_first(leaf: Tensor, batch_dim: int) -> Tensor:
-    # The first two in one step each: a state of one layer, and what is rows already.
+    # Fast paths for a state of one layer, and for what already is (B, features).
     dimensions = leaf.dim()
     if dimensions == 3 and batch_dim == -2 and leaf.shape[0] == 1:
         return leaf.squeeze(0)
@@ -297,7 +295,7 @@ def unflatten_rows(rows: Tensor, leaves: Sequence[Tensor], batch_dim: BatchDim =
 
 
 def width(leaf: Tensor, batch_dim: int) -> int:
-    """Features of a row; there may be no rows."""
+    """Features per row, also where there are no rows."""
     rows = leaf.shape[batch_dim]
     return leaf.numel() // rows if rows else leaf.movedim(batch_dim, 0).shape[1:].numel()
 

@@ -1,4 +1,4 @@
-"""A recurrent core that emits an output and the synthetic gradient of the future loss, and a model on it."""
+"""A recurrent core that emits an output and a synthetic gradient of the future loss, and a model with it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class CoreOutput(NamedTuple):
     """What a core emits for one window.
 
     Attributes:
-      output: (T, B, H), the top layer's.
-      state: after the last step.
-      synthetic_gradient: ĝ of the loss to come with respect to `state`: a tree like it.
+      output: (T, B, H), of the top layer.
+      state: state after the last step.
+      synthetic_gradient: ĝ of the future loss with respect to `state`: a tree like it.
     """
 
     output: Tensor
@@ -30,8 +30,8 @@ class RecurrentCore(nn.Module):
     """A recurrent net with an interface at its window boundaries.
 
     Args:
-      rnn: the net, a `Core`: `dni_rnn.cores.LSTM(...)`, another of that folder, or your own.
-      interface: with a synthesizer called with the state; None, and the core is `rnn` and nothing else.
+      rnn: the net, a `Core`: one of `dni_rnn.cores`, or your own.
+      interface: with a synthesizer called with the state; None: no synthetic gradients.
 
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §2.1 and Fig. 4.
     """
@@ -51,9 +51,9 @@ class RecurrentCore(nn.Module):
         return self.rnn(inputs, state)
 
     def emit(self, inputs: Tensor, state: Tree, boundary: Boundary) -> CoreOutput:
-        """`forward`, and the synthetic gradient with respect to the state it ends in.
+        """`forward`, and the synthetic gradient with respect to the final state.
 
-        `boundary` describes that end.
+        `boundary` is that at the end.
 
         Raises:
           ValueError: the core has no interface.
@@ -98,7 +98,7 @@ class SequenceModel(nn.Module):
         return state if done is None else where_rows(done, self.initial_state(len(done)), state)
 
     def synthesizer_parameters(self) -> list[nn.Parameter]:
-        """The parameters of M: they learn with a rate of their own and are not clipped with the net's."""
+        """The parameters of M: they have their own learning rate and are not clipped with the net's."""
         return [] if self.core.interface is None else list(self.core.interface.parameters())
 
     def net_parameters(self) -> list[nn.Parameter]:

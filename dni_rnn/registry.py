@@ -1,4 +1,4 @@
-"""Cores and estimators by name. Names are listed without importing what they stand for (and so torch).
+"""Cores and estimators by name. Listing names imports neither them nor torch.
 
 A name is one of
   a module of this package:  `lstm` of the kind `cores` is the `CORE` of `dni_rnn/cores/lstm.py`,
@@ -32,14 +32,14 @@ def names(kind: Kind) -> list[str]:
 
 @cache
 def _ours(kind: Kind) -> dict[str, str]:
-    """By name, the module of this package."""
+    """The modules of this package, by name."""
     stems = [path.stem for path in (Path(__file__).parent / kind).glob("[a-z]*.py")]
     return {stem.replace("_", "-"): f"dni_rnn.{kind}.{stem}" for stem in stems}
 
 
 def check(kind: Kind, name: str) -> None:
     """Raises `UsageError` when `name` is neither known nor of the form `package.module:Name`."""
-    # Entry points last: they are looked for in all installed packages, and every configuration asks.
+    # Entry points last: every configuration calls this, and they are searched in all installed packages.
     if name not in _ours(kind) and not is_import(name) and name not in names(kind):
         raise UsageError(
             f"--{kind[:-1]} {name}: not known; give one of {', '.join(names(kind))}, or package.module:Name"
@@ -72,7 +72,7 @@ def imported(flag: str, text: str) -> Any:
     """What `package.module:Name` stands for.
 
     Raises:
-      UsageError: it cannot be imported; `flag` is where the user wrote it.
+      UsageError: it cannot be imported; `flag` is the user's option.
     """
     module, _, name = text.partition(":")
     with theirs(f"{flag} {text}: cannot be imported"):
@@ -83,10 +83,10 @@ def imported(flag: str, text: str) -> Any:
 
 
 def built(flag: str, text: str, kind: Any, *arguments: Any, **options: Any) -> Any:
-    """`kind(*arguments, **options)`, where `text` may stand for a class of somebody else.
+    """`kind(*arguments, **options)`, where `text` may name a user's class.
 
     Raises:
-      UsageError: it does not take these, or that class fails.
+      UsageError: it does not accept these, or a user's class fails.
     """
     if not is_import(text.partition(",")[0]):
         try:
@@ -100,7 +100,7 @@ def built(flag: str, text: str, kind: Any, *arguments: Any, **options: Any) -> A
 
 @contextmanager
 def theirs(failing: str) -> Iterator[None]:
-    """Inside, code runs that somebody else has written: what it raises is one line, with file and line."""
+    """Turn errors of a user's code inside into one line, with file and line number."""
     try:
         yield
     except UsageError:
@@ -110,7 +110,7 @@ def theirs(failing: str) -> Iterator[None]:
 
 
 def why(error: BaseException) -> str:
-    """What an error says, in one line; with the place in the user's own files that it came from."""
+    """The message of an error in one line, with its location in the user's own files."""
     said, place = " ".join(str(error).split()) or type(error).__name__, None
     if isinstance(error, SyntaxError):
         said, place = f"{type(error).__name__}: {error.msg}", (error.filename, error.lineno)

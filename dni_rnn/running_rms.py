@@ -1,4 +1,4 @@
-"""The running root mean square of the gradients that arrive at a boundary: the unit of what answers them."""
+"""The running root mean square of the gradients at a boundary, the unit of predictions and penalties."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 AllReduce = Callable[[Tensor], Tensor]
-"""Tensor -> its sum over the processes among which the rows of a batch are spread."""
+"""Tensor -> its sum over the processes that share the rows of a batch."""
 
 
 class Running(nn.Module):
-    """A module whose own buffers move by small steps: they stay in float32 when it is made narrower."""
+    """A module whose own buffers stay float32 when it is converted to a narrower type: they move slowly."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = dict(self._buffers)
@@ -26,7 +26,7 @@ class Running(nn.Module):
 
 
 def sum_of_squares(rows: Tensor) -> Tensor:
-    """Over all elements (a scalar)."""
+    """Sum of squares of all elements (a scalar)."""
     flat = rows.flatten()
     return torch.dot(flat, flat)
 
@@ -39,22 +39,22 @@ def follow(
     decay: float,
     all_reduce: AllReduce | None,
 ) -> tuple[Tensor, Tensor | float]:
-    """Move a running mean square by one gradient, in place; a gradient that is not finite is passed over.
+    """Update a running mean square by one gradient, in place; a gradient that is not finite is skipped.
 
         mean_square ← mean_square + (mean of gradient² − mean_square) · max(1 / count, 1 − decay)
 
-    that is, the mean of all gradients until there are 1 / (1 − decay) of them, exponential from then on.
+    that is, the mean of the first 1 / (1 − decay) gradients, then an exponential mean.
 
     Args:
-      mean_square, count: scalars, what is kept.
+      mean_square, count: scalars, the running statistics.
       gradient: (B, features), 0 in rows of `done`.
-      done: (B,), rows that do not count; all may be such, and nothing moves.
+      done: (B,), rows that do not count; if all are done, nothing changes.
       decay: see above.
-      all_reduce: where the rows are spread over processes.
+      all_reduce: given if the rows are shared among processes.
 
     Returns:
-      1 where it moved, else 0 (a scalar tensor); and how many elements counted, over all processes (1 of a
-      batch without rows, by which one divides).
+      1 if it was updated, else 0 (a scalar tensor); and the number of elements counted, over all processes (1
+      for a batch without rows, as a safe divisor).
     """
     elements: Tensor | float = float(gradient.numel())
     if done is not None:

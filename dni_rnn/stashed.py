@@ -9,12 +9,12 @@ from torch.func import functional_call
 
 
 class Stashed:
-    """A forward pass with a copy of the weights as they are now; its gradients go to `.grad` of the weights.
+    """A forward pass with a copy of the current weights; gradients go to `.grad` of the weights themselves.
 
     Source: Harlap et al. 2018, PipeDream, arXiv:1806.03377 (weight stashing).
 
     Attributes:
-      inputs, out: of `net`.
+      inputs, out: inputs and output of `net`.
       weights: the copy, by name.
     """
 

@@ -12,25 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rnn.asking import Critique
 from dni_rnn.checks import Layout, coming
 from dni_rnn.pytree import Tree, flatten, flatten_rows, has_rows, part, unflatten
+from dni_rnn.synthesizer_call import Critique
 
 
 def units(widths: Sequence[int | Fraction], of: int) -> list[int]:
-    """Widths as numbers of units; a fraction is one of `of`, at least one unit."""
+    """Widths as numbers of units; a fraction is relative to `of`, at least one unit."""
     return [width if isinstance(width, int) else max(1, round(width * of)) for width in widths]
 
 
 class ContextEncoder(nn.Module):
     """Turns a context into features that are added to the first layer of a `ContextMLP`.
 
-    One of your own allocates in `build`, which the `ContextMLP` calls once with its width, and maps a
-    context of B rows to (B, width) in `forward`.
+    A subclass allocates in `build`, which the `ContextMLP` calls once with its width, and maps a context of B
+    rows to (B, width) in `forward`.
     """
 
     def build(self, width: int, *, zero: bool) -> None:
-        """Allocate for `width` features; all zero when they are themselves a synthetic gradient."""
+        """Allocate for `width` features; all zero if they are themselves a synthetic gradient."""
         raise NotImplementedError
 
 
@@ -45,14 +45,14 @@ class OneHotTokens(ContextEncoder):
     Args:
       symbols: number of distinct symbols.
       window: W.
-      batch_first: tokens are (B, W), as loaders with rows first give them. Where W = B nothing else can tell.
+      batch_first: tokens are (B, W), rows first; if W = B, shapes cannot show this.
 
-    Shapes: tokens (W, B), or (B,) when W is 1, integers in [0, symbols), or -1 where nothing is known, which
-    adds nothing. Fewer than W are the last ones of a text: behind them nothing is known. Returns (B, width).
+    Shapes: tokens (W, B), or (B,) if W is 1, integers in [0, symbols), or -1 for unknown ones, which add
+    nothing. Fewer than W are padded with unknown ones, as at the end of a text. Returns (B, width).
 
     Raises:
-      ValueError: tokens of other shapes or of no integer type. A symbol beyond the last is an index error
-        of torch's, on a CUDA device an assertion there.
+      ValueError: tokens of other shapes or of no integer type. A symbol out of range raises torch's index
+        error, or a device-side assertion on a CUDA device.
     """
 
     table: nn.EmbeddingBag
@@ -66,7 +66,7 @@ class OneHotTokens(ContextEncoder):
         rows = self.symbols * self.window
         self.table = nn.EmbeddingBag(rows + 1, width, mode="sum", padding_idx=rows)
         nn.init.normal_(self.table.weight, std=0.0 if zero else self.window**-0.5)
-        # The table's row of each symbol at each position, behind that of the unknown; others have none.
+        # The table's row of each symbol at each position, after that of the unknown one.
         known = torch.arange(rows).view(self.window, self.symbols)
         self.register_buffer("row_of", F.pad(known, (1, 0), value=rows), persistent=False)
 
@@ -82,26 +82,26 @@ class ContextMLP(nn.Module):
         a_1 = W_1 x + b_1 + encoder(context);   a_{i+1} = W_{i+1} ReLU(norm(a_i)) + b_{i+1}
 
     The last layer's weight and bias start at zero, and so does a context that enters it. There is no
-    nonlinearity at the output: a gradient has both signs. As it stands it is an M for messages that are
-    vectors, or with `kernel` feature maps.
+    nonlinearity at the output: a gradient has both signs. It is an M for messages that are vectors, or, with
+    `kernel`, feature maps.
 
     Args:
       inputs, outputs: features of a row of x and of the result; with `kernel`, channels.
       hidden: widths of the hidden layers; none makes it linear.
       context: encoder of the context: `OneHotTokens` or another `ContextEncoder`.
-      norm: batch normalisation of the hidden layers, as published; off, norm is the identity. A batch of
+      norm: batch normalisation of the hidden layers, as published; else norm is the identity. A batch of
         one row, which has no variance, is normalised by the running statistics.
-      kernel: make every W a convolution of kernel × kernel (odd) that keeps the resolution. The context
-        is then added at every place alike, which is what label planes through a convolution are (but for
-        the rim, where a kernel larger than 1 × 1 would see fewer of them).
-      places: dimensions of a feature map, with `kernel`: 1 for (B, C, length), 2, 3 for volumes.
+      kernel: make every W a convolution of kernel × kernel (odd) that keeps the resolution. The context is
+        then added equally at every position, as label planes through a convolution are (except at the border,
+        where a kernel larger than 1 × 1 would see fewer of them).
+      places: spatial dimensions of a feature map, with `kernel`: 1 for (B, C, length), 2, 3 for volumes.
 
     Shapes: x (B, inputs) -> (B, outputs), with `kernel` (B, inputs, height, width) -> (B, outputs, height,
-    width), or what `places` says.
+    width), or as `places` gives.
 
     Raises:
-      ValueError: `kernel` is even; or, when it is called, the context is missing, or x or the context has
-        other sizes than these.
+      ValueError: `kernel` is even; or, when called, the context is missing, or x or the context has other
+        sizes.
 
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §A.1.
     """
@@ -119,7 +119,7 @@ class ContextMLP(nn.Module):
     ) -> None:
         super().__init__()
         if kernel is not None and kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd, not {kernel}: an even one moves the picture")
+            raise ValueError(f"kernel must be odd, not {kernel}: an even one shifts the map")
         widths = [inputs, *hidden, outputs]
         self.inputs, self.kernel, self.places = inputs, kernel, 0 if kernel is None else places
         self.batch_dim = None if kernel is None else 0
@@ -150,7 +150,7 @@ class ContextMLP(nn.Module):
             known = self.context(context)
             if known.dim() > 1 and known.shape[0] != rows:
                 raise ValueError(
-                    f"the context is of {known.shape[0]} rows, the message of {rows}: symbols are (W, B), "
+                    f"the context has {known.shape[0]} rows, the message {rows}: symbols are (W, B), "
                     "with batch_first (B, W)"
                 )
             x = x + (known.reshape(*known.shape, *[1] * self.places) if self.places else known)
@@ -160,22 +160,21 @@ class ContextMLP(nn.Module):
 
 
 def _normalized(norm: nn.Module, x: Tensor) -> Tensor:
-    """`norm` of x; of one value for each feature by the running statistics, since it has no variance."""
+    """`norm` of x; uses the running statistics if each feature has one value only, and so no variance."""
     if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and x.numel() == x.shape[1]:
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     return norm(x)
 
 
 class Rows(nn.Module):
-    """A message as one row of features per row, (B, features), its tensors side by side.
+    """A message as (B, features), its tensors concatenated.
 
     Args:
-      leaf: read this part of the message alone, such as "hidden" of an `LSTMState` (its output, as
+      leaf: read only this part of the message, such as "hidden" of an `LSTMState` (its output, as
         published), which halves the cost of what follows; see `dni_rnn.pytree.part`. None reads all.
-      bounded: apply a tanh, which keeps the features bounded when a cell state is not. Without it the
-        message enters as it is: good for hidden states, which are within ±1 anyway.
-      batch_dim: where the rows of the message lie: a number, or a tree of them (see `Interface`, which takes
-        it from here).
+      bounded: apply a tanh, which keeps the features bounded when a cell state is not. Not needed for hidden
+        states, which are within ±1.
+      batch_dim: batch dimension of the message, a number or a tree of numbers (`Interface` reads it here).
     """
 
     def __init__(
@@ -187,17 +186,17 @@ class Rows(nn.Module):
 
     def forward(self, message: Tree) -> Tensor:
         x = flatten_rows(part(message, self.leaf), self._dims)
-        # The sigmoid is the tanh, several times faster on a CPU.
+        # tanh by way of the sigmoid, several times faster on a CPU.
         return torch.sigmoid(2.0 * x).mul(2.0).sub(1.0) if self.bounded else x
 
 
 class MLPSynthesizer(nn.Module):
-    """M as a `ContextMLP` on one row of the message, after a bounded nonlinearity.
+    """M as a `ContextMLP` on the rows of the message, after a bounded nonlinearity.
 
-        M(message, context) = MLP(tanh(message row, its tensors side by side), context)
+        M(message, context) = MLP(tanh(row of the message), context)
 
-    M ≡ 0 at the start, so the first update is that of truncated BPTT. One row of the message is all its
-    tensors side by side: of an LSTM 2·layers·H features, of a GRU layers·H. It is for vectors and states;
+    M ≡ 0 at the start, so the first update is that of truncated BPTT. A row of the message is all its
+    tensors concatenated: 2·layers·H features for an LSTM, layers·H for a GRU. It is for vectors and states;
     for feature maps see `ContextMLP`.
 
     Args:
@@ -205,11 +204,11 @@ class MLPSynthesizer(nn.Module):
       hidden, context: see `ContextMLP`.
       leaf, bounded, batch_dim: see `Rows`.
 
-    Shapes: a message of B rows -> (B, features), the gradients of its tensors side by side.
+    Shapes: a message of B rows -> (B, features), the concatenated gradients of its tensors.
 
     Raises:
-      ValueError: the rows of the message do not lie where `batch_dim` says; or, when it is called, they have
-        other features than those of the example.
+      ValueError: `batch_dim` does not fit the message; or, when called, a message has other features than
+        the example.
 
     Source: Jaderberg et al. 2017, arXiv:1608.05343, §A.1 (zero start), §A.3 (one hidden layer).
     """
@@ -236,37 +235,37 @@ class MLPSynthesizer(nn.Module):
 
 
 class Critic(nn.Module):
-    """M as the derivative of a loss that it predicts: a classifier of the message, conditioned on what comes.
+    """M as the derivative of a predicted loss, that of a classifier of the message with the coming targets.
 
         ℓ_row    = Σ_i −log softmax(classifier(message)_i)[target_i],   i in [0, W)
         gradient = weight · ∂(Σ_rows ℓ_row)/∂message
 
     The context is the coming targets: the labels (W = 1) between two layers, the next W targets at the
-    boundary of a recurrent net. The classifier is trained on `loss_weight` · ℓ (mean over rows), as the loss
-    that the message leads to would be if nothing but the classifier followed, and by the `Interface`
-    on the match of the gradient with what arrives, through the second derivative. So M is right in
-    direction and in size before a single target has arrived from above, which a regression is not, and
-    the match corrects it. With a classifier that is zero at the start, so is M.
+    boundary of a recurrent net. The classifier is trained on `loss_weight` · ℓ (mean over rows), as if it
+    were all that follows the message, and by the `Interface` on the match of M's gradient with the true one,
+    through the second derivative. So, unlike a regression, M has the right direction and size before the
+    first true gradient arrives, and the match corrects it. A classifier that starts at zero makes M start at
+    zero.
 
     Args:
       classifier: message -> logits, (B, W·symbols), position by position. For a vector a `ContextMLP`;
-        for states and feature maps one behind `Rows`.
+        for states and feature maps one after `Rows`.
       symbols: number of distinct targets.
-      weight: of a target in the scalar on which backward is called; None, the default, is 1 / B, that of a
+      weight: weight of a target in the scalar on which backward is called; None, the default, is 1 / B, for a
         loss that is a mean over rows.
       batch_first: targets are (B, W) (see `OneHotTokens`).
-      loss_weight: of ℓ, in nats, beside the match. The match draws the classifier from its own task to the
-        net's, and a larger share of it has been worse (MNIST, 6 layers, validation error after 10 passes:
-        1.88 % with 100, 2.12 % with 10).
+      loss_weight: weight of ℓ, in nats, relative to the match. The match draws the classifier from its own
+        task to the net's, and more of it was worse (MNIST, 6 layers, validation error after 10 passes: 1.88 %
+        with 100, 2.12 % with 10).
 
-    Shapes: context (B,) or (W, B), integers, -1 where nothing is known (which adds nothing), as for
+    Shapes: context (B,) or (W, B), integers, -1 for an unknown target (which adds nothing), as for
     `OneHotTokens`. Returns a `Critique`: the gradient like the message, and loss_weight · ℓ, (B,).
 
-    `torch.compile` cannot differentiate twice: a critic in a compiled function runs outside of it, as a graph
-    break, and warns so once. `fullgraph=True` refuses it.
+    `torch.compile` cannot differentiate twice: in a compiled function a critic is a graph break and warns
+    once; `fullgraph=True` fails.
 
     Raises:
-      ValueError: it is called without a context, or with one of another size or type.
+      ValueError: called without a context, or with one of another size or type.
 
     Source: Czarnecki et al. 2017, "Sobolev Training for Neural Networks", arXiv:1706.04859, §4.3; there ℓ
     is regressed on the final loss, here it is trained on the target itself.
@@ -315,7 +314,7 @@ def _losses(
     targets = coming(targets, each.shape[1], batch_first, logits.device)
     if targets.shape[1] != len(each):
         raise ValueError(
-            f"the context is of {targets.shape[1]} rows, the message of {len(each)}: targets are (W, B), "
+            f"the context has {targets.shape[1]} rows, the message {len(each)}: targets are (W, B), "
             "with batch_first (B, W)"
         )
     targets = targets.t().unsqueeze(2)
@@ -333,19 +332,19 @@ def _not_compiled(critic: Critic, message: Tree, context: Any) -> Critique:
 
 
 class ErrorFeedback(nn.Module):
-    """M as a linear map of the error of a local classifier: nothing is differentiated twice.
+    """M as a linear map of the error of a local classifier, without second derivatives.
 
         e        = softmax(W h + b) − onehot(target)     per row, position by position
         ℓ_row    = Σ_i −log softmax(W h + b)_i[target_i],   i in [0, W)
         gradient = weight · (W + U)ᵀ e
 
-    h is a row of the message. W and b are trained on `loss_weight` · ℓ alone, as a local loss would, and U on
-    the match with what arrives alone. Both are zero at the start. With U = 0 it is the gradient of that
-    local loss (a linear `Critic` without the match); U turns that into the gradient that arrives, as far as
-    the error tells it. Below a linear last layer this is the form of the true gradient.
+    h is a row of the message. W and b are trained only on `loss_weight` · ℓ, as a local loss, and U only on
+    the match with the true gradient. All start at zero. With U = 0 it is the gradient of that local loss (a
+    linear `Critic` without the match); U maps it to the true gradient, as far as the error determines that.
+    Below a linear last layer this is the form of the true gradient.
 
-    What M gets wrong shrinks with the error, and where the classifier makes none, nothing pushes: it does not
-    fall behind a convolutional net, as a regression on activations does (results/cifar).
+    M's error shrinks with e, and is zero where e is: M does not fall behind a convolutional net, as a
+    regression on activations does (results/cifar).
 
     Args:
       message: an example, with rows in dimension 0; only the shape of its rows is used.
@@ -353,14 +352,14 @@ class ErrorFeedback(nn.Module):
       window: targets per row, W of the sum.
       weight, loss_weight: see `Critic`.
 
-    Shapes: message (B, ...), context (B,) or (window, B), integers, -1 where nothing is known (which adds
+    Shapes: message (B, ...), context (B,) or (window, B), integers, -1 for an unknown target (which adds
     nothing). Returns a `Critique`: the gradient as rows (B, features), and loss_weight · ℓ, (B,).
 
     Raises:
-      ValueError: it is called without a context, or with one of another size or type.
+      ValueError: called without a context, or with one of another size or type.
 
-    Source: the error as what a layer below is told, through weights of its own: Nøkland 2016, "Direct
-    Feedback Alignment", arXiv:1609.01596 (the net's error, fixed random U).
+    Source: the error fed back to lower layers through separate weights: Nøkland 2016, "Direct Feedback
+    Alignment", arXiv:1609.01596 (the net's error, fixed random U).
     """
 
     batch_dim = 0

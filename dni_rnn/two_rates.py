@@ -1,11 +1,11 @@
-"""Two networks that tick at different rates, cut by interfaces where messages pass.
+"""Two networks that run at different rates, decoupled by interfaces.
 
     network A, fast:   (x_t, state) -> state, at every step; after every T steps an answer and a message
     network B, slow:   (message, state) -> state, once in T steps; after T messages an answer
 
-A block of T² steps is one sequence: both states begin at zero. Joint backpropagation has to unroll all of
-it before either can learn; with an interface on the message and one at the window boundaries of each net, A
-unrolls T steps and B some of its own ticks, and neither waits for the other's gradient.
+A block of T² steps is one sequence: both states begin at zero. Joint backpropagation has to unroll the whole
+block before either net can learn; with an interface on the message and one at the window boundaries of each
+net, A unrolls T steps and B some of its own ticks, and neither waits for the other's gradient.
 
 Source: Jaderberg et al. 2017, arXiv:1608.05343, §3.2.
 """
@@ -27,12 +27,12 @@ from dni_rnn.stashed import Stashed
 
 
 class DigitBlock(NamedTuple):
-    """T windows of T steps, B rows side by side.
+    """T windows of T steps of B batch rows.
 
     Attributes:
       inputs: (T, T, B, ...), windows first, then steps.
-      fast: (T, B), what A is to answer after each window; integers.
-      slow: (B,), what B is to answer at the end; integers.
+      fast: (T, B), A's targets after each window; integers.
+      slow: (B,), B's targets at the end; integers.
     """
 
     inputs: Tensor
@@ -40,24 +40,24 @@ class DigitBlock(NamedTuple):
     slow: Tensor
 
     def coming_slow(self, tick: int) -> Tensor:
-        """The context of synthesizers of B's at `tick`: B's target, in the place of the tick; (T, B)."""
+        """The context of B's synthesizers at `tick`: B's target, at the position of the tick; (T, B)."""
         known = torch.full_like(self.fast, -1)
         known[tick] = self.slow
         return known
 
     def coming(self, tick: int) -> Tensor:
-        """The context of A's before window `tick`: A's targets from there on, and B's; (2T, B)."""
+        """The context of A's synthesizer before window `tick`: A's further targets, and B's; (2T, B)."""
         fast = self.fast.clone()
         fast[:tick] = -1
         return torch.cat([fast, self.coming_slow(tick)])
 
 
 class Cut(nn.Module):
-    """What stands where a gradient would have to wait: an interface, a penalty, both, or neither.
+    """A place where a gradient would have to wait, with an interface, a penalty, both, or neither.
 
     Args:
-      interface: None, and nothing comes back.
-      penalty: on what is sent (`StatePenalty`), in units of the gradients that arrive here.
+      interface: None: no gradient crosses the cut.
+      penalty: on the message (`StatePenalty`), in units of the gradients here.
     """
 
     def __init__(self, interface: Interface | None = None, penalty: StatePenalty | None = None) -> None:
@@ -65,7 +65,7 @@ class Cut(nn.Module):
         self.interface, self.penalty = interface, penalty
 
     def receive(self, message: Tree, context: Tensor) -> Tree:
-        """The message as its consumer takes it over."""
+        """The message as its consumer receives it."""
         if self.interface is not None:
             return self.interface.receive(message, context)
         return detach(message) if self.penalty is None else self.penalty.measure(message)
@@ -85,7 +85,7 @@ class Sent:
     """A message that has crossed a cut and is kept until its true gradient g is known.
 
     Attributes:
-      taken: as its consumer takes it over; its `.grad` becomes g.
+      taken: the message as its consumer receives it; its `.grad` becomes g.
     """
 
     def __init__(self, cut: Cut, message: Tree, context: Tensor) -> None:
@@ -96,7 +96,7 @@ class Sent:
         self.taken = unflatten([leaf.detach().requires_grad_() for leaf in leaves], spec)
 
     def residual(self) -> list[tuple[Tensor, Tensor]]:
-        """The tensors of the message, each with g − ĝ; what stands at the cut learns from g."""
+        """The tensors of the message, each with its residual g − ĝ; also trains the cut on g."""
         found: list[Tensor] = []
         for leaf in flatten(self.taken)[0]:
             assert leaf.grad is not None
@@ -110,13 +110,13 @@ class Sent:
 
 
 class Turn(NamedTuple):
-    """What one net, or both, learn from at once.
+    """One update of one net, or of both.
 
     Attributes:
       objective: a scalar to differentiate; None in a turn that only corrects.
-      fast, slow: logits and targets of what was answered on the way.
-      kept: what is differentiated here will be once more, by the last turn.
-      late: what was sent from each window to others, in order, where its gradient has come by now.
+      fast, slow: logits and targets of the answers in this turn.
+      kept: the graph is needed once more, by the last turn.
+      late: messages sent from each window, in order, whose gradients are known by now.
     """
 
     objective: Tensor | None = None
@@ -126,7 +126,7 @@ class Turn(NamedTuple):
     late: Sequence[Sequence[Sent]] = ()
 
     def backward(self) -> None:
-        """Add to `.grad` what this turn brings."""
+        """Add the gradients of this turn to `.grad`."""
         if self.objective is not None:
             self.objective.backward(retain_graph=self.kept)
         for window in reversed(self.late):
@@ -137,8 +137,8 @@ class Turn(NamedTuple):
 class FastNet(nn.Module):
     """Network A: two layers of Linear-LayerNorm-ReLU, an LSTM, a readout, and the message to B.
 
-    As published but for the normalisation, which was over the batch and there differed from step to step:
-    over the features it makes no row depend on another, and no window on how it was cut.
+    As published, except for the normalisation: the published one was over the batch, with statistics per
+    step. Over the features, rows are independent of each other, and windows of where they are cut.
     """
 
     def __init__(self, features: int, outputs: int, hidden: int, core: Core) -> None:
@@ -176,15 +176,15 @@ class TwoRates(nn.Module):
     """Both networks, with three cuts between them and their own windows.
 
     The objective of a block is (mean over A's answers of −log p) + (−log p of B's answer), in nats, mean
-    over rows. `lock_step` differentiates it as it is; `decoupled` in turns, each of which can be stepped on
-    before the next one begins. With exact synthesizers the gradients of the turns add up to that of
-    `lock_step`, when nothing is stepped on between.
+    over rows. `lock_step` differentiates it as a whole; `decoupled` in turns, each of which can be followed
+    by an optimizer step. With exact synthesizers and no steps in between, the gradients of the turns add up
+    to that of `lock_step`.
 
     Args:
       fast, slow: the networks.
-      cuts: by what passes there, the states of A and B, "fast" and "slow", and the "message".
+      cuts: by name: the states of A and B, "fast" and "slow", and the "message".
       period: T.
-      ticks: of B, from one of its window boundaries to the next; a divisor of T.
+      ticks: ticks of B between its window boundaries; a divisor of T.
     """
 
     def __init__(self, fast: FastNet, slow: SlowNet, cuts: dict[str, Cut], period: int, ticks: int) -> None:
@@ -215,9 +215,9 @@ class TwoRates(nn.Module):
         """A turn of A after every window, and one of B after every `ticks` of them.
 
         Args:
-          correct: keep what every window computed, at its weights, until the block ends, when every true
-            gradient g is known, and backpropagate g − ĝ in one more turn. So the gradients of the turns
-            add up to that of the block whatever the synthesizers are; with none, ĝ = 0, they come late.
+          correct: keep the graph of every window, at its weights, until the block ends and every true
+            gradient g is known, and backpropagate the residuals g − ĝ in one more turn. So the gradients of
+            the turns add up to that of the block for any synthesizers, and without any (ĝ = 0), only late.
         """
         period, rows = self.period, len(block.slow)
         fast_state, slow_state = (net.core.initial_state(rows) for net in (self.fast, self.slow))
@@ -225,8 +225,8 @@ class TwoRates(nn.Module):
         late: list[list[Sent]] = []
 
         def cross(name: str, message: Tree, context: Tensor) -> Tree:
-            """What the consumer takes over. Of a block that is corrected no M learns before its last turn, so
-            ĝ is still what was sent."""
+            """The message as received. With `correct` no M learns before the last turn of a block, so ĝ is
+            still what was sent."""
             if not correct:
                 return self.cut(name).receive(message, context)
             late[-1].append(Sent(self.cut(name), message, context))
@@ -265,22 +265,22 @@ class TwoRates(nn.Module):
         return cut
 
     def interfaces(self) -> dict[str, Interface]:
-        """By what passes there, where there is one."""
+        """The interfaces by the names of their cuts."""
         found = {name: self.cut(name).interface for name in self.cuts}
         return {name: interface for name, interface in found.items() if interface is not None}
 
     def synthesizer_parameters(self) -> list[nn.Parameter]:
-        """Those of the synthesizers."""
+        """The parameters of the synthesizers."""
         return [p for interface in self.interfaces().values() for p in interface.parameters()]
 
     def net_parameters(self) -> list[nn.Parameter]:
-        """All others."""
+        """All other parameters."""
         theirs = {id(p) for p in self.synthesizer_parameters()}
         return [p for p in self.parameters() if id(p) not in theirs]
 
 
 def _pass(net: nn.Module, kept: bool, *inputs: Tree) -> Any:
-    """`net(*inputs)`; kept, it can be differentiated after the weights have moved."""
+    """`net(*inputs)`; with `kept` it can be differentiated after the weights have changed."""
     return Stashed(net, *inputs).out if kept else net(*inputs)
 
 

@@ -24,19 +24,19 @@ class Boundary(NamedTuple):
     done: Tensor | None = None
 
     def of_rows(self, rows: slice) -> Boundary:
-        """The same for some of the rows."""
+        """The boundary of some rows."""
         return Boundary(*(None if values is None else values[..., rows] for values in self))
 
 
 class Window(NamedTuple):
-    """T steps of a stream, B rows side by side.
+    """T steps of a stream of B batch rows.
 
     Attributes:
       inputs: (T, B) symbols.
       targets: (T, B) symbols, `UNSCORED` where a step does not count.
       start: what is known at the boundary before it.
       end: what is known at the boundary after it; `start` of the next window.
-      scored: how many targets count.
+      scored: number of targets that count.
     """
 
     inputs: Tensor
@@ -46,7 +46,7 @@ class Window(NamedTuple):
     scored: int
 
     def of_rows(self, rows: slice) -> Window:
-        """The same for some of the rows; `scored` stays that of all."""
+        """The window of some rows; `scored` still counts all rows."""
         return self._replace(
             inputs=self.inputs[:, rows],
             targets=self.targets[:, rows],

@@ -230,8 +230,8 @@ def test_labels_may_be_a_column(labels, generator):
         (torch.zeros(2, B, 1, dtype=torch.long), "integers"),
         (torch.zeros(3, B, dtype=torch.long), "integers"),
         ([[0] * B] * 2, "a tensor of integers"),
-        (torch.zeros(2, B - 1, dtype=torch.long), "of 3 rows, the message of 4"),
-        (torch.zeros(2, 1, dtype=torch.long), "of 1 rows, the message of 4"),
+        (torch.zeros(2, B - 1, dtype=torch.long), "has 3 rows, the message 4"),
+        (torch.zeros(2, 1, dtype=torch.long), "has 1 rows, the message 4"),
         (torch.zeros(2, B, dtype=torch.long, device="meta"), "the context is on meta"),
     ],
     ids=str,
@@ -560,9 +560,9 @@ def test_rows_of_each_leaf_lie_where_they_are_said_to(generator):
 def test_rows_that_lie_elsewhere_are_noticed(generator):
     mixed = {"lstm": (torch.zeros(1, B, H),) * 2, "memory": torch.zeros(B, 5, 2)}
     for call in (lambda: MLPSynthesizer(mixed), lambda: StatePenalty(1.0)(mixed)):
-        with pytest.raises(ValueError, match="one number of rows"):
+        with pytest.raises(ValueError, match="the same number of rows"):
             call()
-    with pytest.raises(ValueError, match="rows of 2 tensors lie, and 3 have rows"):
+    with pytest.raises(ValueError, match="for 2 tensors, but 3 tensors have rows"):
         MLPSynthesizer(mixed, batch_dim={"lstm": (1, 1)})
     with pytest.raises(TypeError, match="batch_dim"):
         MLPSynthesizer(mixed, batch_dim={"lstm": 0.5})

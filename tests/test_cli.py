@@ -326,7 +326,7 @@ MISTAKES = [
         (["--random-truncation", s], f"--random-truncation is a share of windows, from 0 to 1, not {s}")
         for s in SHARES
     ),
-    (["--anneal", "--minutes", "1"], "--anneal does not go by the clock: give --chars or --steps"),
+    (["--anneal", "--minutes", "1"], "--anneal needs --chars or --steps"),
     *(
         (["--dni", "--synthesizer", t], f"--synthesizer {t}: give linear, mlp, mlp:WIDTH")
         for t in SYNTHESIZERS

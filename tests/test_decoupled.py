@@ -221,7 +221,7 @@ def test_decoupled_parts_learn(tmp_path):
     [
         ("--processes 2", "leave out --processes"),
         ("--decoupled", "each part takes one: --processes 2"),
-        ("--decoupled --processes 5", "3 layers make no 5 parts"),
+        ("--decoupled --processes 5", "3 layers cannot form 5 parts"),
         ("--decoupled --processes 3 --cuts 1", "--cuts 1 makes 2 parts, but 3"),
         ("--queue 3", "does nothing without --decoupled"),
         ("--decoupled --processes 2 --method none", "only the last part would learn"),

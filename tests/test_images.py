@@ -440,7 +440,7 @@ def test_the_published_recipe():
         ("--method bprop --update-probability 0.5", "needs learning parts"),
         ("--method none --unlock", "needs learning parts"),
         ("--method local --synthesizer mlp", "has no synthesizer"),
-        ("--method critic --synthesizer error", "is one of --method cdni and local+critic"),
+        ("--method critic --synthesizer error", "needs --method cdni or local+critic"),
         ("--update-probability 0", "above 0"),
         ("--synthesizer deep", "--synthesizer deep"),
         ("--synthesizer my.place:Mine", "--synthesizer my.place:Mine: give linear, mlp"),

@@ -202,7 +202,7 @@ def test_what_it_cannot_read_is_refused():
     loss = LocalLoss(vector, SYMBOLS)
     with pytest.raises(ValueError, match="with the targets as context"):
         loss(vector)
-    with pytest.raises(ValueError, match="of 3 rows, the message of 2"):
+    with pytest.raises(ValueError, match="has 3 rows, the message 2"):
         loss(vector, torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="has no synthesizer"):
         decouple(fcn(5, SYMBOLS, 2, 7), [1], torch.zeros(2, 5), SYMBOLS, "local", hidden=[3])

@@ -332,8 +332,8 @@ def test_what_it_is_called(words, method, tmp_path):
         (["recall", "--lookahead", "8", "--dni"], "leave out --dni or --lookahead"),
         (["recall", "--lookahead", "8", "--estimator", "full"], "leave out --estimator or --lookahead"),
         (["recall", "--estimator", "lookahead"], "missing a required argument: 'steps'"),
-        (["live", "--lookahead", "8"], "which a stream has not got"),
-        (["live", "--estimator", "lookahead,steps=8"], "which a stream has not got"),
+        (["live", "--lookahead", "8"], "which a stream does not have"),
+        (["live", "--estimator", "lookahead,steps=8"], "which a stream does not have"),
     ],
 )
 def test_what_cannot_work(words, message, tmp_path, capsys):

@@ -151,7 +151,7 @@ def test_paths_that_lead_nowhere(tmp_path, capsys, monkeypatch):
         ["train", "text", "a.txt", "--out="],
         ["eval", ""],
     ):
-        assert "variable meant that is not set" in failing(capsys, *words)
+        assert "is a shell variable not set" in failing(capsys, *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "round"]
 
 

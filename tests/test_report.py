@@ -21,6 +21,7 @@ from dni_rnn.config import RecurrentConfig, to_json
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.about import About, read_about
 from dni_rnn.experiments.headline import PICTURE, dot_panels, read_headline
+from dni_rnn.experiments.method_summary import sources_of, sources_text
 from dni_rnn.experiments.plots import (
     COLOURS,
     Curve,
@@ -42,7 +43,6 @@ from dni_rnn.experiments.report import (
     report_sweep,
 )
 from dni_rnn.experiments.results_page import render_index, result_folders
-from dni_rnn.experiments.sources import sources_of, sources_text
 from dni_rnn.experiments.sweep import read_failures, read_rows, read_sweep
 from dni_rnn.metrics import BPC, Metric, metrics_of
 

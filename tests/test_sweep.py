@@ -201,10 +201,10 @@ def test_a_killed_sweep_goes_on_elsewhere(finished, tmp_path, capsys):
 
 STARTS = """
 import os, subprocess, sys
-from dni_rnn.starter import environment
+from dni_rnn.parent_process import environment
 child = '''
 import os, sys, time
-from dni_rnn.starter import end_with_starter
+from dni_rnn.parent_process import end_with_starter
 end_with_starter()
 os.write(int(sys.argv[1]), b"x")
 time.sleep(2)

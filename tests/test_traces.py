@@ -961,7 +961,7 @@ def test_what_a_window_without_backward_owes_is_in_no_state(generator):
     for first in (0, 2, 4):
         n.loss(output, first).backward()
         output, state = core(n.symbols[first + 2 : first + 4], state)
-    with pytest.raises(RuntimeError, match="waits for the next one"):
+    with pytest.raises(RuntimeError, match="are due in the next one"):
         core.trace_state()
     n.loss(output, 6).backward()  # and here it comes
     assert core.trace_state()

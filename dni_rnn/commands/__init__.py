@@ -1,1 +1,1 @@
-"""What `dni-rnn` does, one file for each verb. Torch is imported only when a command runs that computes."""
+"""The commands of `dni-rnn`, one file each. Torch is imported only when a command runs that computes."""

@@ -1,4 +1,4 @@
-"""`dni-rnn bench`: what training costs on this machine."""
+"""`dni-rnn bench`: the cost of training on this machine."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import Literal
 class Bench:
     """Measure training: characters per second and memory, without and with synthetic gradients.
 
-    Every combination of --hidden and --bptt, beside a hand-written loop on nn.LSTM.
+    Every combination of --hidden and --bptt, against a hand-written loop on nn.LSTM.
     """
 
     hidden: tuple[int, ...] = (256, 1024)
     """Units of the LSTM."""
     bptt: tuple[int, ...] = (8,)
-    """T: steps per window."""
+    """Truncation length T: steps per window."""
     batch_size: int = 32
-    """Rows."""
+    """Batch rows."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     threads: int = 1
     """CPU threads."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
-    """Of the matrix multiplications."""
+    """Precision of matrix multiplications."""
     processes: int = 3
-    """One after the other; figures are medians over them."""
+    """Processes, run one after the other; figures are medians over them."""
     rounds: int = 5
     """Turns of each method in a process."""
     out: Path | None = None
-    """Markdown file to write the report to as well."""
+    """Markdown file for the report, besides standard output."""
 
     def __call__(self) -> None:
         from dni_rnn.experiments.bench import run_bench

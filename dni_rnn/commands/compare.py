@@ -1,4 +1,4 @@
-"""`dni-rnn compare`: runs side by side."""
+"""`dni-rnn compare`: compare runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import tyro
 
 @dataclass(frozen=True)
 class Compare:
-    """Print a table of runs, finished or not, and plot their validation curves over each other."""
+    """Print a table of runs, finished or not, and plot their validation curves."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories."""
     out: Path = Path("compare.png")
-    """Where the plot goes: png, svg or pdf by its ending."""
+    """File for the plot: png, svg or pdf, by its suffix."""
 
     def __call__(self) -> None:
         from dni_rnn.experiments.compare import compare_runs

@@ -15,7 +15,7 @@ class Demo:
     """
 
     out: Path = Path("runs/demo")
-    """Where the runs and the plot go; those of an earlier demo are replaced."""
+    """Folder for the runs and the plot; those of an earlier demo are replaced."""
     chars: int = 500_000
     """Characters that each model trains on."""
 
@@ -26,5 +26,5 @@ class Demo:
         try:
             run_demo(self.out, self.chars)
         except Interrupted as stop:
-            print("dni-rnn: demo stopped; the same command starts it afresh", file=sys.stderr)
+            print("dni-rnn: demo stopped; the same command starts it anew", file=sys.stderr)
             sys.exit(128 + stop.signal)

@@ -14,9 +14,9 @@ class Diagnose:
     """Measure a run's gradients, and its synthetic ones, against full BPTT on held-out text."""
 
     run: tyro.conf.Positional[Path]
-    """Run directory; diagnostics.json and diagnostics.png go there too."""
+    """Run directory; diagnostics.json and diagnostics.png are written there."""
     bptt: str = "1,2,4,8,20,40"
-    """The T to measure, separated by commas."""
+    """Truncation lengths T to measure, separated by commas."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     data_dir: Path | None = None

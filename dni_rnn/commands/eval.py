@@ -20,8 +20,8 @@ class Eval:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     data_dir: Path | None = None
-    """Folder that holds the data files; the default is the run's. Of a run on a text, a folder without that
-    text is another text, as with --file."""
+    """Folder that holds the data files; the default is the run's. For a run on a text, a folder without that
+    text counts as another text, as with --file."""
     file: Path | None = None
     """Another text for a run on a text, a file or a folder; all of it is evaluated."""
 

@@ -12,17 +12,17 @@ import tyro
 class Export:
     """Write a run's best weights for plain torch, which loads them without this package.
 
-    A folder with model.safetensors, model.json (modules, symbols, figures) and a model card, README.md.
+    Makes a folder with model.safetensors, model.json (modules, symbols, figures) and a model card, README.md.
     """
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
     out: Path | None = None
-    """Folder to make; the default is export/ in the run directory."""
+    """Folder to write; the default is export/ in the run directory."""
     overwrite: bool = False
     """Replace an earlier export there."""
     data_dir: Path | None = None
-    """Folder that holds the data files; the default is the run's. A run on a text needs none."""
+    """Folder that holds the data files; the default is the run's. Not needed for a run on a text."""
 
     def __call__(self) -> None:
         from dni_rnn.training.export import export_run

@@ -11,8 +11,8 @@ import sys
 class Output(io.TextIOWrapper):
     """A standard stream on which writing never fails.
 
-    What its encoding has not got is replaced. When nobody reads it any more, or its disk is full, the rest is
-    thrown away, and the command goes on: a training must not end with the pager of its output.
+    Characters that its encoding lacks are replaced. If its reader is gone or its disk is full, the rest is
+    discarded and the command goes on: training must not end with the pager of its output.
     """
 
     def write(self, text: str, /) -> int:
@@ -37,20 +37,20 @@ class Output(io.TextIOWrapper):
 
 
 def never_fail() -> None:
-    """Put an `Output` in the place of both standard streams of this process.
+    """Replace standard output and standard error of this process by an `Output`.
 
-    One that was closed before the start leads nowhere: else the next file that is opened takes its number,
-    and whatever torch's own code prints would be written into that file.
+    Standard streams that were closed at the start are opened on the null device: else the next file to be
+    opened gets their number, and whatever torch's own code prints would be written into it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):  # None where there is none, something else under a debugger
+        if isinstance(stream, io.TextIOWrapper):  # may be None, or another type under a debugger
             how = {"encoding": stream.encoding, "line_buffering": stream.line_buffering}
             stream.flush()
             made = Output(stream.detach(), errors="replace", write_through=stream.write_through, **how)

@@ -13,8 +13,8 @@ class Report:
     """Write the table, the plots and the page of a sweep, or the overview of a folder of sweeps."""
 
     folder: tyro.conf.Positional[Path]
-    """Folder with a sweep.toml and its rows.jsonl, or with an about.toml: table.md, report.html and more go
-    there too. A folder of such folders: all of them, and their README.md."""
+    """Folder with a sweep.toml and its rows.jsonl, or with an about.toml: table.md, report.html and more are
+    written there. For a folder of such folders: all of them, and its README.md."""
 
     def __call__(self) -> None:
         from dni_rnn.experiments.results_page import write_reports

@@ -10,18 +10,18 @@ import tyro
 
 @dataclass(frozen=True)
 class Sample:
-    """Let a run's best weights write text."""
+    """Sample text from a run's best weights."""
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
     prompt: str = ""
-    """Text that the model reads first. Empty: it starts from a character, drawn as in the training text."""
+    """Text that the model reads first. Empty: a character, drawn by its frequency in the training text."""
     chars: int = 300
-    """How many characters to write."""
+    """Number of characters to sample."""
     temperature: float = 0.8
-    """Below 1 the model prefers what it finds likely; 1 samples its own distribution."""
+    """Below 1, likely characters are preferred; 1 samples the model's own distribution."""
     seed: int = 0
-    """Of the sampling."""
+    """Seed of the sampling."""
 
     def __call__(self) -> None:
         from dni_rnn.training.inference import load_writer

@@ -19,16 +19,16 @@ class Sweep:
     folder: tyro.conf.Positional[Path]
     """Folder with a sweep.toml; finished rows are appended to its rows.jsonl."""
     work: Path = Path("runs/sweeps")
-    """Where the run directories go, in a folder named after the sweep's."""
+    """Folder for the run directories, in a sub-folder named after the sweep's."""
     budget: str | None = None
-    """Stop after this long (90s, 9m, 1h30m), with checkpoints; all cells share the time, in rounds, or, in a
-    sweep that is in_order, the first ones have it."""
+    """Stop after this long (90s, 9m, 1h30m), with checkpoints. All cells share the time, in rounds; with
+    in_order, the first ones use it first."""
     parallel: int = 1
     """Processes at a time."""
     device: Literal["auto", "cpu", "cuda"] | None = None
-    """Where to compute, for cells that do not say so."""
+    """Where to compute, for cells that do not set --device."""
     carry: Path | None = None
-    """Folder to carry unfinished runs elsewhere: read at the start, written at the end, parts below 16 MB."""
+    """Folder to transfer unfinished runs: read at the start, written at the end, in parts below 16 MB."""
 
     def __call__(self) -> None:
         from dni_rnn.experiments.sweep_runner import parse_duration, run_sweep

@@ -1,4 +1,4 @@
-"""`dni-rnn tasks`: what can be trained."""
+"""`dni-rnn tasks`: list the installed tasks."""
 
 from __future__ import annotations
 

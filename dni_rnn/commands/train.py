@@ -20,7 +20,7 @@ PRESET_HELP = "Defaults of all other options, by name; paper: the size and the m
 
 
 def train_command(name: str, task: type[Task], arguments: list[str]) -> type:
-    """`train NAME`: the task's options and the run's, side by side, with the defaults of a preset."""
+    """`train NAME`: the options of the task and of the run, with the defaults of a preset."""
     presets = {"default": Preset(), **getattr(task, "presets", {})}
     chosen = presets.get(_preset(arguments), Preset())
     kind, settings = config_of(task), dict(chosen.run)
@@ -41,7 +41,7 @@ def train_command(name: str, task: type[Task], arguments: list[str]) -> type:
 
 
 def _preset(arguments: list[str]) -> str:
-    """What the last `--preset` names: it decides the defaults of all other options, so it is read first."""
+    """The value of the last `--preset`, read first because it sets the defaults of all other options."""
     name = "default"
     for word, following in pairwise([*arguments, ""]):
         if word == "--preset":
@@ -52,7 +52,7 @@ def _preset(arguments: list[str]) -> str:
 
 
 def train_run(self: Any, processes: distributed.Processes | None = None) -> None:
-    """Train what `train_command` describes, and print how it ended."""
+    """Train the run of a `train_command`, and print its result."""
     config: RunConfig = self.config.resolved
     if processes is None:
         config.for_world_size(config.processes or 1)
@@ -95,7 +95,7 @@ def train_run(self: Any, processes: distributed.Processes | None = None) -> None
 
 
 def _config_among(processes: distributed.Processes, task: Task, config: RunConfig) -> Any:
-    """The configuration that all of the processes have, as it is in so many."""
+    """The configuration, after checking that all processes have the same, for so many processes."""
     versions = {name: version(name) for name in ("dni-rnn", "torch")}
     options = {flag(k): v for k, v in (to_json(task) | to_json(config)).items()}
     processes.agree(versions | options)

@@ -1,4 +1,4 @@
-"""What a run is: one frozen dataclass for each kind of run. Its fields are the flags of the command line.
+"""Configurations: one frozen dataclass per kind of run. Its fields are the options of the command line.
 
 Nothing here imports torch: `dni-rnn --help` reads these modules.
 """

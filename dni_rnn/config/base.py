@@ -1,4 +1,4 @@
-"""What every training run has, whatever it trains."""
+"""Settings common to all training runs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dni_rnn.metrics import Metric
 
 @dataclass(frozen=True)
 class Preset:
-    """Defaults of one task under a name.
+    """A named set of defaults for one task.
 
     Attributes:
       run: values for fields of the task's configuration.
-      dni: more of them, when `--dni` is given.
+      dni: more such values, used with `--dni`.
       task: values for fields of the task.
     """
 
@@ -31,12 +31,12 @@ class Preset:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every training run has, whatever it trains. A task names its configuration in `Task.config`."""
+    """Settings common to all training runs. A task names its configuration in `Task.config`."""
 
     metric: ClassVar[Metric]
-    """What runs are judged by."""
+    """The metric of these runs."""
     depth_name: ClassVar[str]
-    """What tables call `depth`."""
+    """Name of `depth` in tables."""
     amount: ClassVar[str]
     """The field that says how long to train in the task's own unit, beside --minutes and --steps."""
     changeable: ClassVar[frozenset[str]] = frozenset(
@@ -54,18 +54,18 @@ class RunConfig:
             "minutes",
         ]
     )
-    """Fields that do not change what any one update does."""
+    """Fields that do not affect any single update."""
 
     seed: int = 0
-    """Of the initial weights and of generated data."""
+    """Seed of the initial weights and of generated data."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a CUDA device when there is one."""
+    """auto uses a CUDA device if there is one."""
     threads: int | None = None
     """CPU threads; the default is torch's."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
-    """Of the matrix multiplications of the net and its synthesizers; weights are float32. tf32 is for CUDA
-    devices."""
+    """Precision of matrix multiplications in the net and its synthesizers; weights are float32. tf32 needs a
+    CUDA device."""
     graph: bool = True
     """On a CUDA device, replay updates as CUDA graphs."""
     data_dir: Path | None = None
@@ -73,7 +73,7 @@ class RunConfig:
     out: Path | None = None
     """Run directory. The default is below runs/, named after task, method and seed."""
     resume: bool = False
-    """Go on with the run in --out from its last checkpoint."""
+    """Resume the run in --out from its last checkpoint."""
     minutes: float | None = None
     """Train for this long (evaluation not counted) and stop."""
     log_every: int = 50
@@ -83,9 +83,9 @@ class RunConfig:
     save_every: float = 30.0
     """Seconds between checkpoints."""
     processes: int | None = None
-    """Train in so many processes of this machine, as torchrun --nproc-per-node starts them."""
+    """Train in this many processes on this machine, like torchrun --nproc-per-node."""
     timeout: float = 300.0
-    """Seconds after which a process that does nothing is reported as hanging; longer than a validation."""
+    """Seconds after which an unresponsive process counts as hanging; must exceed the time of a validation."""
 
     def __post_init__(self) -> None:
         self._check_positive("threads", "minutes", "log_every", "eval_every", "processes", "timeout")
@@ -105,13 +105,13 @@ class RunConfig:
                 raise UsageError(f"{flag(name)} must not be negative")
 
     def _refuse(self, why: str, *names: str) -> None:
-        """Refuse those of the settings `names` that are not at their defaults."""
+        """Refuse settings in `names` that differ from their defaults."""
         for name in names:
             if getattr(self, name) != getattr(type(self), name):
                 raise UsageError(f"{flag(name)} {why}")
 
     def _check_dni(self, *names: str) -> None:
-        """Refuse settings that do nothing without --dni, and --dni that has no row to compare with."""
+        """Refuse settings that do nothing without --dni, and centring over a single row."""
         config: Any = self
         if not config.dni:
             self._refuse("does nothing without --dni; add --dni", *names)
@@ -131,17 +131,17 @@ class RunConfig:
 
     @property
     def method(self) -> str:
-        """What tables call it."""
+        """Name of the method in tables."""
         raise NotImplementedError
 
     @property
     def changeable_on_resume(self) -> frozenset[str]:
-        """Settings that may be others when this run is resumed."""
+        """Settings that may change when this run is resumed."""
         return self.changeable
 
     @property
     def budget(self) -> tuple[str, float] | None:
-        """How long to train: ("steps", "minutes" or "symbols", how many); None is what the learner says."""
+        """How long to train: ("steps", "minutes" or "symbols", how many); None: the learner decides."""
         for unit in ("minutes", "steps"):
             if getattr(self, unit, None) is not None:
                 return unit, getattr(self, unit)
@@ -149,24 +149,24 @@ class RunConfig:
 
     @property
     def depth(self) -> int:
-        """Through how much backpropagation would go: T steps, or layers. The colour of a line in a plot."""
+        """How far backpropagation goes: T steps, or layers. Sets the colour of a line in a plot."""
         raise NotImplementedError
 
     @property
     def folder(self) -> str:
-        """What its run directory is called by default, besides the task and the seed."""
+        """Default name of the run directory, besides the task and the seed."""
         raise NotImplementedError
 
     @property
     def resolved(self) -> Self:
-        """The same with every setting that was left to others decided."""
+        """The same with all defaults filled in that depend on other settings."""
         return self
 
     def for_world_size(self, processes: int) -> Self:
-        """The same as it is in so many processes that train together.
+        """The same for training in so many processes.
 
         Raises:
-          UsageError: it cannot be.
+          UsageError: this configuration cannot be trained so.
         """
         if self.processes not in (None, processes):
             raise UsageError(f"--processes {self.processes}, but {processes} were started")
@@ -176,14 +176,14 @@ class RunConfig:
 
 
 def decide_restore(config: Any) -> Any:
-    """The same, with the default of --restore where none was given: 0.1 with --dni and 0 without."""
+    """The same with the default of --restore filled in: 0.1 with --dni and 0 without."""
     if config.restore is not None:
         return config
     return dataclasses.replace(config, restore=0.1 if config.dni else 0.0)
 
 
 def check_critic(config: Any) -> None:
-    """Refuse a critic that is conditioned on nothing."""
+    """Refuse an unconditioned critic."""
     if config.critic and config.context == "none":
         raise UsageError("--context none: a critic predicts the loss of known targets; add --no-critic")
 
@@ -197,10 +197,10 @@ def from_json(kind: type, values: dict[str, Any], file: Path = Path("config.json
     """The dataclass back from `to_json`; fields that are paths by their annotation become paths.
 
     Args:
-      file: that holds the values, for messages.
+      file: source of the values, for error lines.
 
     Raises:
-      UsageError: a setting is unknown, or cannot be what it is there.
+      UsageError: a setting is unknown or has an invalid value.
     """
     hints = get_type_hints(kind)
     known = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
@@ -223,7 +223,7 @@ def _path(hint: Any) -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value can be what an annotation says; of those that JSON does not know, any can."""
+    """Whether a JSON value fits an annotation; an annotation without a JSON type accepts any."""
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, each) for each in get_args(hint))
     if get_origin(hint) is Literal:

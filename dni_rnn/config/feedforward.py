@@ -1,4 +1,4 @@
-"""Feed-forward runs: labelled examples, a net cut between its layers."""
+"""Feed-forward runs: labelled examples, and a net cut between its layers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dni_rnn.errors import UsageError
 from dni_rnn.metrics import ERROR, Metric
 
 ONE_PROCESS = ("update_probability", "unlock", "agreement_every")
-"""Settings of parts that learn by themselves, all in one process."""
+"""Settings of decoupled parts within one process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeedforwardConfig(RunConfig):
-    """Everything that decides what a feed-forward training run does, beside the options of its task."""
+    """Settings of a feed-forward training run, besides the options of its task."""
 
     metric: ClassVar[Metric] = ERROR
     depth_name: ClassVar[str] = "layers"
@@ -36,34 +36,34 @@ class FeedforwardConfig(RunConfig):
     model: Literal["mlp", "cnn", "vgg", "sigmoid"] = "mlp"
     """mlp: Linear-BN-ReLU; cnn: 5x5 convolution-BN-ReLU-pooling; vgg: 11 convolutions of 3x3; sigmoid."""
     layers: int = 4
-    """Layers, the last one included; of vgg always 12."""
+    """Layers, including the last; vgg always has 12."""
     width: int | None = None
-    """Units or channels per layer; the default is the published one of the task."""
+    """Units or channels per layer; the default is as published."""
     method: Literal["bprop", "none", "dni", "cdni", "critic", "local", "local+critic"] = "critic"
-    """No cut, nothing across it, synthetic gradients (regressed, with labels, of a predicted loss), or a
-    local loss at each cut, alone or with the last of these."""
+    """No cut (bprop), no gradient across cuts, synthetic gradients (regressed, conditioned on labels, or the
+    derivative of a predicted loss), or a local loss at each cut, alone or with a critic."""
     cuts: str = "all"
-    """Between which layers: all (of vgg three, after every third), or numbers such as 1,3."""
+    """Where to cut: between all layers (vgg: after every third), or after layers such as 1,3."""
     update_probability: float = 1.0
-    """In each step, each layer takes part in the update with this probability."""
+    """Probability that a layer takes part in an update."""
     unlock: bool = False
-    """Synthetic inputs too: no layer waits for the one before either."""
+    """Predict inputs too, so that no layer waits for the one before it."""
     synthesizer: str | None = None
-    """linear, mlp, mlp:WIDTH[,WIDTH] (units, or 1/4 of the layer's), of a critic its classifier; of cdni and
-    local+critic also error, a linear map of a local classifier's error."""
+    """linear, mlp or mlp:WIDTH[,WIDTH] (units, or 1/4 of the layer's); for a critic, its classifier. For cdni
+    and local+critic also error, a linear map of a local classifier's error."""
     recipe: Literal["fast", "paper"] = "fast"
-    """Iterations, rates and synthesizers: as published, or chosen for far fewer iterations."""
+    """Iterations, learning rates and synthesizers: as published, or for far fewer iterations."""
 
     epochs: float | None = None
-    """Passes over the training data. Learning rates follow it; with --minutes, which stops earlier, too."""
+    """Passes over the training data. They set the learning-rate schedule, even if --minutes stops earlier."""
     steps: int | None = None
-    """Train for this many updates instead; learning rates follow it."""
+    """Train for this many updates instead; they set the learning-rate schedule."""
     batch_size: int = 256
     """Rows per update."""
     lr: float | None = None
-    """Adam's largest learning rate for the net."""
+    """Adam's peak learning rate for the net."""
     synthesizer_lr: float | None = None
-    """Adam's largest learning rate for the synthesizers."""
+    """Adam's peak learning rate for the synthesizers."""
     smoothing: float | None = None
     """Label smoothing of the training loss."""
     augment: bool = False
@@ -72,16 +72,16 @@ class FeedforwardConfig(RunConfig):
     """Log cosine, explained variance and trust of the synthetic gradients every so many updates; 0: never."""
 
     decoupled: bool = False
-    """A process for each part, started by --processes or torchrun. With bprop, parts wait for gradients."""
+    """Train each part in its own process (--processes or torchrun). With bprop, parts wait for gradients."""
     queue: int = 2
-    """Most messages that are under way from one part to the next. 1 learns as one process does; the more, the
-    older the gradients."""
+    """Maximum number of messages in flight from one part to the next. 1 learns as one process does; more
+    makes gradients older."""
     when_full: Literal["wait", "drop-oldest"] = "wait"
-    """What a part does when so many are under way: wait until one arrives, or go on and lose messages."""
+    """What a part does at that maximum: wait until a message arrives, or go on and lose messages."""
     delay: float = 0.0
-    """Milliseconds by which every message is held back: what a slow network would do."""
+    """Milliseconds by which every message is delayed, to simulate a slow network."""
     correct: bool = False
-    """Learn from the true gradient of a message when it comes, less the synthetic one: late, not wrong."""
+    """When the true gradient g of a message arrives, also learn from the residual g − ĝ: late, but exact."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,14 +107,14 @@ class FeedforwardConfig(RunConfig):
         if self.method in ("bprop", "none"):
             self._refuse("needs learning parts: --method dni, cdni, critic, local", *ONE_PROCESS)
         if self.unlock and self.model in ("cnn", "vgg"):
-            raise UsageError("--unlock needs layers that hand on vectors: --model mlp or sigmoid")
+            raise UsageError("--unlock needs layers that output vectors: --model mlp or sigmoid")
         if self.synthesizer is not None:
             if self.method == "local":
                 raise UsageError("--method local has no synthesizer: leave --synthesizer out")
             if self.synthesizer != "error":
                 parse_synthesizer(self.synthesizer)
             elif self.method not in ("cdni", "local+critic"):
-                raise UsageError("--synthesizer error is one of --method cdni and local+critic")
+                raise UsageError("--synthesizer error needs --method cdni or local+critic")
         cuts = self.cut_positions
         if list(cuts) != sorted(set(cuts)) or not all(0 < cut < self.layers for cut in cuts):
             raise UsageError(
@@ -135,7 +135,7 @@ class FeedforwardConfig(RunConfig):
         self._refuse("works in one process: leave out --decoupled", *ONE_PROCESS)
 
     def for_world_size(self, processes: int) -> Self:
-        """With a cut between any two processes; where none are given, with as many layers in each part."""
+        """With one part per process, of equal numbers of layers unless cuts are given."""
         if not self.decoupled:
             return super().for_world_size(processes)
         if processes < 2 or self.processes not in (None, processes):
@@ -146,7 +146,7 @@ class FeedforwardConfig(RunConfig):
         if self.cuts == "all":
             if processes > self.layers:
                 raise UsageError(
-                    f"{self.layers} layers make no {processes} parts: start at most {self.layers} processes"
+                    f"{self.layers} layers cannot form {processes} parts: use at most {self.layers} processes"
                 )
             edges = [round(self.layers * part / processes) for part in range(1, processes)]
             return dataclasses.replace(self, cuts=",".join(map(str, edges)))
@@ -159,7 +159,7 @@ class FeedforwardConfig(RunConfig):
 
     @property
     def resolved(self) -> Self:
-        """With the recipe's value where nothing was given."""
+        """With the recipe's values filled in."""
         values = {name: value for name, value in self._recipe().items() if getattr(self, name) is None}
         if self.steps is not None:
             values.pop("epochs", None)
@@ -176,8 +176,8 @@ class FeedforwardConfig(RunConfig):
                 "smoothing": 0.0,
                 "synthesizer": self.paper_synthesizers.get((self.model, self.method)),
             }
-        # Without the label, M must stay ahead of the net (faster nets end worse), and a net that is sure of
-        # itself leaves it nothing to learn.
+        # Without labels, M must keep ahead of the net (faster nets end worse), and an overconfident net
+        # leaves it nothing to learn.
         slow = self.method == "dni"
         synthesizers = {"dni": "mlp:256,256", "cdni": "mlp", "critic": "linear", "local+critic": "linear"}
         return {
@@ -196,7 +196,7 @@ class FeedforwardConfig(RunConfig):
 
     @property
     def cut_positions(self) -> tuple[int, ...]:
-        """Before which layers the net is cut, as in slicing."""
+        """Indices of the layers before which the net is cut, as in slicing."""
         if self.cuts == "all":
             return (3, 6, 9) if self.model == "vgg" else tuple(range(1, self.layers))
         try:

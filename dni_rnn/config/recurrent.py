@@ -18,12 +18,12 @@ from dni_rnn.registry import check, is_import
 PUBLISHED_DNI: Mapping[str, Any] = {
     "context": "none", "synthesizer": "mlp", "scale": 0.1, "centre": False, "restore": 0.0
 }  # fmt: skip
-"""The method as published: one hidden layer on the core's output, scaled by 0.1, nothing that grounds it."""
+"""The method as published: one hidden layer on the core's output, scaled by 0.1, no centring, no penalty."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrentConfig(RunConfig):
-    """Everything that decides what a recurrent training run does, beside the options of its task."""
+    """Settings of a recurrent training run, besides the options of its task."""
 
     metric: ClassVar[Metric] = BPC
     depth_name: ClassVar[str] = "T"
@@ -31,8 +31,8 @@ class RecurrentConfig(RunConfig):
     changeable: ClassVar[frozenset[str]] = RunConfig.changeable | {"chars", "steps", "state_limit"}
 
     core: str = "lstm"
-    """Recurrent core: lstm, gru, rnn (tanh), mingru, diagonal, one that a package registers, or
-    package.module:Cell. Arguments behind commas: NAME,argument=value."""
+    """Recurrent core: lstm, gru, rnn (tanh), mingru, diagonal, one registered by a package, or
+    package.module:Cell. Arguments follow commas: NAME,argument=value."""
     hidden: int = 256
     """Units per layer."""
     layers: int = 1
@@ -41,64 +41,65 @@ class RecurrentConfig(RunConfig):
     """Width of the input embedding."""
 
     bptt: int = 20
-    """T: steps per window, the length that gradients are backpropagated."""
+    """Truncation length T: steps per window, over which gradients are backpropagated."""
     random_truncation: float = 0.0
-    """Share of windows that end early, at a random step: a net can learn an even grid of boundaries."""
+    """Fraction of windows that end early, at a random step; a net can exploit evenly spaced boundaries."""
     accumulate: int = 1
     """Windows per update. Methods with equal bptt × accumulate update after the same number of symbols."""
     estimator: str | None = None
-    """How windows become gradients: bptt (truncated, the default), full (through all --accumulate windows),
-    or package.module:Estimator. Arguments behind commas: NAME,argument=value."""
+    """Gradient estimator: bptt (truncated, the default), full (through all --accumulate windows), or
+    package.module:Estimator. Arguments follow commas: NAME,argument=value."""
     trace: int | Literal["all"] = 0
-    """Steps before a window that what comes back at its start still reaches, along the own path of each cell
-    (exactly in an element-wise core), with any method; 0: none. all: every one, in a memory of rows × weights
-    of the core, for small or element-wise cores. On text 32 with --restore 0.1 was ahead of truncated BPTT at
-    T = 1, 2, 8 and 20 (results/ptb-published, ptb-trace)."""
+    """Length of the trace: the gradient at a window's start reaches so many earlier steps, along each cell's
+    own path (exact for element-wise cores), with any method; 0: no trace. all: every step, with memory of
+    rows × weights of the core, for small or element-wise cores. On text, 32 with --restore 0.1 beat truncated
+    BPTT at T = 1, 2, 8 and 20 (results/ptb-published, ptb-trace)."""
     trace_decay: float = 1.0
     """Factor on the trace per step."""
     lookahead: int = 0
-    """Steps behind each window that are backpropagated through as well, and again in their turn: overlapping
-    windows, the bound of a synthesizer that is conditioned on so many symbols. 0: none."""
+    """Also backpropagate through so many steps after each window (overlapping windows): an upper bound for a
+    synthesizer conditioned on so many symbols. 0: none."""
     dni: bool = False
-    """Put a synthetic gradient at each truncation boundary. On text a trace gains more."""
+    """Use a synthetic gradient at each truncation boundary. On text, a trace gains more."""
     restore: float | None = None
-    """Penalty on a state beyond ±3, in units of usual gradients, with any method; stops it from running away.
-    The default is 0.1 with --dni and 0 without."""
+    """Strength of the state penalty on elements beyond ±3, in units of typical gradients, with any method;
+    keeps the state from growing. The default is 0.1 with --dni and 0 without."""
     synthesizer: str = "mlp:1/4"
     """linear, mlp (one hidden layer as wide as the core), mlp:WIDTH[,WIDTH] (units, or 1/4 of the core's), or
     package.module:Class."""
     synthesizer_reads: Literal["hidden", "state"] = "hidden"
-    """The synthesizer reads the hidden state, which is the core's output, or the whole state."""
+    """Input of the synthesizer: the hidden state, which is the core's output, or the whole state."""
     critic: bool = False
-    """The synthesizer predicts the loss of what it is conditioned on, and is differentiated."""
+    """The synthesizer predicts the loss of the symbols it is conditioned on; its derivative is used."""
     context: str = "next-tokens:8"
     """What the synthesizer is conditioned on: none, or the next W symbols, next-tokens:W."""
     scale: float = 0.9
-    """Weight of the synthetic gradient; as it is bootstrapped, also a discount at each boundary."""
+    """Weight of the synthetic gradient; with bootstrapped targets, also a discount per boundary."""
     discount: float = 1.0
-    """Discount of the future per step: a boundary after T steps weighs by scale × discount^T."""
+    """Discount per step: a boundary after T steps is weighted by scale × discount^T."""
     centre: bool = True
     """Subtract the batch mean from the synthetic gradient."""
     audit: int = 0
-    """Updates between comparisons of the synthetic gradient with a real one of 32 steps. Its weight is the
-    least-squares coefficient of the real on the synthetic one (trust, in the metrics). 0: never."""
+    """Updates between comparisons of the synthetic gradient with the true gradient of 32 steps. The
+    least-squares coefficient of the true on the synthetic one (trust, in the metrics) becomes its weight. 0:
+    never."""
     aux: bool = False
     """Auxiliary task: predict the synthetic gradient one window ahead."""
     aux_weight: float = 0.1
-    """Weight of its dimensionless error beside the mean loss in nats."""
+    """Weight of its dimensionless error, relative to the mean loss in nats."""
 
     batch_size: int = 64
-    """Rows read side by side."""
+    """Batch rows, read in parallel."""
     lr: float = 1e-3
     """Adam's learning rate for the net."""
     synthesizer_lr: float = 1e-3
     """Adam's learning rate for the synthesizer."""
     beta2: float = 0.999
-    """Decay of Adam's mean square gradient; a shorter memory suits a task that grows."""
+    """Adam's beta2; lower values suit a task with a curriculum."""
     anneal: bool = False
-    """Let both learning rates fall to zero by a cosine schedule, over --chars or --steps."""
+    """Decay both learning rates to zero with a cosine schedule over --chars or --steps."""
     clip: float = 1.0
-    """Largest norm of the net's gradient per update; 0 switches clipping off."""
+    """Maximum norm of the net's gradient per update; 0: no clipping."""
 
     chars: int | None = None
     """Train on this many symbols. The default is one pass over the training text."""
@@ -106,7 +107,7 @@ class RecurrentConfig(RunConfig):
     """Train for this many updates instead."""
 
     state_limit: float = 1000.0
-    """Stop when the root mean square of the recurrent state exceeds this; in health it is a few units."""
+    """Stop when the root mean square of the recurrent state exceeds this; a few units are normal."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +132,7 @@ class RecurrentConfig(RunConfig):
             raise UsageError(f"--discount must lie above 0 and at most at 1, not {self.discount}")
         self._check_budget()
         if self.anneal and self.minutes is not None:
-            raise UsageError("--anneal does not go by the clock: give --chars or --steps, not --minutes")
+            raise UsageError("--anneal needs --chars or --steps, not --minutes")
         self._check_dni(
             "synthesizer", "synthesizer_reads", "critic", "context", "scale", "discount", "centre", "audit",
             "aux", "synthesizer_lr",
@@ -157,7 +158,7 @@ class RecurrentConfig(RunConfig):
             raise UsageError("--estimator dni needs a synthesizer: give --dni in its place")
 
     def for_world_size(self, processes: int) -> Self:
-        """With as many rows of the batch in each process."""
+        """With the batch rows shared equally by the processes."""
         if self.processes not in (None, processes):
             raise UsageError(f"--processes {self.processes}, but {processes} were started")
         if self.batch_size % processes:
@@ -197,12 +198,12 @@ class RecurrentConfig(RunConfig):
 
     @property
     def weight(self) -> float:
-        """Of one symbol in an update: 1 / (T·accumulate·B), also where a window is shorter than T."""
+        """Weight of one symbol in an update: 1 / (T·accumulate·B), also in a window shorter than T."""
         return 1.0 / (self.bptt * self.accumulate * self.batch_size)
 
     @property
     def method(self) -> str:
-        """What tables call it: `bptt`, `bptt+restore`, `dni-online` (unconditioned), `dni+next-tokens:8`."""
+        """Name in tables: `bptt`, `bptt+restore`, `dni-online` (unconditioned), `dni+next-tokens:8`."""
         if not self.dni:
             ahead = f"+lookahead:{self.lookahead}" if self.lookahead else ""
             name = f"{self.estimator or 'bptt'}{ahead}{'+restore' if self.restore else ''}"

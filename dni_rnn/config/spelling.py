@@ -1,4 +1,4 @@
-"""Options that are words with a grammar of their own, read in one place."""
+"""Parsers of options that have a small grammar."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        # Backward the same recurrence runs the other way: δ_t = g_t + conj(a_{t+1}) δ_{t+1}.
+        # Backward is the same recurrence in reverse: δ_t = g_t + conj(a_{t+1}) δ_{t+1}.
         a, h, start = ctx.saved_tensors
         back = a.conj().resolve_conj()
         if len(a) > 1:
@@ -48,10 +48,10 @@ class _Scan(torch.autograd.Function):
 
 
 def scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
-    """h_t = a_t · h_{t−1} + b_t for t = 0, ..., T − 1, by doubling: log₂ T passes over all steps, both ways.
+    """h_t = a_t · h_{t−1} + b_t for t = 0, ..., T − 1, by doubling: log₂ T passes, forward and backward.
 
     Args:
-      a: (T, B, D), or (1, 1, D) where it is the same at every step; real or complex.
+      a: (T, B, D), or (1, 1, D) if it is the same at every step; real or complex.
       b: (T, B, D).
       start: h_{−1}, (B, D).
     Returns:

@@ -1,4 +1,4 @@
-"""What torch's GRU and tanh RNN have in common as cores: the state is their output."""
+"""Common base of torch's GRU and tanh RNN as cores: their state is their output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dni_rnn.cores import zero_layers
 
 
 class OutputIsState(nn.RNNBase):
-    """Before torch's class among the bases: `Core` for a net whose state is one tensor (layers, B, H)."""
+    """Mix-in before torch's class: a `Core` whose state is one tensor (layers, B, H)."""
 
     output_leaf = None
 

@@ -1,4 +1,4 @@
-"""`--core diagonal`: complex diagonal recurrences (LRU), with a non-linearity behind each."""
+"""`--core diagonal`: complex diagonal recurrences (LRU), each followed by a non-linearity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dni_rnn.traces.rules import LayerWindow, Record, Term
 
 
 class DiagonalState(NamedTuple):
-    """What a `Diagonal` carries: a complex number for each cell.
+    """State of a `Diagonal`: a complex number for each cell.
 
     Attributes:
       real, imaginary: each (layers, B, H).
@@ -46,22 +46,23 @@ class _Layer(nn.Module):
 
 
 class Diagonal(nn.Module):
-    """Complex diagonal recurrences, each behind the other:
+    """A stack of complex diagonal recurrences:
 
         s_t = λ ⊙ s_{t−1} + γ ⊙ (B x_t),     λ = exp(−exp(ν) + i·exp(φ)),  γ = exp(log γ),  B complex
         y_t = GELU(C [Re s_t, Im s_t] + c + D x_t)
 
-    y is the input of the next layer, and the top one the output. |λ| < 1 whatever ν. Initially λ lies evenly
-    between `inner` and `outer` with phases up to `phase`, and γ = √(1 − |λ|²).
+    y is the input of the next layer; that of the top layer is the output. |λ| < 1 for any ν. Initially λ is
+    uniform on the ring between `inner` and `outer`, with phases up to `phase`, and γ = √(1 − |λ|²).
 
-    A window of T steps is a scan of log₂ T passes, both ways. Its trace (`dni_rnn.traces.Traced`) is exact
-    in one layer: strictly online it is full BPTT. In a stack each layer's is exact within itself.
+    A window of T steps is a scan of log₂ T passes, forward and backward. For one layer the trace
+    (`dni_rnn.traces.Traced`) is exact: strictly online, it gives full BPTT. In a stack, each layer's trace is
+    exact within that layer.
 
     Args:
       input_size, hidden_size, num_layers: as in torch.
-      inner, outer: the initial |λ|, least and greatest. After K steps |λ|^K is left: lags of K want most of
-        them at 1 − 1/K or above.
-      phase: the initial phase of λ, greatest.
+      inner, outer: minimum and maximum of the initial |λ|. After K steps a factor |λ|^K is left: for lags of
+        K, most |λ| should be 1 − 1/K or more.
+      phase: maximum of the initial phase of λ.
 
     Attributes:
       output_size: `hidden_size`.

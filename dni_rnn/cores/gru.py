@@ -8,7 +8,7 @@ from dni_rnn.cores._torch import OutputIsState
 
 
 class GRU(OutputIsState, nn.GRU):
-    """`nn.GRU`, fused as it is, as a `Core`; weights go in and out of it as of any `nn.GRU`.
+    """torch's fused `nn.GRU` as a `Core`; its weights are those of any `nn.GRU`.
 
     Args:
       input_size, hidden_size, num_layers: as in torch.

@@ -11,7 +11,7 @@ from dni_rnn.pytree import LSTMState
 
 
 class LSTM(nn.LSTM):
-    """`nn.LSTM`, fused as it is, as a `Core`; weights go in and out of it as of any `nn.LSTM`.
+    """torch's fused `nn.LSTM` as a `Core`; its weights are those of any `nn.LSTM`.
 
     Args:
       input_size, hidden_size, num_layers: as in torch.

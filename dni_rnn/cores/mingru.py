@@ -1,4 +1,4 @@
-"""`--core mingru`: a GRU whose gates see the input alone."""
+"""`--core mingru`: a GRU whose gates depend on the input alone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class MinGRU(nn.Module):
 
         h_t = (1 − z_t)·h_{t−1} + z_t·n_t,     z_t = σ(W_z x_t + b_z),  n_t = W_n x_t + b_n
 
-    h is the input of the next layer, and the top one the output. Nothing in it looks back but the
-    element-wise recurrence, so a window of T steps is a scan of log₂ T passes, both ways, and its trace
-    (`dni_rnn.traces.Traced`) is exact in one layer: strictly online it is full BPTT. In a stack each
-    layer's is exact within itself.
+    h is the input of the next layer; that of the top layer is the output. The only recurrence is
+    element-wise, so a window of T steps is a scan of log₂ T passes, forward and backward, and for one layer
+    the trace (`dni_rnn.traces.Traced`) is exact: strictly online, it gives full BPTT. In a stack, each
+    layer's trace is exact within that layer.
 
     Args:
       input_size, hidden_size, num_layers: as in torch.

@@ -8,7 +8,7 @@ from dni_rnn.cores._torch import OutputIsState
 
 
 class RNN(OutputIsState, nn.RNN):
-    """`nn.RNN`, fused as it is, as a `Core`; weights go in and out of it as of any `nn.RNN`.
+    """torch's fused `nn.RNN` as a `Core`; its weights are those of any `nn.RNN`.
 
     Args:
       input_size, hidden_size, num_layers: as in torch.

@@ -1,1 +1,1 @@
-"""Where windows and examples come from: streams, labelled examples, and tasks found by name."""
+"""Data: streams of windows, labelled examples, and tasks found by name."""

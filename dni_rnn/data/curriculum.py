@@ -13,14 +13,14 @@ from torch import Tensor
 class Curriculum:
     """A task that gets harder as it is learnt: the level rises when the loss at this one is low enough.
 
-    After each rise the loss of one period is left out, because rows may still be at the level before;
-    then it is averaged over the scored symbols of one period after the other.
+    After each rise the loss of one period is ignored, because rows may still be at the previous level;
+    then it is averaged over the scored symbols of each period.
 
     Args:
-      level: to begin with.
+      level: the first level.
       limit: the level rises when the mean loss is below it, in bits per scored symbol.
       period: level -> steps; at least the length of an episode.
-      score: level -> what a task calls it, for example the length of a sequence; 0 below the first.
+      score: level -> the task's score, for example the length of a sequence; 0 below the first level.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Curriculum:
         self._steps, self._scored, self._loss = 0, 0, torch.zeros(())
 
     def note(self, loss: Tensor, scored: int, steps: int) -> None:
-        """Take in a stretch of `steps` steps: −log p in nats, summed over its `scored` symbols (a scalar)."""
+        """Record the loss of `steps` steps: −log p in nats, summed over their `scored` symbols (a scalar)."""
         self._steps += steps
         period = self._period(self.level)
         if self._steps <= period:
@@ -59,6 +59,6 @@ class Curriculum:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to `state_dict`."""
+        """Restore `state_dict`."""
         self.level, self._steps, self._scored = state["level"], state["steps"], state["scored"]
         self._loss = torch.tensor(state["loss"])

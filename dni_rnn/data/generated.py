@@ -1,4 +1,4 @@
-"""Streams that are generated: endless ones, and episodes one after the other."""
+"""Generated streams: endless ones, and consecutive episodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dni_rnn.window import UNSCORED, Boundary, Window
 
 
 class Segment(NamedTuple):
-    """A stretch of a generated stream; the first axis is time.
+    """A segment of a generated stream; the first axis is time.
 
     Attributes:
       inputs: (L, B) symbols.
@@ -27,31 +27,29 @@ class Segment(NamedTuple):
     delay: np.ndarray
 
 
-# The context at a boundary are targets to come whose input has been read: one that has not tells nothing
-# about what the state should hold. A place means the same at every level, or a task that grows would be
-# learnt anew from level to level.
+# The context at a boundary holds future targets whose input has been read: others say nothing about what the
+# state should hold. A position means the same at every level, or M would have to learn each level anew.
 
 
 class _Known(NamedTuple):
-    """The end of the last window, which is the start of the next one if nothing has moved."""
+    """The end of the last window: the start of the next one unless the stream was moved."""
 
     place: tuple[int, int, int]  # position, context, level
     boundary: Boundary
 
 
 class GeneratedStream:
-    """An endless stream made block by block, so that its position and level alone say where it stands.
+    """An endless stream generated block by block; position and level are its whole state.
 
-    The context at a boundary before step t: at place a, for a = 0 ... W − 1, the next target that input
-    t − 1 − a decides, -1 where none is to come. So a symbol moves on by one place per step, and a longer
-    delay needs one place more.
+    The context at a boundary before step t holds at position a, for a = 0 ... W − 1, the next target that
+    input t − 1 − a decides, -1 if there is none. So a symbol moves by one position per step, and a delay
+    longer by one step needs one position more.
 
     Args:
-      generate: (block number, level) -> the block; the same numbers give the same block. Blocks are
-        equally long.
+      generate: (block number, level) -> the block, deterministically. All blocks have the same length.
       batch_size: B.
       size: symbols that one evaluation reads.
-      curriculum: where the level comes from; without one it is 0.
+      curriculum: sets the level; without one it is 0.
     """
 
     def __init__(
@@ -103,7 +101,7 @@ class GeneratedStream:
         return Boundary(torch.where((index < 0) | (coming == UNSCORED), -1, coming))
 
     def _hold(self, number: int, steps: int) -> None:
-        """Have the block `number` and enough of what follows in memory, at the present level."""
+        """Load block `number` and enough of the following ones, at the current level."""
         level = self._level
         if self._held == (number, level) and len(self._inputs) > self._block + steps + self._reach:
             return
@@ -127,24 +125,24 @@ class GeneratedStream:
 
 
 class EpisodeStream:
-    """Episodes one after the other in each row, every one begun from the initial state.
+    """Consecutive episodes in each row, each from the initial state.
 
-    An episode begins with a window: when it ends within one, the row idles up to the end of that window
-    and is done there. A window is cut short where the last of its rows has nothing left. A row that comes
-    to a new level first idles for a random part of an episode, so that a batch holds all phases of one.
+    Episodes begin at window boundaries: a row whose episode ends within a window idles until its end and is
+    done there. A window ends early once no row has steps left. A row that reaches a new level first idles
+    for a random part of an episode, so that a batch holds all phases of one.
 
-    The context at a boundary: at place a, for a = 0 ... W − 1, the row's next target in its episode that is
-    decided by an input it has read at a step t with t mod W = a, -1 where none is to come. A symbol stays at
-    its place until it has been asked for the last time: a cell that keeps it gets the same signal at every
+    The context at a boundary holds at position a, for a = 0 ... W − 1, the row's next target in its episode
+    that is decided by an input read at a step t with t mod W = a, -1 if there is none. A symbol keeps its
+    position until it is the target for the last time, so a cell that stores it gets the same signal at every
     boundary.
 
     Args:
       generate: (random generator, count, level) -> `count` episodes of equal length side by side.
       batch_size: B.
       size: symbols that one evaluation reads.
-      idle: the input symbol of a row that has nothing to do.
-      seed: of the episodes; equal seeds give equal streams.
-      curriculum: where the level comes from; without one it is 0.
+      idle: the input symbol of an idle row.
+      seed: seed of the episodes; equal seeds give equal streams.
+      curriculum: sets the level; without one it is 0.
     """
 
     def __init__(
@@ -160,7 +158,7 @@ class EpisodeStream:
         self.batch_size, self.size, self.curriculum = batch_size, size, curriculum
         self._generate, self._idle, self._device = generate, idle, torch.device("cpu")
         self._random = np.random.default_rng(seed)
-        # Per row: its episode, idle and unscored to the end of the array; its length; the place in it.
+        # Per row: its episode, padded with idle unscored steps; its length; the position in it.
         self._inputs = np.full((batch_size, 0), idle)
         self._targets = np.full((batch_size, 0), UNSCORED)
         self._delay = np.zeros((batch_size, 0), dtype=np.int64)
@@ -197,7 +195,7 @@ class EpisodeStream:
         return 0 if self.curriculum is None else self.curriculum.level
 
     def _begin(self, done: np.ndarray) -> None:
-        """New episodes in the rows of `done`; idling first in those that are new to the level."""
+        """Begin episodes in the rows of `done`; rows new to the level idle first."""
         level = self._level
         block = self._generate(self._random, int(done.sum()), level)
         length = len(block.inputs)
@@ -212,7 +210,7 @@ class EpisodeStream:
         self._row_level[new] = level
 
     def _reach(self, ahead: int, position: np.ndarray | None = None) -> None:
-        """Have the arrays reach `ahead` steps beyond where the rows stand."""
+        """Extend the arrays to `ahead` steps beyond the rows' positions."""
         position = self._position if position is None else position
         missing = int(position.max()) + ahead - self._inputs.shape[1]
         if missing > 0:
@@ -239,7 +237,7 @@ class EpisodeStream:
         return Boundary(known, self._tensor(done) if done.any() else None)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        # Out of pageable memory this returns once the array has been read; it waits for nothing else.
+        # From pageable memory this returns once the array has been read, without further synchronisation.
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:

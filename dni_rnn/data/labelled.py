@@ -23,10 +23,10 @@ class Examples:
     """Inputs and targets of a task, in three splits.
 
     Attributes:
-      name: what was loaded, as results call it.
+      name: name of the data in results.
       symbols: names of the classes, in the order of their numbers.
       train, valid, test: inputs (N, ...) uint8, and targets: class numbers (N,), or (N, bits) of 0 and 1.
-      flips: a mirrored picture is as good a picture.
+      flips: pictures may be mirrored.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Examples:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one input."""
+        """Shape of one input."""
         return self.train[0].shape[1:]
 
     @property
     def outputs(self) -> int:
-        """What a net must predict for a row: a logit per class, or per bit."""
+        """Number of outputs of a net: a logit per class, or per bit."""
         targets = self.train[1]
         return len(self.symbols) if targets.ndim == 1 else targets.shape[1]
 
@@ -53,7 +53,7 @@ class Examples:
 
     @functools.cached_property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation over all training inputs, of pictures channel by channel."""
+        """Mean and standard deviation over all training inputs; per channel for pictures."""
         import numpy as np
 
         inputs = self.train[0]
@@ -66,7 +66,7 @@ class Examples:
 def hold_out(
     inputs: np.ndarray, targets: np.ndarray, count: int
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Training and validation data: `count` examples, the same ones always, are held out."""
+    """Training and validation data: `count` examples, always the same, are held out."""
     import numpy as np
 
     order = np.random.Generator(np.random.Philox(0)).permutation(len(inputs))
@@ -75,20 +75,20 @@ def hold_out(
 
 
 class Batches:
-    """Batches of a split on a device: uint8 there, and turned into numbers there.
+    """Batches of a split, held on a device as uint8 and normalised there.
 
-        x = (input − mean) / deviation,   both as `Examples.moments` has them
+        x = (input − mean) / deviation,   both from `Examples.moments`
 
-    A pass goes through the split in an order that the seed and the number of the pass alone decide, and
-    leaves out the examples that do not fill a last batch. No example is touched by Python.
+    The order of a pass depends on the seed and the number of the pass alone; examples that do not fill a
+    last batch are left out. Python handles no single example.
 
     Args:
-      data: the task's.
-      split: of it.
+      data: data of the task.
+      split: which split.
       batch_size: rows.
-      seed: of the orders.
-      augment: shift pictures by up to `SHIFT` pixels per 32 (what comes in is black), and flip half of
-        them where the data say so; random numbers are torch's own, of the device.
+      seed: seed of the orders.
+      augment: shift pictures by up to `SHIFT` pixels per 32 (filled with black), and mirror half of them if
+        the data allow it; uses torch's random state of the device.
     """
 
     def __init__(

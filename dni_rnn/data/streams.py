@@ -1,4 +1,4 @@
-"""Streams: where windows come from. A stream knows where it stands and can be put back there."""
+"""Streams of windows. The position of a stream can be saved and restored."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dni_rnn.window import Boundary, Window
 
 
 class Stream(Protocol):
-    """An endless source of consecutive windows, B rows side by side."""
+    """An endless source of consecutive windows of B batch rows."""
 
     batch_size: int
 
     curriculum: Curriculum | None
-    """Of a task that gets harder as it is learnt; the training loop tells it the loss."""
+    """For a task that gets harder as it is learnt; the training loop reports the loss to it."""
 
     size: int
     """Symbols in one pass; for an endless source, what one evaluation reads."""
@@ -29,11 +29,11 @@ class Stream(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON values."""
+        """The position of the stream, as JSON values."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back there."""
+        """Restore a position."""
         ...
 
     def to(self, device: torch.device) -> Stream:
@@ -42,10 +42,10 @@ class Stream(Protocol):
 
 
 class TokenStream:
-    """A text cut into B pieces of equal length that are read side by side, over and over.
+    """A text cut into B pieces of equal length that are read in parallel, over and over.
 
     Row b of a window continues row b of the one before. Inputs are symbols t, targets symbols t + 1.
-    The last window of a pass may be shorter than asked; at its end every row is done, and the next
+    The last window of a pass may be shorter; at its end every row is done, and the next
     window starts from the beginning. At most B symbols at the end of the text are not used.
 
     The context at a boundary before input t is symbols t, t + 1, ..., t + W − 1, −1 past the end.

@@ -1,4 +1,4 @@
-"""What a task is, and how one is found by name. The library itself knows no task."""
+"""The `Task` protocol, and look-up of tasks by name. The library itself contains no task."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ GROUP = "dni_rnn.tasks"
 
 
 class Data(Protocol):
-    """What a loaded task offers to a recurrent learner: symbols, and streams of them."""
+    """Data of a task for a recurrent learner: symbols, and streams of them."""
 
     @property
     def name(self) -> str:
-        """What was loaded, as results call it: `ptb/char`, `text/default`, `recall/8`."""
+        """Name of the data in results: `ptb/char`, `text/default`, `recall/8`."""
         ...
 
     @property
@@ -44,7 +44,7 @@ class Data(Protocol):
         ...
 
     def stream(self, split: Split, batch_size: int, seed: int) -> Stream:
-        """Open a stream of windows over `split`, `batch_size` rows side by side."""
+        """Open a stream of windows over `split`, with `batch_size` rows."""
         ...
 
 
@@ -55,15 +55,14 @@ class Task(Protocol):
     Registered under the entry-point group `dni_rnn.tasks`; the class docstring is its help text.
     A module that defines a task must not import torch at its top: `dni-rnn --help` reads them all.
 
-    It may have `presets`, a class attribute: names for `--preset` -> `dni_rnn.config.Preset`. The one
-    named "default" holds without `--preset`.
-    Its runs are described by a class attribute `config`, a subclass of `dni_rnn.config.RunConfig`; without
-    one it is a task for a recurrent net, `RecurrentConfig`. What trains it is the learner of that kind of
-    configuration, or what its static method `learner` returns (a `dni_rnn.training.learner.Learner`); in
-    processes of their own, its parts are trained by `dni_rnn.distributed.chain.ChainPart`, or by what its
-    static method `part` returns. Both import what they return when they are called.
-    A task whose data are a file that the user names may have a method `find(data_dir)`: where that file is in
-    a folder, None where it is not.
+    Optional class attributes: `presets` maps names for `--preset` to `dni_rnn.config.Preset`, of which
+    "default" applies without `--preset`; `config` is a subclass of `dni_rnn.config.RunConfig`, by default
+    `RecurrentConfig`.
+    Optional static methods: `learner` returns the `dni_rnn.training.learner.Learner` that trains the task, by
+    default that of its kind of configuration; `part` returns what trains a part in its own process, by
+    default `dni_rnn.distributed.chain.ChainPart`. Both import what they return when they are called.
+    A task that reads a file named by the user may have a method `find(data_dir)`: the path of that file in a
+    folder, or None.
     """
 
     def load(self, data_dir: Path | None) -> Any:
@@ -72,7 +71,7 @@ class Task(Protocol):
 
 
 class _OfSymbols:
-    """What predicts the symbols that it reads."""
+    """Data whose targets are symbols of the input."""
 
     symbols: tuple[str, ...]
 
@@ -87,10 +86,10 @@ class _OfSymbols:
 
 @dataclass(frozen=True)
 class Alphabet(_OfSymbols):
-    """The symbols of a text, without the text: what a model needs to write.
+    """The symbols of a text, without the text: enough for sampling.
 
     Attributes:
-      name: of the text.
+      name: name of the text.
       symbols: in the order of their numbers.
       counts: how often each occurs in training.
     """
@@ -107,7 +106,7 @@ class Corpus(_OfSymbols):
     Attributes:
       name: what was loaded, convention included, for example `ptb/char`.
       symbols: the vocabulary in the order of its numbers; what `dni-rnn sample` prints. The last one may be
-        `dni_rnn.data.texts.UNKNOWN`: all that training has not got.
+        `dni_rnn.data.texts.UNKNOWN`, for all symbols that do not occur in training.
       train: one-dimensional array of symbol numbers (`uint8`, `int16` or `int32`, as the vocabulary needs).
       valid: the same for validation.
       test: the same for the test.
@@ -129,7 +128,7 @@ class Corpus(_OfSymbols):
 
     @property
     def unknown(self) -> int:
-        """How many symbols of validation and test training has not got."""
+        """Number of validation and test symbols that do not occur in training."""
         from dni_rnn.data.texts import UNKNOWN, counted
 
         if self.symbols[-1] != UNKNOWN:
@@ -137,7 +136,7 @@ class Corpus(_OfSymbols):
         return sum(int(counted(split, len(self.symbols))[-1]) for split in (self.valid, self.test))
 
     def stream(self, split: Split, batch_size: int, seed: int) -> Stream:
-        """The text cut into `batch_size` pieces of equal length, read side by side (`seed` unused)."""
+        """The text cut into `batch_size` pieces of equal length, read in parallel (`seed` unused)."""
         from dni_rnn.data.streams import TokenStream
 
         return TokenStream(getattr(self, split), batch_size)
@@ -165,11 +164,11 @@ class Corpus(_OfSymbols):
     ) -> Corpus:
         """Split a text by position, and number the symbols of its beginning in sorted order.
 
-        Symbols that occur only behind it become `UNKNOWN`. `numbers` are used up.
+        Symbols that occur only after it become `UNKNOWN`. `numbers` may be overwritten.
 
         Args:
-          train: how many symbols train.
-          valid: how many more are for validation; the rest is for test.
+          train: number of training symbols.
+          valid: number of validation symbols; the rest is for test.
           of_bytes: the symbols are `BYTES`, whether they occur or not.
         """
         import numpy as np
@@ -188,7 +187,7 @@ class Corpus(_OfSymbols):
 
 
 def content_of(data: Any) -> dict[str, Any] | None:
-    """Length and SHA-256 of all that was loaded; None where nothing was: it is generated, or live."""
+    """Length and SHA-256 of the loaded data; None for generated or live data."""
     digest, length = hashlib.sha256(), 0
     for split in SPLITS:
         held = getattr(data, split, ())
@@ -202,15 +201,15 @@ def content_of(data: Any) -> dict[str, Any] | None:
 
 
 def config_of(task: type) -> type[RunConfig]:
-    """The configuration that a task is trained with: its `config`, or that of a recurrent net."""
+    """The kind of configuration of a task: its `config`, or `RecurrentConfig`."""
     return getattr(task, "config", RecurrentConfig)
 
 
 def installed_tasks() -> dict[str, type]:
     """Every task registered by an installed package, by name, in alphabetical order.
 
-    One that cannot be imported is left out, with a line on standard error: somebody else's broken
-    package must not take the other tasks away.
+    A task that cannot be imported is skipped with a line on standard error, so that a broken package does
+    not disable the others.
     """
     tasks = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):

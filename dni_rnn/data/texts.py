@@ -1,7 +1,6 @@
 """Texts of any size as symbol numbers: read piece by piece, and held in the narrowest integer type.
 
-A symbol is a character, or a byte. What stands for none of the text's own is spelt with several characters,
-so that it can be told from all that are.
+A symbol is a character or a byte. Special symbols have several characters, unlike those of a text.
 """
 
 from __future__ import annotations
@@ -18,30 +17,30 @@ import numpy as np
 from dni_rnn.errors import UsageError
 
 UNKNOWN = "<unknown>"
-"""The symbol of all that training has not got; the last one of an alphabet that has it."""
+"""The symbol for all that does not occur in training; last in an alphabet that has it."""
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 """The alphabet of a text that is read byte by byte."""
 PIECE = 1 << 20
-"""Symbols or bytes that are worked on at a time."""
+"""Symbols or bytes that are processed at a time."""
 
 Passed = defaultdict[str, list[Path]]
-"""What was passed over, by the reason."""
+"""Skipped paths, by reason."""
 
 
 def narrowest(symbols: int) -> type[np.integer]:
-    """The smallest integer type that numbers so many symbols; torch computes with each of them."""
+    """The smallest integer type that can number so many symbols, of those that torch supports."""
     return np.uint8 if symbols <= 1 << 8 else np.int16 if symbols <= 1 << 15 else np.int32
 
 
 class Numbers:
-    """A text that grows, as numbers: each symbol gets the next one when it first comes.
+    """A growing text as numbers: each new symbol gets the next number.
 
     Args:
-      capacity: how long the text may become without being moved.
+      capacity: length up to which the text is not reallocated.
 
     Attributes:
       codes: the code point, or byte, of each number.
-      length: of the text; may be set back.
+      length: length of the text; may be reduced.
     """
 
     def __init__(self, capacity: int = 0) -> None:
@@ -56,7 +55,7 @@ class Numbers:
         return self._held[: self.length]
 
     def add(self, codes: np.ndarray) -> None:
-        """Go on with the symbols that have these code points."""
+        """Append the symbols with these code points."""
         new = np.unique(codes[self._number[codes] < 0])
         self._number[new] = np.arange(len(self.codes), len(self.codes) + len(new))
         self.codes += new.tolist()
@@ -71,7 +70,7 @@ class Numbers:
 
 
 def code_points(text: str) -> np.ndarray:
-    """Of every character."""
+    """The code point of every character."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.dtype("<u4"))
 
 
@@ -84,7 +83,7 @@ def counted(values: np.ndarray, symbols: int) -> np.ndarray:
 
 
 def renumbered(values: np.ndarray, table: np.ndarray, symbols: int) -> np.ndarray:
-    """`table[values]` where that is not negative, in place where so many symbols need no other type."""
+    """`table[values]` without negative entries, in place if so many symbols need no other type."""
     kind, end = narrowest(symbols), 0
     found = values if values.dtype == kind else np.empty(len(values), kind)
     for start in range(0, len(values), PIECE):
@@ -96,11 +95,11 @@ def renumbered(values: np.ndarray, table: np.ndarray, symbols: int) -> np.ndarra
 
 
 def read_under(path: Path, symbols: tuple[str, ...]) -> tuple[np.ndarray, int, bool]:
-    """A text as an alphabet that is there already numbers it.
+    """A text encoded with an existing alphabet.
 
     Returns:
-      The numbers; how many symbols of the text the alphabet has not got; and whether they are in the numbers,
-      as `UNKNOWN`, or left out because the alphabet has no such symbol.
+      The numbers; how many symbols of the text are not in the alphabet; and whether the numbers hold these as
+      `UNKNOWN`, or leave them out because the alphabet has no such symbol.
     """
     numbers = read(path, of_bytes=symbols == BYTES)
     known = {symbol: number for number, symbol in enumerate(symbols)}
@@ -119,8 +118,9 @@ def read_under(path: Path, symbols: tuple[str, ...]) -> tuple[np.ndarray, int, b
 def read(path: Path, *, of_bytes: bool = False) -> Numbers:
     """The text of a file, or of all text files of a folder joined in order; line ends are kept as they are.
 
-    In a folder sub-folders count, linked ones too, each once. What is hidden, a cache of Python or a run
-    directory is passed over, and so is what cannot be read or is no UTF-8 text; standard error says so, once.
+    A folder includes its sub-folders, linked ones too, each once. Hidden files, Python caches, run
+    directories, and files that cannot be read or are not UTF-8 are skipped; one line on standard error says
+    so.
 
     Raises:
       UsageError: nothing is there, the file or the folder cannot be read, the file is not UTF-8, or there is
@@ -154,7 +154,7 @@ def read(path: Path, *, of_bytes: bool = False) -> Numbers:
 
 
 def _files(folder: Path, passed: Passed) -> list[Path]:
-    """The files of a folder in the order of their names, each once whatever links lead to it."""
+    """The files of a folder in the order of their names, each once however many links lead to it."""
 
     def fail(error: OSError) -> None:
         if Path(error.filename) == folder:

@@ -1,1 +1,1 @@
-"""Training in several processes: rows of a batch shared out, or parts of a net that do not wait."""
+"""Training in several processes: batch rows shared among them, or decoupled parts of a net."""

@@ -1,17 +1,16 @@
-"""A feed-forward net cut into a chain of parts, each in a process of its own.
+"""A feed-forward net cut into a chain of parts, each in its own process.
 
-A message is learnt from and handed on at once, with a synthetic gradient ĝ; its gradient g comes back when
-it comes, and trains the synthesizer that served it. With `--correct` the part then backpropagates g − ĝ too,
-and only now answers the message, with the sum:
+A part sends its output on and learns from its input at once, with a synthetic gradient ĝ; the true gradient g
+arrives later and trains the synthesizer. With `--correct` the part then also backpropagates the residual
+g − ĝ, and only then sends the sum back:
 
-    at once:       θ += ĝ·∂out/∂θ
-    when g comes:  θ += (g − ĝ)·∂out/∂θ,   and back goes  ĝ·∂out/∂x + (g − ĝ)·∂out/∂x = g·∂out/∂x
+    at once:         θ += ĝ·∂out/∂θ
+    when g arrives:  θ += (g − ĝ)·∂out/∂θ,   sends back  ĝ·∂out/∂x + (g − ĝ)·∂out/∂x = g·∂out/∂x
 
-(as gradients, each with an optimizer step). Both go through the graph of the one forward pass, at its
-weights. The last part answers with its true gradient, so what comes back is true for every part, and what a
-part learns from a message sums to the true gradient whatever M is: late, not wrong. With ĝ = 0 (method none)
-this is delayed-gradient model parallelism with what PipeDream calls weight stashing (Harlap et al. 2018,
-arXiv:1806.03377).
+(as gradients, each with an optimizer step). Both use the graph of the one forward pass, at its weights. The
+last part sends its true gradient back, so every part receives true gradients, and all that it learns from a
+message sums to the true gradient for any M, only late. With ĝ = 0 (method none) this is delayed-gradient
+model parallelism with what PipeDream calls weight stashing (Harlap et al. 2018, arXiv:1806.03377).
 """
 
 from __future__ import annotations
@@ -45,40 +44,39 @@ from dni_rnn.training.learner import TrainingRecord, adam
 from dni_rnn.training.run_directory import Run
 
 FORGET = 4
-"""Where messages may get lost: how many are kept for their gradients, in units of `queue`."""
+"""Messages kept for their gradients when messages may be lost, in units of `queue`."""
 
 
 def backward(roots: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-    """From several tensors at once, each with its gradient; None for a scalar is 1."""
+    """Backpropagate from several tensors at once, each with its gradient; None, for a scalar, is 1."""
     tensors, gradients = zip(*roots, strict=True)
     torch.autograd.backward(tensors, gradients)
 
 
 class Kept(NamedTuple):
-    """A message whose gradient has not come back yet."""
+    """A message whose gradient has not arrived yet."""
 
     message: Tensor
     context: Tensor
-    updates: int  # of the part, that with this message included
+    updates: int  # of the part, including that with this message
     synthetic: Tensor | None  # ĝ
-    made: Stashed | None  # how, to correct what ĝ did
+    made: Stashed | None  # its forward pass, for the correction
 
 
 class ChainPart(ProcessPart):
-    """One part of a cut net in training, in a process of its own.
+    """Trains one part of a cut net in its own process.
 
     Attributes:
       part: the layers of this process; the last part has the loss.
-      interface: at its end, with the synthesizer of the gradients that come from the next part; None where
-        there is none.
-      local: at its end, a local loss; None where there is none.
-      free: it does not wait for the gradient of a message; not the last part, and none with bprop.
-      corrects: it learns from the gradient when it comes.
-      gradients: they come back; with a local loss alone only word does that a message has been learnt from.
-      kept: messages whose gradients have not come back, by number.
-      stale: updates that this part made between that with a message and learning from its gradient, one
-        number per gradient since the last metrics row; in one process it would be 0.
-      lost: messages without a gradient, since the start.
+      interface: at its end, with the synthesizer of the gradients of the next part; None if there is none.
+      local: a local loss at its end; None if there is none.
+      free: it does not wait for the gradient of a message; False for the last part, and with bprop.
+      corrects: it learns from the residual g − ĝ when g arrives.
+      gradients: whether packets sent back hold gradients; with a local loss they only acknowledge a message.
+      kept: messages whose gradients have not arrived, by number.
+      stale: updates of this part between that with a message and the arrival of its gradient, one number per
+        gradient since the last metrics row; in one process it would be 0.
+      lost: number of messages that got no gradient, since the start.
     """
 
     def __init__(
@@ -98,7 +96,7 @@ class ChainPart(ProcessPart):
         self.losses: list[Any] = [*losses, *[None] * (len(parts) - len(losses))]
         self.part, self.interface = parts[self.rank], self.interfaces[self.rank]
         self.local = self.losses[self.rank]
-        self.gradients = config.method != "local"  # they come back
+        self.gradients = config.method != "local"
         groups = [(list(self.part.parameters()), config.lr or 0.0)]
         ends = [p for end in (self.interface, self.local) if end is not None for p in end.parameters()]
         if ends:
@@ -158,7 +156,7 @@ class ChainPart(ProcessPart):
         self.learn(x, targets)
 
     def learn(self, x: Tensor, targets: Tensor) -> None:
-        """Learn from the message `self.counters.step`, hand it on, and answer it with its gradient."""
+        """Learn from message `self.counters.step`, send the output on and the gradient back."""
         config, number = self.config, self.counters.step
         self._collect()
         self.record.set_rates(rate_factor(config, number, self.steps))
@@ -198,14 +196,14 @@ class ChainPart(ProcessPart):
             link.put(Packet(GRADIENT, number, [] if x.grad is None else [x.grad], self.seen))
 
     def _gradient(self, number: int) -> Tensor:
-        """Wait for the gradient of a message: no part does anything else meanwhile."""
+        """Wait for the gradient of a message, and do nothing else meanwhile."""
         packet = self.wait(self.awaited[0])
         assert (packet.kind, packet.number) == (GRADIENT, number)
         self.seen = packet.notes
         return packet.tensors[0].to(self.device)
 
     def _collect(self) -> None:
-        """Learn from the gradients that have come; wait for some when too many messages are under way."""
+        """Learn from the gradients that have arrived; wait for some if too many messages are in flight."""
         if not self.free:
             return
         answers, queue = self.awaited[0], self.config.queue
@@ -218,9 +216,9 @@ class ChainPart(ProcessPart):
             self._forget(min(self.kept))
 
     def take_gradient(self, packet: Packet) -> None:
-        """Train the synthesizer that served a message on the gradient that comes back, and correct it."""
+        """Train the synthesizer on the gradient of a message, and learn from the residual (`corrects`)."""
         self.seen = packet.notes
-        # Links keep the order: whatever was sent before will not be answered any more.
+        # Links keep the order: earlier messages will get no gradient any more.
         for number in [n for n in self.kept if n < packet.number]:
             self._forget(number)
         kept = self.kept.pop(packet.number, None)
@@ -249,7 +247,7 @@ class ChainPart(ProcessPart):
         self.stale: list[int] = []
 
     def metrics(self) -> dict[str, float]:
-        """Error and loss are those of the last part, as far as process 0 has heard of them."""
+        """Error and loss are those of the last part, as far as process 0 knows them."""
         while self.since_reset()[0] == 0 and self.kept:
             self.take_gradient(self.wait(self.awaited[0]))
         updates, loss, wrongs = self.since_reset()

@@ -1,14 +1,14 @@
-"""Data-parallel training: the rows of a batch spread over processes, the same numbers as in one.
+"""Data-parallel training: batch rows shared among processes, with the same results as in one process.
 
-Process 0 drives the ordinary training loop, so the result is an ordinary run; before each thing that all
-have to do together it says which one it is. Every process reads the whole stream and keeps its rows, so all
-know alike where the stream stands, and a checkpoint can be resumed by any number of processes.
+Process 0 drives the ordinary training loop, so the result is an ordinary run; it announces each collective
+operation to the others. Every process reads the whole stream and keeps its rows, so all agree on the position
+of the stream, and a checkpoint can be resumed by any number of processes.
 
-Gradients are summed in one message per update, not by `DistributedDataParallel`, for three reasons. That
-hooks into one forward call of one module, and here a window is entered, unrolled and left through three
-methods, and `accumulate` windows are differentiated one by one. It averages, and the loss and M's own are
-means over the rows of all processes already. And its messages start while backward runs, when those of the
-interfaces travel too: their order would have to be the same in all processes, which nothing promises.
+Gradients are summed in one all-reduce per update, not by `DistributedDataParallel`, for three reasons. That
+hooks into one forward call of one module, but here a window is entered, unrolled and left through three
+methods, and `accumulate` windows are differentiated one by one. It averages, but the loss and M's own are
+already means over the rows of all processes. And it communicates during backward, as interfaces do: the order
+of messages would have to be the same in all processes, which nothing guarantees.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from dni_rnn.training.run_directory import Run
 from dni_rnn.window import Window
 
 END, UPDATE, STATE, STATE_RMS = range(4)
-"""What all do together."""
+"""Collective operations, announced by process 0."""
 
 
 def train_rows(run: Run, processes: Processes) -> dict[str, Any] | None:
-    """Train with this process's rows; returns the summary in process 0, None in the others.
+    """Train on this process's rows; returns the summary in process 0, None in the others.
 
     Raises:
-      UsageError, DivergedError, Interrupted: as `dni_rnn.training.loop.train`; in the other processes
-        `ReportedElsewhere` for what may happen before the training, and afterwards the exit code.
+      UsageError, DivergedError, Interrupted: as `dni_rnn.training.loop.train`. Other processes raise
+        `ReportedElsewhere` for errors before training, and exit with the exit code after it.
       LostError: another process has died or hangs.
     """
     rank, config = processes.rank, run.config
@@ -58,7 +58,7 @@ def train_rows(run: Run, processes: Processes) -> dict[str, Any] | None:
 
 
 class RowsOf:
-    """Some rows of a stream; everything else of it, `scored` of its windows too, is that of the whole."""
+    """Some rows of a stream; all else, including `scored` of its windows, is that of the whole stream."""
 
     def __init__(self, stream: Stream, rows: slice) -> None:
         self._stream, self._rows = stream, rows
@@ -74,7 +74,7 @@ class RowsOf:
 
 
 class RowsLearner(RecurrentLearner):
-    """A recurrent model in training on some rows of every window, together with other processes.
+    """Trains a recurrent model on some rows of every window, together with other processes.
 
     All processes hold the same weights and, summed over all rows, the same statistics of the synthesizers.
     """
@@ -93,11 +93,11 @@ class RowsLearner(RecurrentLearner):
                 module.all_reduce = all_reduce
 
     def recorded(self, step: Callable[..., None]) -> Callable[..., None]:
-        """As it is: an update waits for the other processes."""
+        """`step` itself: an update waits for other processes, so it cannot be recorded."""
         return step
 
     def follow(self) -> int:
-        """Do what process 0 says until it ends; returns the exit code. It alone is stopped by signals."""
+        """Obey process 0 until it ends; returns the exit code. Signals stop process 0 alone."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         together: dict[int, Callable[[], object]] = {
@@ -110,11 +110,11 @@ class RowsLearner(RecurrentLearner):
             together[order]()
 
     def end(self, code: int) -> None:
-        """Let the others end, with an exit code."""
+        """End the other processes, with an exit code."""
         self._order(END, code)
 
     def _order(self, order: int = END, code: int = 0) -> tuple[int, int]:
-        """Tell the others what to do; in the others, what to do."""
+        """Broadcast an order from process 0; the other processes receive it."""
         message = torch.tensor([order, code])
         with reaching("another process"):
             dist.broadcast(message, src=0)
@@ -141,7 +141,7 @@ class RowsLearner(RecurrentLearner):
         return float(squares.sqrt())
 
     def by_row(self) -> dict[str, Tensor]:
-        """Of all processes."""
+        """With the rows of all processes."""
         return {name: self._whole(tensor) for name, tensor in super().by_row().items()}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

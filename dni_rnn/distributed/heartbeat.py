@@ -1,4 +1,4 @@
-"""Signs of life of the processes that train together, and requests to stop."""
+"""Heartbeats of the processes that train together, and requests to stop."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from dni_rnn.distributed.processes import Processes, reaching
 from dni_rnn.errors import LostError
 
 BEAT_SECONDS = 1.0
-"""Between two signs of life."""
+"""Between two heartbeats."""
 
 STOP = "stop"
-STARTER = "what started the processes"
+STARTER = "the parent process"
 
 
 class Heartbeat:
-    """Says that this process is alive, and finds out which one is not.
+    """Reports that this process is alive, and finds the process that is not.
 
-    Whoever waits says so too: a process that hangs is the one that says nothing, and not the one that
-    waits for it.
+    A waiting process gives heartbeats too, so that the silent one is the one that hangs.
 
     Args:
-      timeout: seconds without a sign of life after which a process counts as hanging.
+      timeout: seconds without a heartbeat after which a process counts as hanging.
     """
 
     def __init__(self, processes: Processes, timeout: float) -> None:
@@ -31,10 +30,10 @@ class Heartbeat:
         self.beat()
 
     def beat(self) -> None:
-        """Give a sign of life, if it is time for one.
+        """Give a heartbeat, if it is time for one.
 
         Raises:
-          LostError: whoever started the processes is gone.
+          LostError: the parent process is gone.
         """
         now = time.monotonic()
         if now < self._next:
@@ -46,10 +45,10 @@ class Heartbeat:
                 signal.raise_signal(int(self.processes.store.get(STOP)))
 
     def check(self) -> None:
-        """For a process that has been waiting: who hangs?
+        """Check, in a process that waits, whether another one hangs.
 
         Raises:
-          LostError: a process gave no sign of life in time.
+          LostError: a process gave no heartbeat in time.
         """
         store, now = self.processes.store, time.time()
         with reaching(STARTER):
@@ -62,6 +61,6 @@ class Heartbeat:
             )
 
     def ask_to_stop(self, signal_number: int) -> None:
-        """Let process 0 stop all, as if it had got the signal itself."""
+        """Ask process 0 to stop all processes, as if it had received the signal itself."""
         with reaching(STARTER):
             self.processes.store.set(STOP, str(signal_number))

@@ -1,7 +1,7 @@
-"""What every learner does whose parts are in processes of their own: waiting, orders, checkpoints, the end.
+"""Base of learners whose parts run in their own processes: waiting, orders, checkpoints, the end.
 
-Process 0 drives the training loop that every run has. The others do what comes. Orders (bring your weights,
-save, end) come the same way as messages, so that each part carries them out after the same message.
+Process 0 drives the ordinary training loop. The others process what arrives. Orders (gather weights, save,
+end) travel on the same links as messages, so that each part carries them out after the same message.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from dni_rnn.training.run_directory import MetricsLog, Run
 
 
 class ProcessPart(Learner):
-    """One part in training, in a process of its own.
+    """Trains one part in its own process.
 
-    A subclass builds its model and record, says which modules a process has, opens the links, and does
-    something with messages and with the gradients that come back.
+    A subclass builds its model and record, says which modules a process has, opens the links, and handles
+    messages and gradients.
 
     Attributes:
-      source: the link on which messages and orders come; None in process 0.
-      onward: links on which orders are handed on, the same as messages.
-      awaited: links on which gradients come; an order has been carried out when it has come there too.
+      source: the link on which messages and orders arrive; None in process 0.
+      onward: links on which messages and orders are sent on.
+      awaited: links on which gradients arrive; an order is complete when it has arrived there too.
       back: links on which an order is acknowledged.
       weights: links on which weights go to process 0, by the rank at the other end.
-      arrivals: told of what comes on `source` and on `awaited`, so that a part can wait for both.
-      waited: seconds spent waiting for another process, since the start.
-      seen: by the last part: updates, sum of the losses, wrong rows. Travels back with the gradients.
+      arrivals: notified of packets on `source` and `awaited`, so that a part can wait for both.
+      waited: seconds spent waiting for other processes, since the start.
+      seen: counts of the last part: updates, sum of the losses, wrong rows. Sent back with the gradients.
     """
 
     source: Incoming | None = None
@@ -70,7 +70,7 @@ class ProcessPart(Learner):
         self.gathered, self.saved = 0, 0
 
     def modules_of(self, rank: int) -> dict[str, nn.Module]:
-        """What a process has of the model."""
+        """The modules of the model that a process has."""
         raise NotImplementedError
 
     def connect(self) -> None:
@@ -78,28 +78,27 @@ class ProcessPart(Learner):
         raise NotImplementedError
 
     def take_message(self, packet: Packet) -> None:
-        """Do what this part does with a message."""
+        """Handle a message."""
         raise NotImplementedError
 
     def take_gradient(self, packet: Packet) -> None:
-        """Do what this part does with a gradient that has come back."""
+        """Handle the gradient of a message."""
         raise NotImplementedError
 
     def drained(self) -> None:
-        """No gradient is under way any more."""
+        """Called when no gradient is in flight any more."""
 
     def part_metrics(self) -> dict[str, float]:
-        """Of this part alone."""
+        """Metrics of this part alone."""
         return {"waited": round(self.waited, 3)}
 
     # Waiting
 
     def wait(self, link: Incoming, *serving: Incoming) -> Packet:
-        """The next packet, however long it takes, as long as all processes give signs of life.
+        """The next packet, however long it takes, as long as all processes give heartbeats.
 
         Args:
-          serving: links on which gradients may come meanwhile, which are then learnt from; with `link` they
-            share `arrivals`.
+          serving: links whose gradients are handled meanwhile; they share `arrivals` with `link`.
         """
         began = time.monotonic()
         while (packet := link.take(BEAT_SECONDS, *serving)) is None:
@@ -117,7 +116,7 @@ class ProcessPart(Learner):
     # Orders
 
     def order(self, kind: int, number: int) -> None:
-        """Hand an order on, and wait until it has been carried out; by then all gradients have come."""
+        """Send an order on, and wait until it is complete; by then all gradients have arrived."""
         for link in self.onward:
             link.put(Packet(kind, number))
         for link in self.awaited:
@@ -127,7 +126,7 @@ class ProcessPart(Learner):
         self.drained()
 
     def _obey(self, order: Packet) -> None:
-        """Hand an order on, carry it out when nothing is under way any more, and acknowledge it."""
+        """Send an order on, carry it out when nothing is in flight any more, and acknowledge it."""
         if not self.awaited:
             self._save_if(order)
         self.order(order.kind, order.number)
@@ -156,7 +155,7 @@ class ProcessPart(Learner):
         return [t for module in self.modules_of(rank).values() for t in module.state_dict().values()]
 
     def connect_weights(self) -> None:
-        """Open the links on which weights come to process 0."""
+        """Open the links that carry weights to process 0."""
         group: Any = dist.new_group(backend="gloo")
         if self.rank:
             self.weights = {0: Outgoing(0, PacketLayout(self._weights(self.rank)), 1, group)}
@@ -165,7 +164,7 @@ class ProcessPart(Learner):
                 self.weights[rank] = Incoming(rank, PacketLayout(self._weights(rank)), 1, group)
 
     def _gather(self) -> None:
-        """Bring the weights of all parts to process 0, after the same message."""
+        """Gather the weights of all parts in process 0, after the same message."""
         self.order(GATHER, self.counters.step)
         for rank, link in self.weights.items():
             packet = self.wait(link)
@@ -180,7 +179,7 @@ class ProcessPart(Learner):
         self.seen_before = self.seen
 
     def since_reset(self) -> tuple[float, ...]:
-        """What the last part has seen since `reset_metrics`, as far as this process has heard of it."""
+        """Counts of the last part since `reset_metrics`, as far as this process knows them."""
         return tuple(now - then for now, then in zip(self.seen, self.seen_before, strict=True))
 
     def evaluate(self, split: Split, level: int | None) -> dict[str, float]:
@@ -189,8 +188,8 @@ class ProcessPart(Learner):
         return super().evaluate(split, level)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Of this part. In process 0, after all other parts have written theirs: its checkpoint makes them
-        count.
+        """The state of this part. In process 0, after all other parts have saved theirs: its checkpoint
+        makes theirs valid.
         """
         if self.rank == 0:
             self.order(SAVE, self.counters.step)
@@ -201,14 +200,14 @@ class ProcessPart(Learner):
         self.gathered = self.saved = self.counters.step
 
     def end(self, code: int) -> None:
-        """Let the other processes end with an exit code."""
+        """End the other processes with an exit code."""
         self.order(END, code)
         self._join()
 
     # The other processes
 
     def follow(self) -> int:
-        """Do what comes until the end; returns the exit code."""
+        """Process packets until the end; returns the exit code."""
         assert self.source is not None
         self.run.keep_rows(self.counters.step)
         log, began = MetricsLog(self.run), time.perf_counter()
@@ -242,7 +241,7 @@ class ProcessPart(Learner):
         return self.run.path / f"{step}.safetensors"
 
     def _save(self) -> None:
-        """Write this part's checkpoint beside the last one, which counts until process 0 has written its."""
+        """Write this part's checkpoint beside the last one, which is valid until process 0 saves its own."""
         try:
             tensors, values = super().state_dict()
             checkpoint.save_checkpoint(self._path(self.counters.step), tensors, values)
@@ -254,7 +253,7 @@ class ProcessPart(Learner):
         self.saved = self.counters.step
 
     def prepare_part(self, step: int) -> None:
-        """Make this part's directory; after the start, go back to the checkpoint that it wrote at `step`."""
+        """Make this part's directory; unless `step` is 0, restore the checkpoint of that step."""
         self.run.path.mkdir(exist_ok=True)
         if step == 0:
             return

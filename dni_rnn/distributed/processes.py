@@ -1,6 +1,6 @@
-"""Processes that train together: started by torchrun, or by `--processes`, which does the same.
+"""Processes that train together, started by torchrun or by `--processes`.
 
-Torch is imported only by what computes or starts processes: the command line reads this module.
+Torch is imported only in functions that compute or start processes: the command line reads this module.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dni_rnn import starter
+from dni_rnn import parent_process
 from dni_rnn.errors import DivergedError, LostError, ReportedElsewhere, UsageError
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RESTARTS = 3
-"""How often `launch` starts processes anew after one of them died."""
+"""How often `launch` restarts the processes after one of them died."""
 
 ATTEMPT = "DNI_RNN_ATTEMPT"
-"""Environment variable in which `launch` tells its processes which start this is, from 0."""
+"""Environment variable with the number of restarts by `launch` so far."""
 
 JOIN_SECONDS = 300.0
 """How long a process waits for the others to start."""
@@ -43,18 +43,18 @@ def launched() -> bool:
 
 
 def attempt() -> int:
-    """How often the processes have been started anew after one of them died."""
+    """How often the processes were restarted after one of them died."""
     return int(os.environ.get(ATTEMPT, 0)) + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def launch(arguments: list[str], processes: int) -> int:
     """Run `dni-rnn ARGUMENTS` in several processes of this machine, and return their exit code.
 
-    What `torchrun --standalone --nproc-per-node PROCESSES -m dni_rnn ARGUMENTS` does, on the loopback only.
-    When a process dies, all are started anew, up to `RESTARTS` times, and go on from their checkpoints; not
-    when it ended for a reason of its own: what the user can mend (2), a diverged run (3), a signal.
+    Like `torchrun --standalone --nproc-per-node PROCESSES -m dni_rnn ARGUMENTS`, on the loopback device only.
+    When a process dies, all are restarted from their checkpoints, up to `RESTARTS` times; not after a usage
+    error (2), a diverged run (3) or a signal.
     """
-    logging.disable()  # of the launcher; what failed is said below
+    logging.disable()  # that of the launcher; failures are reported below
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -62,7 +62,7 @@ def launch(arguments: list[str], processes: int) -> int:
 
     options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
     for start in range(RESTARTS + 1):
-        os.environ |= {**starter.environment(), ATTEMPT: str(start)}
+        os.environ |= {**parent_process.environment(), ATTEMPT: str(start)}
         try:
             run(parse_args([*options, "-m", "dni_rnn", *arguments]))
             return 0
@@ -81,10 +81,10 @@ def launch(arguments: list[str], processes: int) -> int:
 
 
 def _precedence(exit_code: int) -> int:
-    """Of the exit codes of several processes, the smallest belongs to the one that was the cause.
+    """Sort key for the exit codes of several processes: the smallest is that of the root cause.
 
-    One that was killed comes first, then one that failed by itself. SIGTERM is what the launcher ends the
-    others with, and 1 is what one ends with that lost the connection to another.
+    A killed process comes first, then one that failed by itself. The launcher ends the others with SIGTERM,
+    and a process that lost its connection to another ends with 1.
     """
     if exit_code == -signal.SIGTERM:
         return 2
@@ -93,7 +93,7 @@ def _precedence(exit_code: int) -> int:
 
 @contextmanager
 def reaching(whom: str) -> Iterator[None]:
-    """Torch's errors inside mean that somebody is gone: `LostError`."""
+    """Turn torch's errors inside, which mean that `whom` is gone, into `LostError`."""
     try:
         yield
     except RuntimeError:
@@ -105,9 +105,9 @@ class Processes:
     """The processes that train together, seen from one of them.
 
     Attributes:
-      rank: number of this one.
-      size: how many there are.
-      local_rank: number of this one among those on this machine.
+      rank: number of this process.
+      size: number of processes.
+      local_rank: number of this process among those on this machine.
       store: small values that all can read.
     """
 
@@ -117,7 +117,7 @@ class Processes:
     store: Store
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process gives, in all of them, by rank. Any value that can be pickled."""
+        """The values of all processes, by rank, in each of them. Values must be picklable."""
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
@@ -126,10 +126,10 @@ class Processes:
         return values
 
     def together(self, action: Callable[[], T]) -> T:
-        """Do something in all processes that may fail in any of them.
+        """Run an action in all processes that may fail in any of them.
 
         Raises:
-          UsageError: it failed somewhere; in process 0 what the first process said that failed.
+          UsageError: it failed somewhere; in process 0, with the message of the first process that failed.
           ReportedElsewhere: the same, in the other processes.
         """
         result, error = None, None
@@ -164,16 +164,16 @@ class Processes:
 
 @contextmanager
 def joined(timeout: float, device: str = "cpu") -> Iterator[Processes]:
-    """The processes that were started with this one, while they train together.
+    """The process group of all processes started with this one.
 
-    Tensors on the CPU travel through gloo, those on CUDA devices through NCCL.
+    CPU tensors are sent through gloo, CUDA tensors through NCCL.
 
     Args:
-      timeout: seconds after which an operation among all of them fails in which one does not take part.
+      timeout: seconds after which a collective operation fails if a process does not take part.
       device: `auto`, `cuda` or `cpu`.
 
     Raises:
-      UsageError: the others did not come.
+      UsageError: the processes could not connect.
     """
     import torch
     import torch.distributed as dist
@@ -190,7 +190,7 @@ def joined(timeout: float, device: str = "cpu") -> Iterator[Processes]:
         backend = "cpu:gloo,cuda:nccl"
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
-        # torchrun keeps the store when it starts processes anew, and what the dead ones left is in it.
+        # torchrun keeps the store over restarts, with entries of dead processes in it.
         store = PrefixStore(f"attempt{attempt()}", store)
         dist.init_process_group(
             backend,
@@ -209,7 +209,7 @@ def joined(timeout: float, device: str = "cpu") -> Iterator[Processes]:
 
 
 def device_of(processes: Processes, name: str) -> torch.device:
-    """The device of this process; `name` is `auto`, `cuda` or `cpu`. CUDA devices are dealt out in turn."""
+    """The device of this process; `name` is `auto`, `cuda` or `cpu`. CUDA devices are assigned in turn."""
     import torch
 
     from dni_rnn.training.learner import choose_device
@@ -221,12 +221,12 @@ def device_of(processes: Processes, name: str) -> torch.device:
 
 
 def lead_or_follow(run: Run, learner: Any, progress: Progress | None) -> dict[str, Any] | None:
-    """Process 0, which has `progress`, drives the training loop, and the others do what it says to its end.
+    """Process 0, which has `progress`, drives the training loop; the others obey it until it ends.
 
-    Returns the summary in process 0. The others leave with the exit code that process 0 ends with.
+    Returns the summary in process 0. The others exit with the exit code of process 0.
 
     Args:
-      learner: with `follow`, which returns that code, and `end`, which sends it.
+      learner: has `follow`, which returns that code, and `end`, which sends it.
     """
     from dni_rnn.training.loop import Interrupted, fit
 

@@ -1,4 +1,4 @@
-"""Training the parts of a net in processes of their own."""
+"""Training the parts of a net, each in its own process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def train_part(run: Run, processes: Processes) -> dict[str, Any] | None:
     """Train the part of this process; returns the summary in process 0, None in the others.
 
     Raises:
-      UsageError, DivergedError, Interrupted: as `dni_rnn.training.loop.train`; in the other processes
-        `ReportedElsewhere` for what may happen before the training, and afterwards the exit code.
+      UsageError, DivergedError, Interrupted: as `dni_rnn.training.loop.train`. Other processes raise
+        `ReportedElsewhere` for errors before training, and exit with the exit code after it.
       LostError: another process has died or hangs.
     """
     config: Any = run.config
@@ -36,7 +36,7 @@ def train_part(run: Run, processes: Processes) -> dict[str, Any] | None:
 
 
 def part_class(task: Any, config: Any) -> type[ProcessPart]:
-    """What trains the parts of a task: `task.part()` where it has one of its own."""
+    """The class that trains the parts of a task: `task.part()` if the task has its own."""
     if hasattr(task, "part"):
         return task.part()
     return ChainPart

@@ -1,6 +1,6 @@
-"""Messages between processes: how they are laid out, bounded queues of them, and threads that carry them.
+"""Messages between processes: their layout in memory, bounded queues, and threads that send and receive.
 
-A thread sends while the main one computes, another receives: gloo's operations can only be waited for.
+One thread sends and another receives while the main one computes: gloo's operations block.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from dni_rnn.distributed.processes import reaching
 from dni_rnn.errors import LostError
 
 MESSAGE, GRADIENT, GATHER, SAVE, END = range(5)
-"""What a packet is: a message, its gradient, or an order that all parts carry out and acknowledge."""
+"""Kinds of packets: a message, its gradient, or an order that all parts carry out and acknowledge."""
 
 NOTES = 3
-"""Numbers that travel with a packet."""
+"""Numbers sent with a packet."""
 
 
 class Packet(NamedTuple):
-    """What travels between two parts.
+    """One transmission between two parts.
 
     Attributes:
       kind: one of the above.
-      number: of the message; a gradient has that of its message.
-      tensors: what it brings; an order brings none.
+      number: number of the message; a gradient has that of its message.
+      tensors: its tensors; none for an order.
       notes: `NOTES` numbers.
-      sent: when, in seconds of this machine's monotonic clock.
+      sent: time of sending, in seconds of this machine's monotonic clock.
     """
 
     kind: int
@@ -44,16 +44,16 @@ class Packet(NamedTuple):
 
 
 class PacketLayout:
-    """How packets with tensors of fixed shapes lie in one buffer of bytes.
+    """Layout of packets with tensors of fixed shapes in one buffer of bytes.
 
     Args:
-      examples: tensors of the shapes and types that all packets of a link bring.
+      examples: tensors of the shapes and types of all packets of a link.
     """
 
     def __init__(self, examples: Sequence[Tensor]) -> None:
         self._shapes = [(t.shape, t.dtype, t.numel() * t.element_size()) for t in examples]
         self._header = 8 * (3 + NOTES)
-        # Each tensor starts at a multiple of eight bytes, so that it can be seen as one of any type.
+        # Each tensor starts at a multiple of eight bytes, so that it can be viewed as any type.
         self.bytes = self._header + sum(-(-size // 8) * 8 for _, _, size in self._shapes)
 
     def pack(self, packet: Packet) -> Tensor:
@@ -83,11 +83,10 @@ class PacketLayout:
 class Mailbox:
     """A queue between two threads that holds at most `capacity` messages: a further one drops the oldest.
 
-    Orders are never dropped and do not count. Whoever lets no more than `capacity` messages be under way
-    loses none.
+    Orders are never dropped and do not count. With no more than `capacity` messages in flight none is lost.
 
     Args:
-      changed: told of whatever comes. Mailboxes that share one can be waited for together.
+      changed: notified of every packet. Mailboxes that share it can be waited for together.
     """
 
     def __init__(self, capacity: int, changed: threading.Condition | None = None) -> None:
@@ -100,7 +99,7 @@ class Mailbox:
         """Add a packet at the end.
 
         Raises:
-          LostError: nobody will take it.
+          LostError: the other side is gone.
         """
         with self._changed:
             if self._lost:
@@ -115,11 +114,11 @@ class Mailbox:
         """The oldest packet, or None when none comes within `timeout` seconds.
 
         Args:
-          others: share the condition `changed`; as soon as one of them has something for `poll`, and this one
-            nothing, None too.
+          others: mailboxes that share `changed`; None is also returned as soon as one of them, but not this
+            one, has a packet for `poll`.
 
         Raises:
-          LostError: none will come any more.
+          LostError: the other side is gone.
         """
         with self._changed:
             self._changed.wait_for(
@@ -132,7 +131,7 @@ class Mailbox:
             return None
 
     def poll(self) -> Packet | None:
-        """The oldest packet, if there is one now and it is no order: an order is waited for."""
+        """The oldest packet, if there is one now and it is not an order; `take` returns orders."""
         with self._changed:
             return self._packets.popleft() if self._pollable else None
 
@@ -141,19 +140,19 @@ class Mailbox:
         return bool(self._packets) and self._packets[0].kind in (MESSAGE, GRADIENT)
 
     def fail(self, lost: LostError) -> None:
-        """The other side is gone."""
+        """Mark the other side as gone."""
         with self._changed:
             self._lost = lost
             self._changed.notify()
 
 
 class _Link:
-    """One direction between this process and a neighbour, carried by a thread until an `END` has passed.
+    """One direction between this process and a neighbour, served by a thread until an `END` has passed.
 
     Args:
       peer: rank of the neighbour.
-      layout: of all packets.
-      capacity: of the mailbox.
+      layout: layout of all packets.
+      capacity: capacity of the mailbox.
       group: the process group of all links in this direction.
       changed: see `Mailbox`.
     """
@@ -184,12 +183,12 @@ class _Link:
             self.box.fail(lost)
 
     def _carry(self) -> bool:
-        """Carry one packet. Whether it was the last."""
+        """Transfer one packet. Whether it was the last."""
         raise NotImplementedError
 
 
 class Outgoing(_Link):
-    """To a neighbour: `put` returns at once."""
+    """A link to a neighbour: `put` returns at once."""
 
     def put(self, packet: Packet) -> None:
         self.box.put(packet._replace(sent=time.monotonic()))
@@ -202,10 +201,10 @@ class Outgoing(_Link):
 
 
 class Incoming(_Link):
-    """From a neighbour: `take` finds what has come.
+    """A link from a neighbour: `take` returns what has arrived.
 
     Args:
-      delay: seconds that pass at least from `put` there to `take` here: what a slow network would do.
+      delay: minimum seconds from `put` there to `take` here, to simulate a slow network.
     """
 
     def __init__(

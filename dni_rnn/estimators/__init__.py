@@ -1,4 +1,4 @@
-"""Estimators of the gradient, one small file each, found by name (`dni_rnn.registry`). One interface for all.
+"""Gradient estimators with one interface, one small file each, found by name (`dni_rnn.registry`).
 
     estimate = estimator(model, windows, state, weight)
 
@@ -6,8 +6,8 @@ adds to `.grad` of the model's parameters its estimate of
 
     ∂/∂θ  weight · Σ_windows Σ_scored targets  −log p(target)        (natural logarithm)
 
-and returns what was measured on the way. The windows follow one another in time. The caller owns
-zeroing, clipping and stepping. `--estimator NAME` trains with `dni_rnn.estimators.NAME`, an entry point of
+and returns loss and state. The windows follow one another in time. The caller zeroes and clips gradients and
+steps the optimizer. `--estimator NAME` trains with `dni_rnn.estimators.NAME`, an entry point of
 the group `dni_rnn.estimators`, or `package.module:Estimator`; `NAME,option=value` passes keyword arguments,
 and `--restore` one more, `penalty`, a `StatePenalty`.
 """
@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
 
     Attributes:
       loss: sum over the windows' scored targets of −log p, in nats, detached (a scalar).
-      state: after the last window, detached.
+      state: state after the last window, detached.
     """
 
     loss: Tensor
@@ -41,11 +41,11 @@ class Estimate(NamedTuple):
 class Estimator(nn.Module):
     """Base of all estimators. Parameters and buffers of its own are registered, as in any module.
 
-    An estimator may remember something of every row from call to call, besides the model's state: `begin`
-    starts it, `memory` and `load_memory` save it, resume it and share it out with the rows.
+    An estimator may keep a memory per row from call to call, besides the model's state: `begin` starts it,
+    `memory` and `load_memory` save it, restore it and share it among processes with the rows.
 
     Attributes:
-      lookahead: how many steps behind the last window it asks for. If there are any, training calls it as
+      lookahead: how many steps after the last window it needs. If not 0, training calls it as
         `estimator(model, windows, state, weight, ahead)`, with windows of so many steps.
     """
 
@@ -61,14 +61,14 @@ class Estimator(nn.Module):
         raise NotImplementedError
 
     def begin(self, model: SequenceModel, batch_size: int) -> None:
-        """So many rows begin, of this model. Called before the first window."""
+        """Start with so many rows of this model. Called before the first window."""
 
     def memory(self) -> dict[str, Tensor]:
-        """What is remembered of the rows, by name; rows in dimension -2 of every tensor."""
+        """The memory per row, by name; rows in dimension -2 of every tensor."""
         return {}
 
     def load_memory(self, tensors: dict[str, Tensor]) -> None:
-        """Go back to `memory`; `begin` was called with as many rows."""
+        """Restore `memory`; `begin` was called with as many rows."""
 
     def flush(self) -> None:
-        """Add to `.grad` what still waits to be added, and forget it: at the end of a sequence."""
+        """Add pending gradients to `.grad` and forget them: at the end of a sequence."""

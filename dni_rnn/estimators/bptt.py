@@ -1,4 +1,4 @@
-"""`bptt`: truncated backpropagation through time, the baseline of all others and the loop that they share."""
+"""`bptt`: truncated backpropagation through time, the baseline, and the loop that others share."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ TraceSteps = int | Literal["all"]
 
 
 class TruncatedBPTT(Estimator):
-    """Backpropagation within each window; nothing crosses a boundary.
+    """Backpropagation within each window; no gradient crosses a boundary.
 
-    One window per update is the textbook form. Several accumulate their gradients, and the state is
+    One window per update is the textbook form. The gradients of several windows add up, and the state is
     carried, so that methods with different T can update after the same number of symbols.
 
     Args:
-      penalty: on the state that ends each window, a term of the objective.
-      trace: steps that a trace (`dni_rnn.traces.Traced`) keeps of what came before the window; 0: none,
-        "all": every one, in the carried form. What comes back at the start of a window then reaches the
-        steps before it, along the own path of each cell (exactly in an element-wise core), the embedding
-        included.
+      penalty: state penalty at the end of each window, a term of the objective.
+      trace: length in steps of a trace (`dni_rnn.traces.Traced`) of the steps before a window; 0: none,
+        "all": every step, in the carried form. The gradient at the start of a window then reaches these
+        steps, along each cell's own path (exactly in an element-wise core), including the embedding.
       trace_decay: factor on the trace per step.
 
     Source: Williams & Peng 1990, "An efficient gradient-based algorithm for on-line training of
@@ -41,7 +40,7 @@ class TruncatedBPTT(Estimator):
     ) -> None:
         super().__init__()
         self.penalty, self.trace, self.trace_decay = penalty, trace, trace_decay
-        self._traced: list[Traced] = []  # in a list: its core is the model's, not a part of this module
+        self._traced: list[Traced] = []  # in a list, since its core belongs to the model, not to this module
 
     def begin(self, model: SequenceModel, batch_size: int) -> None:
         if self.trace:
@@ -83,7 +82,7 @@ class TruncatedBPTT(Estimator):
         return model.unroll(window.inputs, state)
 
     def enter(self, model: SequenceModel, state: Tree, start: Boundary) -> Tree:
-        """The state as the window takes it over."""
+        """The state at the start of a window."""
         return detach(state) if self.penalty is None else self.penalty.measure(state, start.done)
 
     def leave(

@@ -19,22 +19,22 @@ class DNI(TruncatedBPTT):
         window gradient = ∂/∂θ weight·loss(window) + (∂state_end/∂θ)ᵀ γ^T ĝ(state_end)
         target of M     = ∂/∂state_start weight·loss(window) + (∂state_end/∂state_start)ᵀ γ^T ĝ(state_end)
 
-    with T the steps of the window (with `aux` and `penalty`, both also hold the gradient of that term). M and
-    the scale of ĝ belong to the interface of the model's core. With M ≡ 0 this is `TruncatedBPTT`; with M
-    exact and γ = 1 it is `FullBPTT`, whatever T.
+    with T the steps of the window (with `aux` and `penalty`, both include the gradients of these terms). M
+    and the scale of ĝ belong to the interface of the model's core. With M ≡ 0 this is `TruncatedBPTT`; with M
+    exact and γ = 1 it is `FullBPTT`, for any T.
 
     Args:
       aux: the auxiliary task: a module A called as `A(output, context)` on the core's first output of
         the window, (B, H), that predicts M's output at the window's end, flattened per row (layers and
-        tensors side by side: LSTM 2·layers·H, else layers·H). It adds
+        tensors concatenated: LSTM 2·layers·H, else layers·H). It adds
 
             aux_weight · T · B · weight · mean over rows and features of (A − M(state_end))²
 
         to the objective, that is, `aux_weight` times a dimensionless error (M's output is in units of
         its target's RMS) to the mean loss in nats. Its gradient reaches the core; M is a constant.
-      aux_weight: see there.
-      discount: γ, of the future per step.
-      penalty: see `TruncatedBPTT`; it takes the RMS that the interface measures.
+      aux_weight: see `aux`.
+      discount: γ, the discount per step.
+      penalty: see `TruncatedBPTT`; it uses the RMS that the interface measures.
       trace, trace_decay: see `TruncatedBPTT`. The trace carries what ĝ got wrong, g − ĝ.
 
     Source: Jaderberg et al. 2017, arXiv:1608.05343, eq. 3, and Fig. 3(b) for the auxiliary task.
@@ -52,7 +52,7 @@ class DNI(TruncatedBPTT):
     ) -> None:
         super().__init__(penalty, trace, trace_decay)
         self.aux, self.aux_weight, self.discount = aux, aux_weight, discount
-        self._sender: list[Interface] = []  # in a list: it is a part of the model
+        self._sender: list[Interface] = []  # in a list, since it belongs to the model
 
     def begin(self, model: SequenceModel, batch_size: int) -> None:
         super().begin(model, batch_size)

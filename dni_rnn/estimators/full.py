@@ -1,4 +1,4 @@
-"""`full`: backpropagation through all windows of an update; and true gradients of states, the yardstick."""
+"""`full`: backpropagation through all windows of an update; and true gradients of states, for comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dni_rnn.window import Window, window_loss
 
 
 class FullBPTT(Estimator):
-    """Backpropagation through all the windows it is given, as if they were one: memory grows with them.
+    """Backpropagation through all given windows as if they were one; memory grows with their number.
 
     Args:
       penalty: see `TruncatedBPTT`.

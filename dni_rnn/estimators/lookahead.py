@@ -18,27 +18,27 @@ from dni_rnn.window import Boundary, Window
 
 
 class LookaheadBPTT(TruncatedBPTT):
-    """Truncated BPTT with overlapping windows: each also sees the loss of the `lookahead` steps behind it.
+    """Truncated BPTT with overlapping windows: each includes the loss of the `lookahead` steps after it.
 
         window gradient = ∂/∂θ weight·loss(window) + (∂state_end/∂θ)ᵀ ĝ
         ĝ               = ∂/∂state_end  weight·loss(the next W steps)
 
     with the weights of these W steps taken as constants, so that each step's use of the weights counts once:
-    for all losses up to W steps beyond the end of its own window. It is `DNI` with an M that knows the next W
-    steps and is exact: the bound of whatever is conditioned on W symbols, and the baseline that such a method
-    has to beat. With W = 0 it is `TruncatedBPTT`; with W the rest of the sequence it is `FullBPTT`.
+    for all losses up to W steps beyond the end of its own window. It is `DNI` with an exact M that knows the
+    next W steps: the bound of any method conditioned on W symbols, and the baseline that it has to beat. With
+    W = 0 it is `TruncatedBPTT`; with W the rest of the sequence it is `FullBPTT`.
 
     Cost: 1 + W/T times truncated BPTT, forward and backward, in the memory of the longer of the two; training
-    stays W steps behind what has come.
+    lags W steps behind the data.
 
     Args:
       steps: W.
-      penalty, trace, trace_decay: see `TruncatedBPTT`. ĝ is of the loss alone, without the penalties of the
-        windows to come. The trace carries what ĝ left out, g − ĝ.
+      penalty, trace, trace_decay: see `TruncatedBPTT`. ĝ excludes the penalties of the next windows. The
+        trace carries the residual g − ĝ.
 
     Source: Williams & Peng 1990, "An efficient gradient-based algorithm for on-line training of
-    recurrent network trajectories": BPTT(T + W; T) there. Where T divides W, and while weights hold still,
-    both sum the same pairs of a step and a loss: here a step looks ahead, there a loss looks back.
+    recurrent network trajectories": BPTT(T + W; T) there. If T divides W and weights are fixed, both sum the
+    same pairs of a step and a loss: here a step looks ahead, there a loss looks back.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class LookaheadBPTT(TruncatedBPTT):
         weight: float,
         ahead: Sequence[Window] = (),
     ) -> Estimate:
-        """As every estimator; `ahead` are the windows behind the last one, W steps or what there is."""
+        """As every estimator; `ahead` are the windows after the last one, W steps or as many as there are."""
         self._coming = deque([*windows, *ahead])
         return super().forward(model, windows, state, weight)
 
@@ -102,7 +102,7 @@ class LookaheadBPTT(TruncatedBPTT):
         return terms
 
     def _keep(self, sent: Sequence[Tensor]) -> None:
-        """In place: what is recorded on a device must find it again."""
+        """In place, so that a recorded update finds it."""
         if self._sent is None:
             self._sent = [gradient.detach().clone() for gradient in sent]
         for kept, gradient in zip(self._sent, sent, strict=True):
@@ -110,7 +110,7 @@ class LookaheadBPTT(TruncatedBPTT):
 
 
 def first_steps(windows: Iterable[Window], steps: int) -> list[Window]:
-    """Their first `steps` steps, in as few windows as there are boundaries where a row starts anew."""
+    """Their first `steps` steps, merged into windows that end only where a row begins a new sequence."""
     found: list[Window] = []
     for window in windows:
         if not steps:

@@ -1,19 +1,18 @@
-"""What a sweep.toml or an about.toml holds for the report alone.
+"""Entries of a sweep.toml or an about.toml that only the report reads.
 
-A sweep.toml may say more than a sweep needs, above its [cells]:
+A sweep.toml may have, above its [cells]:
 
     title = "Penn Treebank, characters"
     summary = "One line for the list of all results: what it is."
-    note = "Markdown that goes under the title: what was run."
-    shows = "Markdown that goes under the table: what came out."
-    reference = "bptt T=20"        # how soon do the other cells get where this one ends?
-    counted = true                 # after how many characters, too, not only after how many seconds
+    note = "Markdown below the title: what was run."
+    shows = "Markdown below the table: what came out."
+    reference = "bptt T=20"        # report when the other cells reach this one's final score
+    counted = true                 # in characters, too, not only in seconds
 
     [published]                    # below [cells]: an extra column
     "bptt T=20" = "1.42 (Jaderberg et al.)"
 
-What another program has measured has an about.toml with title, summary, note and shows beside a table.md
-of its own.
+Results of another program have an about.toml with title, summary, note and shows, and a table.md.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from dni_rnn.experiments.sweep import Cell
 
 @dataclass(frozen=True)
 class About:
-    """What a sweep.toml or about.toml holds for the report alone. The title may be the folder's name."""
+    """Entries of a sweep.toml or about.toml for the report. The default title is the folder's name."""
 
     title: str
     summary: str = ""
@@ -41,18 +40,18 @@ class About:
     published: dict[str, str] = field(default_factory=dict)
     counted: bool = False
     speeds: dict[str, int] | None = None
-    """Characters per second of each cell where they were measured apart: `speed.json`."""
+    """Characters per second of each cell, if measured separately: `speed.json`."""
 
     def timed(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The rows, with seconds of symbols / `speeds` of their cell where there are such."""
+        """The rows, with seconds = symbols / `speeds` of their cell if these are given."""
         return [row if self.speeds is None else _retimed(row, self.speeds[row["cell"]]) for row in rows]
 
 
 def read_about(folder: Path, cells: Sequence[Cell] | None = None) -> About:
-    """The part of `folder/sweep.toml` that is for the report; where there are no cells, `folder/about.toml`.
+    """The entries of `folder/sweep.toml` for the report; without `cells`, those of `folder/about.toml`.
 
     Raises:
-      UsageError: it speaks of a cell that the sweep does not have.
+      UsageError: it names a cell that the sweep does not have.
     """
     path = folder / ("about.toml" if cells is None else "sweep.toml")
     try:
@@ -74,7 +73,7 @@ def read_about(folder: Path, cells: Sequence[Cell] | None = None) -> About:
     kinds = {"title": str, "summary": str, "note": str, "shows": str, "reference": str, "published": dict}
     for name, kind in kinds.items():
         if not isinstance(values.get(name, kind()), kind):
-            raise UsageError(f"{path}: {name} is {values[name]!r}; mend it, or leave it out")
+            raise UsageError(f"{path}: {name} is {values[name]!r}; correct it, or leave it out")
     if cells is None:
         return about
     missing = sorted({cell.name for cell in cells} - set(about.speeds or [cell.name for cell in cells]))

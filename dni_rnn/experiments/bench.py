@@ -1,8 +1,8 @@
-"""What training costs: characters per second and memory, with and without synthetic gradients.
+"""Cost of training: characters per second and memory, with and without synthetic gradients.
 
-Everything is compared with a hand-written truncated-BPTT loop on `nn.LSTM` that uses nothing of this package.
-The methods take turns in one process, so that a change of the machine's speed meets all of them, in several
-processes one after the other: where its tensors happen to lie makes one process faster than another for good.
+The baseline is a hand-written truncated-BPTT loop on `nn.LSTM` that uses nothing of this package. Methods
+take turns in one process, so that changes of the machine's speed affect all of them; several processes are
+run one after the other, because memory layout makes some processes faster than others throughout.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured: one table row per method for each."""
+    """One setting to measure: a table row for each method."""
 
     hidden: int
     bptt: int
@@ -74,11 +74,11 @@ class Size:
 
 
 class Cost(NamedTuple):
-    """Of one update.
+    """Cost of one update.
 
     Attributes:
       milliseconds: median.
-      ratio: to the first method, median over rounds.
+      ratio: relative to the first method, median over rounds.
     """
 
     milliseconds: float
@@ -91,7 +91,7 @@ def time_in_turns(
     block: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Cost]:
-    """Time the steps in turn, `rounds` times a block of each; the first is what ratios are to."""
+    """Time the steps in turn, `rounds` times a block of each; ratios are relative to the first."""
     medians: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         for _ in range(block):
@@ -116,7 +116,7 @@ def time_in_turns(
 
 
 def plain_step(size: Size) -> Callable[[], None]:
-    """An update of truncated BPTT on `nn.LSTM`, without this package."""
+    """The baseline: an update of truncated BPTT on `nn.LSTM`, without this package."""
     device = torch.device(size.device)
     embedding, readout = nn.Embedding(SYMBOLS, EMBEDDING), nn.Linear(size.hidden, SYMBOLS)
     net = nn.ModuleList([embedding, nn.LSTM(EMBEDDING, size.hidden), readout]).to(device)
@@ -139,7 +139,7 @@ def plain_step(size: Size) -> Callable[[], None]:
 
 
 def learner(size: Size, settings: dict[str, Any], graph: bool = True) -> RecurrentLearner:
-    """What `dni-rnn train` would train, on random symbols."""
+    """The learner that `dni-rnn train` would use, on random symbols."""
     config = RecurrentConfig(
         hidden=size.hidden, bptt=size.bptt, batch_size=size.batch_size, embedding=EMBEDDING,
         precision=size.precision, graph=graph, **settings,
@@ -163,7 +163,7 @@ def _steps(size: Size) -> dict[str, Callable[[], object]]:
 def _clock(size: Size) -> Callable[[], float]:
     if size.device == "cuda":
         return _synchronized
-    # With one thread, the clock of the process is that of a machine that is not shared.
+    # With one thread, process time excludes what other processes take of a shared machine.
     return time.process_time if size.threads == 1 else time.perf_counter
 
 
@@ -175,7 +175,7 @@ def _synchronized() -> float:
 def measure(size: Size, rounds: int) -> dict[str, Cost]:
     """All methods at one size, in this process."""
     torch.set_num_threads(size.threads)
-    # On a GPU many updates to a measurement, so that waiting for it does not count.
+    # On a GPU many updates per measurement, so that synchronisation does not count.
     at_once = 20 if size.device == "cuda" else 1
     steps = {name: functools.partial(_repeat, step, at_once) for name, step in _steps(size).items()}
     seconds = time_in_turns({PLAIN: steps[PLAIN]}, 1, 1, _clock(size))[PLAIN].milliseconds / 1e3
@@ -190,10 +190,10 @@ def _repeat(step: Callable[[], object], times: int) -> None:
 
 
 def memory(size: Size, name: str) -> float:
-    """Megabytes that a method needs at most, beyond what a tiny model needs; in a process of its own."""
+    """Peak megabytes of a method beyond those of a tiny model; call it in a fresh process."""
     torch.set_num_threads(size.threads)
     device = torch.device(size.device)
-    plain_step(replace(size, hidden=4, bptt=1))()  # libraries load what they need
+    plain_step(replace(size, hidden=4, bptt=1))()  # libraries allocate their memory
     before = peak_memory(device)
     step = plain_step(size) if name == PLAIN else learner(size, METHODS[name]).update
     _repeat(step, 6)
@@ -217,7 +217,7 @@ def matmul_rate(size: Size) -> float:
 
 
 def floor(size: Size) -> float:
-    """Milliseconds of 2 T matrix multiplications that wait for one another, (B, H) times (H, 4 H)."""
+    """Milliseconds of 2 T consecutive matrix multiplications, (B, H) times (H, 4 H)."""
     torch.set_num_threads(size.threads)
     weight = torch.randn(size.hidden, 4 * size.hidden, device=size.device) * 1e-3
     start_from = torch.randn(size.batch_size, size.hidden, device=size.device)
@@ -233,7 +233,7 @@ def floor(size: Size) -> float:
 
 
 def shares(size: Size, updates: int = 30) -> dict[str, float]:
-    """Where the time of the default method goes, as shares of an update; on a GPU without a graph."""
+    """Time of the parts of an update by the default method, as fractions of it; on a GPU without a graph."""
     torch.set_num_threads(size.threads)
     clock, spent = _clock(size), {}
     trained = learner(size, METHODS[DEFAULT], graph=False)
@@ -281,7 +281,7 @@ def _watched_backward(clock: Callable[[], float], spent: dict[str, list[float]])
 
 
 def _elsewhere(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result, from a process of its own."""
+    """Call a function in a fresh process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -298,8 +298,8 @@ def run_bench(
     rounds: int,
     out: Path | None,
 ) -> None:
-    """Measure every combination of `hidden` and `bptt`, and print the report piece by piece; into a file as
-    well where one is asked for. The arguments are the options of `dni-rnn bench`.
+    """Measure every combination of `hidden` and `bptt`, and print the report piece by piece; also write it to
+    `out`, if given. The arguments are the options of `dni-rnn bench`.
 
     Raises:
       UsageError: a number is not positive, there is no such device, or the file cannot be written.
@@ -326,11 +326,11 @@ def run_bench(
 def report(
     sizes: Sequence[Size], processes: int, rounds: int, elsewhere: Callable[..., Any] = _elsewhere
 ) -> Iterator[str]:
-    """The report in Markdown, piece by piece; `elsewhere` calls a function in a process of its own."""
+    """The report in Markdown, piece by piece; `elsewhere` calls a function in a fresh process."""
     first = sizes[0]
     device = torch.device(first.device)
-    # Left to itself the C allocator maps and unmaps the larger tensors at every update, in some processes and
-    # not in others, which costs as much as what is measured here. Processes read this when they start.
+    # By default the C allocator maps and unmaps larger tensors at every update, in some processes only, which
+    # costs as much as what is measured here. Processes read these variables when they start.
     os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**32))
     rate = elsewhere(matmul_rate, first)
     about = [

@@ -1,4 +1,4 @@
-"""Unfinished runs of a sweep, packed to be carried to another machine."""
+"""Pack unfinished runs of a sweep for transfer to another machine."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dni_rnn.experiments.sweep import progress
 
 PART_BYTES = 15_000_000
 CARRIED = ("config.json", "metrics.jsonl", "checkpoint.safetensors", "best.safetensors")
-"""What an unfinished run needs to go on."""
+"""The files that an unfinished run needs to resume."""
 
 
 def pack_runs(folder: Path, work: Path, runs: Iterable[str]) -> None:
-    """Write what `runs` in `work` need to go on to `folder`, as a tar archive in parts of at most 15 MB.
+    """Write what `runs` in `work` need to resume to `folder`, as a tar archive in parts of up to 15 MB.
 
-    Outputs that a run can do without are left out, and so are runs without a checkpoint. Parts that an
-    earlier call wrote for this `work` are replaced.
+    Other outputs and runs without a checkpoint are left out. Parts that an earlier call wrote for this `work`
+    are replaced.
     """
     begun = [run for run in runs if (work / run / "checkpoint.safetensors").exists()]
     archive = io.BytesIO()
@@ -45,7 +45,7 @@ def _parts(folder: Path, work: Path) -> list[Path]:
 
 
 def unpack_runs(folder: Path, work: Path) -> None:
-    """Put the runs of `pack_runs` into `work`, but for those that have got as far there.
+    """Restore the runs of `pack_runs` in `work`, except those that have got as far there.
 
     Raises:
       UsageError: a part is missing or not whole.
@@ -68,7 +68,7 @@ def unpack_runs(folder: Path, work: Path) -> None:
 
 
 def _extract(tar: tarfile.TarFile, folder: Path) -> None:
-    """Of an archive only what `pack_runs` puts there: RUN/NAME, a file each."""
+    """Extract only what `pack_runs` puts into an archive: files RUN/NAME."""
     for member in tar:
         run, _, name = member.name.partition("/")
         content = tar.extractfile(member) if member.isfile() and name in CARRIED else None

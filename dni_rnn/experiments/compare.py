@@ -1,4 +1,4 @@
-"""Runs side by side, finished or not, read from what they have written so far."""
+"""Compare runs, finished or not, by what they have written so far."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Record:
     """A run as far as it got.
 
     Attributes:
-      name: what tables and plots call it.
-      data, method, depth: what was trained on what (`depth` of its configuration, and what that is called).
-      symbols, seconds: trained on so far, and for how long.
+      name: its name in tables and plots.
+      data, method, depth, depth_name: of the run and its configuration.
+      symbols, seconds: symbols trained on and seconds of training so far.
       points: its validations.
       test: the metric on the test split; None while the run is unfinished.
-      metric: what it is judged by.
+      metric: its metric.
     """
 
     name: str
@@ -78,7 +78,7 @@ def read_record(path: Path, name: str) -> Record:
 
 
 def render_comparison(records: Sequence[Record]) -> str:
-    """A table of runs of one metric. Characters/s is of training alone, validation not counted."""
+    """A table of runs with the same metric. Characters/s excludes validation."""
     metric = records[0].metric
     header = [
         "run", "data", "method", records[0].depth_name, f"{metric.unit}s", f"best valid {metric.label}",
@@ -111,10 +111,10 @@ def plot_records(records: Sequence[Record], out: Path) -> bool:
 
 
 def plot_layers(path: Path) -> bool:
-    """Draw what a run has logged of its synthetic gradients layer by layer, to layers.svg in its directory.
+    """Draw the logged diagnostics of a run's synthetic gradients, per cut, to layers.svg in its directory.
 
     Against updates, a line per cut: cosine similarity with the true gradient, explained variance, trust, and
-    the loss of the synthesizer. False, and no plot, when it has logged no agreement (`--agreement-every`).
+    the loss of the synthesizer. False, and no plot, without logged agreement (`--agreement-every`).
     """
     rows = read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
     panels = []
@@ -133,7 +133,7 @@ def plot_layers(path: Path) -> bool:
 
 
 LAYERED = ("cosine", "explained", "trust", "synthesizer_loss")
-"""What is logged per cut (`LOGGED`)."""
+"""Diagnostics logged per cut (`LOGGED`)."""
 
 
 def compare_runs(paths: Sequence[Path], out: Path) -> None:

@@ -1,7 +1,7 @@
-"""The demo: what truncation costs, and what a trace and synthetic gradients give back, in minutes on a CPU.
+"""The demo: what truncation costs, and what a trace and synthetic gradients recover, in minutes on a CPU.
 
-It opens with recall, where truncation is the limit and one step of backpropagation either learns or does
-not; then it trains on text, where a trace is what helps, and has a price.
+It begins with recall, where one step of backpropagation alone learns nothing; then it trains on text, where a
+trace helps, at a price.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SHARED = RecurrentConfig(
     hidden=128, batch_size=32, lr=3e-3, restore=0.1, device="cpu", threads=1, log_every=20
 )
 
-# Every update is made of 20 steps of text, and all have the state penalty: what reaches back differs.
+# All update every 20 steps of text and have the state penalty; they differ in how gradients reach back.
 METHODS = {
     "bptt-T2": dataclasses.replace(SHARED, bptt=2, accumulate=10),
     "trace-T2": dataclasses.replace(SHARED, bptt=2, accumulate=10, trace=32),
@@ -52,18 +52,18 @@ METHODS = {
 VALIDATIONS = 12
 
 CLEAR = 0.02
-"""BPC (bits per character) below which two runs are not told apart: seeds alone move one by about 0.01."""
+"""Difference in BPC (bits per character) that counts as clear: seeds alone make about 0.01."""
 
 PROMPT, SAMPLED = "The value of ", 300
-"""What the best model goes on from, and for how many characters."""
+"""Prompt of the best model, and how many characters it samples."""
 
 
 def run_demo(out: Path, chars: int) -> None:
-    """Train three models on recall and three on text, compare them, and let the best write.
+    """Train three models on recall and three on text, compare them, and sample from the best.
 
     Args:
       out: folder for their runs and the plots; runs of an earlier demo in it are replaced.
-      chars: characters that each model of text trains on.
+      chars: characters that each model on text trains on.
     Raises:
       UsageError: a task is not installed, or `out` cannot be written.
       Interrupted: SIGINT or SIGTERM during training.
@@ -102,7 +102,7 @@ def _train(
 
 
 def recall_verdict(without: Record, trace: Record, synthetic: Record) -> str:
-    """One sentence on what each learnt; chance is 2 bits."""
+    """One sentence on the loss of each; chance is 2 bits."""
     left = [record.test or 0.0 for record in (without, trace, synthetic)]
     return (
         f"In these runs, one seed each, of {CHANCE:.0f} bits that are chance truncated BPTT leaves "

@@ -26,9 +26,9 @@ STRETCHES = 6
 
 
 def held_out_stretches(model: SequenceModel, data: Data, context: int, split: Split = "valid") -> Stretches:
-    """6 stretches of 120 steps of up to 128 rows, with the states that the model carries there.
+    """6 segments of 120 steps of up to 128 rows, with the states that the model carries there.
 
-    Of a T that does not divide 120 the stretch is the largest multiple below it.
+    For a T that does not divide 120, a segment is the largest multiple of T below it.
 
     Raises:
       UsageError: the split is too short.
@@ -71,9 +71,9 @@ def diagnose_model(
 
     Args:
       context: how many symbols the synthesizer is conditioned on.
-      weight: of a symbol's loss, as in training (`RecurrentConfig.weight`).
-      bptts: the T to measure.
-      discount: of the future per step, as in training.
+      weight: weight of a symbol's loss, as in training (`RecurrentConfig.weight`).
+      bptts: the truncation lengths T to measure.
+      discount: discount per step, as in training.
     """
     return diagnose(model, held_out_stretches(model, data, context), weight, bptts, discount)
 
@@ -81,7 +81,7 @@ def diagnose_model(
 def diagnose_run(path: Path, bptts: str, device: torch.device, data_dir: Path | None = None) -> Diagnosis:
     """`diagnose` a run's best weights: prints two tables, writes diagnostics.json and diagnostics.png.
 
-    Where training measured its trust (`--audit`), the plot shows it too.
+    If training measured trust (`--audit`), the plot shows it too.
 
     Raises:
       UsageError: there is no such run, or `bptts` is not a list of lengths from 1 to 60.

@@ -1,6 +1,6 @@
-"""The comparison that the results of a folder open with, and its picture.
+"""The comparison at the top of the results of a folder, and its picture.
 
-Both are made from the rows of several sweeps. The folder's own about.toml says which:
+Both are made from rows of several sweeps, as the folder's about.toml says:
 
     findings = ["What came out, as a line of Markdown.", ...]
 
@@ -39,7 +39,7 @@ PICTURE = "headline.svg"
 
 @dataclass(frozen=True)
 class Headline:
-    """What about.toml says of it; all of it may be missing."""
+    """The entries of about.toml for the headline; each may be missing."""
 
     findings: list[str] = field(default_factory=list)
     comparison: dict[str, Any] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Headline:
 
 
 def read_headline(folder: Path) -> Headline:
-    """The part of `folder/about.toml` that is for the headline."""
+    """The entries of `folder/about.toml` for the headline."""
     values = tomllib.loads((folder / "about.toml").read_text(encoding="utf-8"))
     return Headline(values.get("findings", []), values.get("comparison", {}), values.get("panels", []))
 
@@ -72,7 +72,7 @@ class Cells:
         return about, groups[cell]
 
     def scores(self, reference: str) -> tuple[list[float], Metric] | None:
-        """What each seed of a cell came to; None where it has not been run."""
+        """The score of each seed of a cell; None if it has not been run."""
         _, rows = self[reference]
         if not rows:
             return None
@@ -84,8 +84,8 @@ class Cells:
 def comparison_table(folder: Path, comparison: dict[str, Any]) -> str:
     """The table as Markdown: a line for each task, a column for each method.
 
-    A value says its n unless that is 3 (with ± sd) or 1 (without), and its T where that is not the T of the
-    first column's.
+    A value shows its n unless that is 3 (with ± sd) or 1 (without), and its T if it differs from that of the
+    first column.
     """
     cells = Cells(folder)
     lines = []
@@ -121,7 +121,7 @@ def _window(cells: Cells, reference: str) -> int | None:
 
 
 def dot_panels(folder: Path, panels: list[dict[str, Any]]) -> list[DotPanel]:
-    """What `PICTURE` shows: a panel for each question, a dot for each cell."""
+    """The contents of `PICTURE`: a panel for each question, a dot for each cell."""
     cells = Cells(folder)
     drawn = []
     for panel in panels:

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: no other file, no network, no script."""
+"""A report as one self-contained HTML page: no other file, no network, no script."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ svg { max-width: 100%; height: auto }
 
 
 def render_page(markdown: str, folder: Path) -> str:
-    """The contents of report.html: a report in Markdown with the SVG pictures it shows drawn in place.
+    """The contents of report.html: a report in Markdown with its SVG pictures inlined.
 
     Args:
-      markdown: what is in table.md.
+      markdown: the contents of table.md.
       folder: where the pictures are.
     """
     title = markdown.partition("\n")[0].removeprefix("# ")
@@ -52,7 +52,7 @@ def render_page(markdown: str, folder: Path) -> str:
 
 
 def _inline(path: Path, description: str, prefix: str) -> str:
-    """An SVG file as an element of a page, its names unlike those of any other picture there."""
+    """An SVG file as an element of a page, with ids that are unique in the page."""
     picture = path.read_text(encoding="utf-8")
     picture = picture[picture.index("<svg") :]
     picture = re.sub(r"<metadata>.*?</metadata>\s*", "", picture, flags=re.DOTALL)

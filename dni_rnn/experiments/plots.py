@@ -1,8 +1,8 @@
-"""Curves as pictures. The only module that imports matplotlib.
+"""Plots. The only module that imports matplotlib.
 
-A picture says in its metadata what it was drawn from (`fingerprint`), so that a stale one can be told
-although another version of matplotlib would draw another file. SVG files follow the reader's choice of
-a light or dark page; PNG files are light.
+The metadata of a picture hold a `fingerprint` of its data, so that a stale one is recognised although another
+version of matplotlib would write another file. SVG files follow the reader's choice of a light or dark page;
+PNG files are light.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ SETTINGS: dict[Any, Any] = {
 
 
 Logged = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
-"""What went on inside, by quantity and label: pairs (updates, value)."""
+"""Logged diagnostics, by quantity and label: pairs (updates, value)."""
 
 
 class Curve(NamedTuple):
-    """What one line of the plot shows: the validations of one run, or of one run per seed.
+    """One line of the plot: the validations of one run, or of one run per seed.
 
-    Points that all know their update are drawn against updates too.
+    If all points have their update, they are drawn against updates too.
 
     Attributes:
       label: in the legend.
@@ -78,12 +78,12 @@ class Curve(NamedTuple):
 
 
 class MeanPoint(NamedTuple):
-    """What several runs have reached after the same number of symbols."""
+    """Mean over several runs after the same number of symbols."""
 
     symbols: int
     seconds: float
     value: float
-    sd: float  # of the values, n - 1 below the fraction; 0 for a single run
+    sd: float  # of the values, with n - 1 in the denominator; 0 for a single run
     step: float | None = None  # updates, mean over the runs
 
 
@@ -128,7 +128,7 @@ def mean_curve(runs: Sequence[Sequence[Point]]) -> list[MeanPoint]:
 
 
 def check_format(path: Path) -> None:
-    """Raises `UsageError` when the ending of `path` is none that can be drawn."""
+    """Raises `UsageError` when `path` has no suffix of `FORMATS`."""
     if path.suffix not in FORMATS:
         raise UsageError(f"{path}: a plot's name must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
 
@@ -142,21 +142,21 @@ def save_curves(paths: Sequence[Path], curves: Sequence[Curve], metric: Metric) 
     Args:
       paths: png, svg or pdf by their ending.
       curves: what to draw; those with nothing to average (`mean_curve`) are left out.
-      metric: whose validations they are.
+      metric: metric of the validations.
     Raises:
-      UsageError: a file has another ending.
+      UsageError: a file has another suffix.
     """
     drawn = [curve for curve in curves if mean_curve(curve.runs)]
     _save(paths, lambda: _draw(drawn, metric), fingerprint(curves, metric))
 
 
 def save_logged(paths: Sequence[Path], curves: Sequence[Curve], logged: Logged) -> None:
-    """Draw what went on inside, a panel for each quantity, against updates (see `save_curves`).
+    """Draw logged diagnostics, a panel for each quantity, against updates (see `save_curves`).
 
     Args:
       paths: png, svg or pdf by their ending.
       curves: label, method and depth of the lines.
-      logged: what is drawn.
+      logged: the diagnostics.
     """
 
     def draw() -> Figure:
@@ -182,7 +182,7 @@ def save_logged(paths: Sequence[Path], curves: Sequence[Curve], logged: Logged) 
 
 
 def fingerprint(*content: Any) -> str:
-    """Of what a picture shows."""
+    """A hash of the contents of a picture."""
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
@@ -228,7 +228,7 @@ def save_surface(path: Path, surfaces: dict[str, Any], panel: Panel) -> None:
 def save_dots(path: Path, panels: Sequence[DotPanel]) -> None:
     """Draw means with one standard deviation to either side, panels side by side (see `save_curves`).
 
-    What a label says before its first comma decides the colour.
+    The part of a label before its first comma decides the colour.
     """
     kinds = list(dict.fromkeys(dot.label.split(",")[0] for panel in panels for dot in panel.dots))
 
@@ -273,11 +273,11 @@ def _save(paths: Sequence[Path], draw: Callable[[], Figure], content: str) -> No
     for path in paths:
         check_format(path)
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever style the user has configured
+        matplotlib.rcdefaults()  # ignore the user's configuration
         matplotlib.rcParams.update(SETTINGS)
         figure = draw()
         for path in paths:
-            # Neither dates nor versions, which would change the file although the picture is the same.
+            # No dates or versions, which would change the file of an unchanged picture.
             about = {
                 ".png": {"Software": None, "Description": content},
                 ".svg": {"Creator": None, "Date": None, "Description": content},
@@ -294,7 +294,7 @@ def _save(paths: Sequence[Path], draw: Callable[[], Figure], content: str) -> No
 
 
 def _draw(curves: Sequence[Curve], metric: Metric) -> Figure:
-    # Validations come after the same numbers of symbols in every run, so they can be averaged.
+    # Every run is validated after the same numbers of symbols, so validations can be averaged.
     lines = {
         curve.label: [mean_curve(curve.runs)]
         if metric.validated
@@ -343,7 +343,7 @@ def _draw(curves: Sequence[Curve], metric: Metric) -> Figure:
 
 
 def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
-    """Below the panels, in as many columns as are not wider than the figure; more rows make that taller."""
+    """Below the panels, in as many columns as fit the figure; more rows make the figure taller."""
     for columns in range(LEGEND_COLUMNS, 0, -1):
         legend = figure.legend(
             list(handles.values()),
@@ -368,7 +368,7 @@ def _styles(curves: Sequence[Curve]) -> Iterator[dict[str, Any]]:
         alike = drawn[curve.method, curve.depth]
         drawn[curve.method, curve.depth] += 1
         method = methods.index(curve.method)
-        # Of a single depth, colours tell the methods apart, and line styles what is alike.
+        # With a single depth, colours show the methods, and line styles curves of one method.
         colour, line = (lengths.index(curve.depth), method) if len(lengths) > 1 else (method, alike)
         yield {
             "color": COLOURS[colour % len(COLOURS)],

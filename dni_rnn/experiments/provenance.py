@@ -1,4 +1,4 @@
-"""What stands below a table: runs that failed, texts that were written, commands, versions, machines."""
+"""Text below a table: failed runs, samples of text, commands, versions, machines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def failed_runs(failures: Sequence[dict[str, Any]]) -> str:
 
 
 def machines(rows: Sequence[dict[str, Any]]) -> str:
-    """On what machine the rows were made whose budget is in minutes, and which mean nothing without it."""
+    """Machines of rows whose budget is in minutes, which mean nothing without them."""
     timed = [row for row in rows if row["config"].get("minutes") is not None]
     if not timed:
         return ""
@@ -33,7 +33,7 @@ def machines(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def samples(groups: Mapping[str, Sequence[dict[str, Any]]]) -> str:
-    """What the first run of each cell has written, where it is text."""
+    """The sample of text by the first run of each cell, if there is one."""
     parts = []
     for name, rows in groups.items():
         if rows and "sample" in rows[0]:
@@ -41,7 +41,7 @@ def samples(groups: Mapping[str, Sequence[dict[str, Any]]]) -> str:
                 textwrap.fill(line, 100, replace_whitespace=False, drop_whitespace=False)
                 for line in rows[0]["sample"]["text"].splitlines()
             )
-            fence = max(["~~~", *re.findall("~+", text)], key=len) + "~"  # none of the text ends it
+            fence = max(["~~~", *re.findall("~+", text)], key=len) + "~"  # longer than any in the text
             parts.append(f"{name}:\n\n{fence}text\n{text}\n{fence}\n")
     if not parts:
         return ""
@@ -51,7 +51,7 @@ def samples(groups: Mapping[str, Sequence[dict[str, Any]]]) -> str:
 
 
 def commands_of(cells: Sequence[Cell], groups: Mapping[str, Sequence[dict[str, Any]]]) -> str:
-    """What was run for each cell, or what will be; more than one command when its rows disagree."""
+    """The command of each cell, run or planned; more than one if its rows differ."""
     lines = []
     for name, found in groups.items():
         planned = [cell.command for cell in cells if cell.name == name]
@@ -68,7 +68,7 @@ def commands_of(cells: Sequence[Cell], groups: Mapping[str, Sequence[dict[str, A
 
 
 def versions_of(rows: Sequence[dict[str, Any]]) -> str:
-    """With which packages, commits and machines the rows were made, and where every single one is."""
+    """Packages, commits and machines of the rows, and where to find each row."""
     packages = sorted({name for row in rows for name in row["versions"]})
     made = {
         **{name: [row["versions"].get(name) for row in rows] for name in packages},
@@ -89,7 +89,7 @@ def versions_of(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _distinct(values: Iterable[Any]) -> str:
-    """One value, or each with how many rows it holds for."""
+    """One value, or each with its number of rows."""
     counts = Counter("unknown" if value is None else str(value) for value in values)
     if len(counts) == 1:
         return next(iter(counts))

@@ -1,6 +1,6 @@
 """Reports: the rows of a sweep as a table, plots and a page, generated and never edited.
 
-What they are told beside the rows is in `about`, what stands below a table in `provenance`.
+`about` reads what they need besides the rows; `provenance` writes the text below a table.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dni_rnn.atomic_files import understood, write_atomically
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.about import About, read_about
 from dni_rnn.experiments.html_page import render_page
+from dni_rnn.experiments.method_summary import sources_text
 from dni_rnn.experiments.plots import Curve, save_curves, save_logged
 from dni_rnn.experiments.provenance import commands_of, failed_runs, machines, samples, versions_of
-from dni_rnn.experiments.sources import sources_text
 from dni_rnn.experiments.sweep import Cell, read_failures, read_rows, read_sweep
 from dni_rnn.metrics import BPC, LOGGED, Metric, Point, metrics_of
 
 
 def mean_sd(values: Sequence[float], digits: int) -> str:
-    """`mean ± sd`, the sample standard deviation (n - 1 below the fraction); – for one value."""
+    """`mean ± sd`, the sample standard deviation (n - 1 in the denominator); – for one value."""
     sd = f"{stdev(values):,.{digits}f}" if len(values) > 1 else "–"
     return f"{fmean(values):,.{digits}f} ± {sd}"
 
@@ -36,8 +36,8 @@ def amount_to(
 ) -> float | None:
     """Seconds or symbols of training until a curve first reaches `target`, linear between its validations.
 
-    A curve whose first point is there already gives those of that point, an upper bound; one that never
-    gets there gives None.
+    A curve whose first point has reached it gives those of that point, an upper bound; one that never
+    reaches it gives None.
     """
     before = None
     for point in points:
@@ -52,7 +52,7 @@ def amount_to(
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table that is also readable as text: the first column left, the others right."""
+    """A Markdown table that is also readable as text: first column left-aligned, the others right."""
     lines = [[text.replace("|", "\\|") for text in line] for line in (header, *rows)]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(header))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -87,14 +87,14 @@ def render_table(
     metrics: Sequence[Metric] = (BPC,),
     failures: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """The contents of table.md: a pure function of what sweep.toml, rows.jsonl and failed.jsonl say.
+    """The contents of table.md: a pure function of sweep.toml, rows.jsonl and failed.jsonl.
 
     Args:
-      cells: of the sweep, one for each seed.
-      rows: the finished ones, in any order.
+      cells: cells of the sweep, one for each seed.
+      rows: finished rows, in any order.
       about: title, note, what it shows, reference cell and published numbers.
-      metrics: which numbers are reported, a table for each.
-      failures: of `read_failures`.
+      metrics: the metrics to report, a table for each.
+      failures: from `read_failures`.
     """
     groups = by_cell(cells, about.timed(rows))
     planned = Counter(cell.name for cell in cells)
@@ -165,11 +165,11 @@ def _section(
 
 
 INSIDE = "inside"
-"""What the plot of `logged_of` is called."""
+"""File name of the plot of `logged_of`."""
 
 
 def curves_of(groups: Mapping[str, Sequence[dict[str, Any]]], metric: Metric) -> list[Curve]:
-    """How each cell of `by_cell` came to its numbers."""
+    """The learning curves of each cell of `by_cell`."""
     return [
         Curve(name, found[0]["method"], _depth(found[0]), [_curve(row, metric) for row in found])
         for name, found in groups.items()
@@ -180,9 +180,9 @@ def curves_of(groups: Mapping[str, Sequence[dict[str, Any]]], metric: Metric) ->
 def logged_of(
     groups: Mapping[str, Sequence[dict[str, Any]]],
 ) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """What went on inside the first run of each cell, by quantity and cell: pairs (updates, mean over cuts).
+    """Logged diagnostics of the first run of each cell, by quantity and cell: (updates, mean over cuts).
 
-    Quantities that no such run has logged are left out; so are all of rows made before they were kept.
+    Quantities that no such run has logged are left out; rows of earlier versions have none.
     """
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for quantity, label in LOGGED.items():
@@ -197,8 +197,8 @@ def logged_of(
 
 
 def _curve(row: Mapping[str, Any], metric: Metric) -> list[Point]:
-    """How a row came to its number; of a task that gets harder up to the end, where it stood."""
-    # Rows made before the curves had updates: there were as many for each symbol all along.
+    """The learning curve of a row; for a task with a curriculum, its levels up to the end."""
+    # Curves of earlier versions lack updates: these are proportional to symbols.
     pace = row["steps"] / row["symbols"] if "steps" in row else None
     known = {} if pace is None else {"step": lambda point: round(pace * point["symbols"])}
     points = row["curve"] if metric.validated else [*row["climbs"], row]
@@ -249,7 +249,7 @@ def _legend(about: About, target: float | None, axes: Mapping[str, str], metric:
 
 
 def render_csv(cells: Sequence[Cell], rows: Iterable[dict[str, Any]]) -> str:
-    """The contents of table.csv: a line per row with every single value of it, and the versions.
+    """The contents of table.csv: a line per row with all its scalar values, and the versions.
 
     Settings are in the command; the curves stay in rows.jsonl.
     """
@@ -270,7 +270,7 @@ def report_sweep(folder: Path) -> None:
     """Write table.md, table.csv, the plots and report.html beside the rows they are made from.
 
     Raises:
-      UsageError: `folder` holds no sweep or no rows, or they do not belong together.
+      UsageError: `folder` holds no sweep or no rows, or rows of other cells.
     """
     cells, rows = read_sweep(folder), read_rows(folder)
     if not rows:
@@ -308,4 +308,4 @@ def write_text(path: Path, text: str) -> None:
 def _depth(row: dict[str, Any]) -> int:
     """`RunConfig.depth` of a finished run."""
     config = row["config"]
-    return config.get("bptt", config.get("layers", 1))  # of the surface, one cut: a colour is all it decides
+    return config.get("bptt", config.get("layers", 1))  # 1 for the surface; decides a colour only

@@ -1,6 +1,6 @@
-"""All results of a folder: every report in it, and a README.md that opens with what came out.
+"""All results of a folder: every report in it, and a README.md that begins with the findings.
 
-The folder has an about.toml with a title, a note and a `headline` of its own.
+The folder has an about.toml with a title, a note and the entries of `headline`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dni_rnn.experiments.sweep import read_rows, read_sweep
 
 
 def write_reports(folder: Path) -> None:
-    """The report of a sweep; the page of what another program has measured; or all that are in `folder`.
+    """The report of a sweep, the page of another program's results, or all reports in `folder`.
 
     Raises:
       UsageError: there is nothing to report.
@@ -45,7 +45,7 @@ def write_reports(folder: Path) -> None:
 
 
 def result_folders(folder: Path) -> list[Path]:
-    """The folders in `folder` that have results, or will have them."""
+    """The folders in `folder` with results, or with results to come."""
     return sorted(
         path
         for path in folder.iterdir()
@@ -62,7 +62,7 @@ def _measured(folder: Path) -> bool:
 def render_index(folder: Path) -> str:
     """The contents of README.md: findings, the comparison, a line for each folder in `folder`.
 
-    A pure function of what is in them.
+    A pure function of their contents.
     """
     about, headline = read_about(folder), read_headline(folder)
     parts = [f"# {about.title}\n", about.note.strip() + "\n"]

@@ -2,20 +2,20 @@
 
 A sweep is a folder with a `sweep.toml`:
 
-    train = "ptb --hidden 256 --threads 1"     # what every cell shares
+    train = "ptb --hidden 256 --threads 1"     # arguments of every cell
     seeds = [0, 1, 2]
-    in_order = true                            # a time budget goes to the first ones first; else to all alike
+    in_order = true                            # a time budget goes to the first cells first; else to all
 
-    [cells]                                    # a name, and what the cell adds
+    [cells]                                    # a name, and further arguments
     "bptt T=2" = "--bptt 2"
     "dni T=2" = "--bptt 2 --dni"
 
-    [retired]                                  # the same; keeps its rows, and is not run
+    [retired]                                  # the same; rows are kept, but not run again
     "old" = "--an-option-that-is-gone"
 
 Each (cell, seed) is one process `dni-rnn train ... --seed S --resume --out WORK/...`, so a killed sweep
-goes on where its runs stood. A finished one becomes a row of `rows.jsonl` in the same folder and is
-never run again; one that failed has a line in `failed.jsonl` until it succeeds.
+resumes its runs from their checkpoints. A finished run becomes a row of `rows.jsonl` in the same folder and
+is never run again; a failed one has a line in `failed.jsonl` until it succeeds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from dni_rnn.errors import UsageError
 from dni_rnn.metrics import LOGGED
 
 LOGGED_POINTS = 40
-"""Points of each quantity that a row keeps of how things went inside."""
+"""Points of each logged diagnostic that a row keeps."""
 
 OF_THE_MACHINE = ("out", "data_dir", "resume")
 """Settings that say where a run was made, not what it did: left out of its row."""
@@ -48,10 +48,10 @@ class Cell:
     """One run of a sweep.
 
     Attributes:
-      name: of the cell, without the seed.
-      seed: of the run.
-      arguments: of `dni-rnn train`, without `--seed`, `--resume` and `--out`.
-      retired: it keeps the rows that it has, and is not run: an option of it is gone.
+      name: name of the cell, without the seed.
+      seed: seed of the run.
+      arguments: arguments of `dni-rnn train`, without `--seed`, `--resume` and `--out`.
+      retired: keep its rows, but do not run it: one of its options is gone.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Cell:
 
     @property
     def command(self) -> str:
-        """What a reader types to get this row again."""
+        """The command that reproduces this row."""
         return shlex.join(["dni-rnn", "train", *self.arguments, "--seed", str(self.seed)])
 
 
@@ -73,7 +73,7 @@ def read_sweep(folder: Path) -> list[Cell]:
     """The cells of `folder/sweep.toml`, all cells of one seed before the next seed.
 
     Raises:
-      UsageError: there is no such file, or it does not say what a sweep needs.
+      UsageError: there is no such file, or it lacks an entry that a sweep needs.
     """
     path = folder / "sweep.toml"
     values = _values(path)
@@ -95,7 +95,7 @@ def read_sweep(folder: Path) -> list[Cell]:
 
 
 def runs_in_order(folder: Path) -> bool:
-    """Whether a time budget goes to the first cells first, as its `sweep.toml` says.
+    """Whether a time budget goes to the first cells first, by `in_order` of `sweep.toml`.
 
     Raises:
       UsageError: as `read_sweep`, or `in_order` is neither true nor false.
@@ -138,14 +138,14 @@ def _records(path: Path) -> list[dict[str, Any]]:
         for name, kind in {"cell": str, "seed": int}.items():
             if not isinstance(row.get(name), kind):
                 raise UsageError(
-                    f"{path}, line {place}: {name} is {row.get(name)!r}; mend or remove the line"
+                    f"{path}, line {place}: {name} is {row.get(name)!r}; correct or remove the line"
                 )
     return rows
 
 
 def make_row(cell: Cell, run: Path) -> dict[str, Any]:
-    """One finished run as one row: what was asked, what came out, the curve, when each level began, and
-    how things went inside.
+    """One finished run as one row: command, results, learning curve, when each level was solved, and
+    diagnostics.
     """
     config, summary = read_json(run / "config.json"), read_json(run / "summary.json")
     metrics = read_jsonl(run / "metrics.jsonl")
@@ -186,7 +186,7 @@ def _made_row(
 
 
 def _logged(metrics: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
-    """Of each quantity of `LOGGED` that was logged: pairs [update, value], evenly spread."""
+    """Pairs [update, value], evenly spread, of each quantity of `LOGGED` that was logged."""
     found: dict[str, list[list[float]]] = {}
     for row in metrics:
         for name in row:
@@ -201,18 +201,18 @@ def _thinned(points: list[list[float]]) -> list[list[float]]:
 
 
 def progress(run: Path) -> float:
-    """The share of its budget that a run has used up, by what it has written so far; 0 if nothing."""
+    """The fraction of its budget that a run has used, by what it has written so far; 0 if nothing."""
     try:
         unit, amount = json.loads((run / "config.json").read_text(encoding="utf-8"))["budget"]
         last = json.loads(last_line(run / "metrics.jsonl"))
-    except (OSError, ValueError, KeyError, TypeError):  # an endless budget has no shares
+    except (OSError, ValueError, KeyError, TypeError):  # also for an infinite budget
         return 0.0
     done = {"symbols": last["symbols"], "steps": last["step"], "minutes": last["seconds"] / 60}
     return min(done[unit] / amount, 1.0)
 
 
 def last_line(path: Path) -> str:
-    """The last whole line of a file, of a progress bar what it said last."""
+    """The last complete line of a file; of a progress bar, its last update."""
     with open(path, "rb") as file:
         file.seek(max(0, file.seek(0, io.SEEK_END) - 4096))
         lines = file.read().decode(errors="replace").rpartition("\n")[0].splitlines()

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: lines that stay, and in a terminal one that moves for every process."""
+"""Progress of a sweep: lines that stay and, in a terminal, an updated line for every process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dni_rnn.metrics import metric_of
 
 STATUS_SECONDS = 60.0
-"""From one line of status to the next where nothing can move: in a log."""
+"""Between two lines of status in a log."""
 
 
 def duration(seconds: float) -> str:
@@ -35,14 +35,14 @@ def best_score(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 class SweepProgress:
-    """The state of a sweep, for people.
+    """Shows the progress of a sweep.
 
     Args:
-      title: of the sweep.
-      cells: how many runs there are.
-      parallel: how many lines to keep for running ones.
-      done: how many runs are finished, at the start.
-      deadline: when time is up, on `time.monotonic`; infinite without a budget.
+      title: title of the sweep.
+      cells: number of runs.
+      parallel: number of lines for running ones.
+      done: number of runs finished at the start.
+      deadline: end of the time budget, on `time.monotonic`; infinite without one.
     """
 
     def __init__(self, title: str, cells: int, parallel: int, done: int, deadline: float) -> None:
@@ -55,16 +55,16 @@ class SweepProgress:
         self.lines = [tqdm(bar_format="  {desc}", leave=False, **how) for _ in range(parallel)]
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         tqdm.write(text)
         sys.stdout.flush()
 
     def show(self, done: int, failed: int, shares: Mapping[str, float], best: str) -> None:
-        """Where things stand.
+        """Show the current status.
 
         Args:
-          done, failed: how many runs.
-          shares: of the running ones by name, how much of each is done.
+          done, failed: numbers of runs.
+          shares: finished fraction of each running one, by name.
           best: `best_score`.
         """
         now = time.monotonic()

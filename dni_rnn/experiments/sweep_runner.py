@@ -1,9 +1,9 @@
 """Running a sweep: processes, turns, rows and failures.
 
-A time budget is shared in rounds. In each of them every unfinished run has a turn of the same length, those
-that have got least far first. A round takes half of the time that is left, and all of it when turns would be
-shorter than `LEAST_TURN`. So every run soon has a checkpoint, and most of the time goes into long turns.
-A sweep that is `in_order` runs its first cells to their ends instead.
+A time budget is shared in rounds. In each, every unfinished run has a turn of the same length, the least
+advanced first. A round takes half of the remaining time, or all of it if turns would be shorter than
+`LEAST_TURN`. So every run soon has a checkpoint, and most of the time goes into long turns. A sweep that is
+`in_order` runs its first cells to the end instead.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from dni_rnn.experiments.sweep import (
 )
 from dni_rnn.experiments.sweep_progress import SweepProgress, best_score
 from dni_rnn.metrics import metric_of
-from dni_rnn.starter import environment
+from dni_rnn.parent_process import environment
 
 POLL_SECONDS = 0.5
 LEAST_TURN = 20.0
-"""Seconds of a turn that are worth starting a process for."""
+"""Shortest turn, in seconds, that is worth starting a process for."""
 DIVERGED = 3
-"""Exit code of a run that would only diverge again."""
+"""Exit code of a diverged run, which would diverge again."""
 
 
 def parse_duration(text: str) -> float:
@@ -65,17 +65,17 @@ def run_sweep(
 ) -> int:
     """Run the cells that have no row yet, `parallel` at a time; returns how many failed.
 
-    A run that fails is tried once more; its output is in `WORK/CELL.log`. One that has diverged twice is not
-    tried by a later call either, as long as its command is the same. After `budget` seconds the running
-    ones are stopped with a checkpoint, as on SIGINT and SIGTERM.
+    A failed run is tried once more; its output is in `WORK/CELL.log`. One that has diverged twice is not
+    tried again by later calls, unless its command changes. After `budget` seconds the running ones are
+    stopped with a checkpoint, as on SIGINT and SIGTERM.
 
     Args:
-      folder: with the sweep.toml.
-      work: where the run directories go.
+      folder: folder of the sweep.toml.
+      work: folder for the run directories.
       parallel: processes at a time.
       budget: seconds to share between the runs, or for the first ones of a sweep that is `in_order`; None
         runs each to its end, one after the other.
-      device: `--device` of every run that does not say its own.
+      device: `--device` of every run that does not set its own.
       carry: folder of `unpack_runs`, read before and written after.
     Raises:
       UsageError: there is no sweep, or another process runs it.
@@ -100,7 +100,7 @@ def run_sweep(
 
 
 class _Running:
-    """A run that has its turn."""
+    """A run in its turn."""
 
     def __init__(self, cell: Cell, work: Path, device: str | None, turn: float) -> None:
         self.cell, self.turn, self.stopped = cell, turn, False
@@ -114,8 +114,8 @@ class _Running:
             return self._config.stat().st_mtime_ns
 
     def stop_when_due(self, deadline: float) -> None:
-        """Ask it to stop when its turn or all time is over: once, as a second signal would not wait for the
-        checkpoint, and at the end of a turn not before it has begun to train and can make one.
+        """Stop it when its turn or the budget is over. Once, because a second signal would not wait for the
+        checkpoint; and, at the end of a turn, not before training has begun and can write one.
         """
         now = time.monotonic()
         over = now - self.started >= self.turn and self._written() != self._before
@@ -128,8 +128,8 @@ class _Sweep:
     """One call of `run_sweep`.
 
     Attributes:
-      waiting: the cells that have no row yet and are worth a try, running ones included.
-      failed: how many were given up.
+      waiting: the cells without a row that are to be run, including running ones.
+      failed: number of cells that were given up.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class _Sweep:
                 )
 
     def run(self) -> None:
-        """Rounds, until all is done or time is up."""
+        """Run rounds until all cells are done or time is up."""
         while self.waiting:
             share = (self.deadline - time.monotonic()) * self.parallel / max(len(self.waiting), self.parallel)
             if self.begun and share < LEAST_TURN:
@@ -186,7 +186,7 @@ class _Sweep:
             )
 
     def _finished(self) -> list[dict[str, Any]]:
-        """Rows of the cells that are asked for; there may be others, of cells or seeds that are no longer."""
+        """Rows of the current cells; there may be others, of former cells or seeds."""
         return [row for row in self.rows if (row["cell"], row["seed"]) in self.asked]
 
     def _round(self, turn: float) -> None:
@@ -214,7 +214,7 @@ class _Sweep:
             time.sleep(POLL_SECONDS)
 
     def _ended(self, run: _Running) -> bool:
-        """Note how a run ended; whether it is to be tried again at once."""
+        """Record how a run ended. Whether it is to be tried again at once."""
         cell, code = run.cell, run.process.returncode
         again = False
         if code == 0:
@@ -241,7 +241,7 @@ class _Sweep:
         return again
 
     def _record(self, cell: Cell, code: int | None) -> None:
-        """Write the failure of a run down, or, with None, that it has succeeded."""
+        """Record the failure of a run, or, with None, its success."""
         records = read_failures(self.folder)
         others = [r for r in records if (r["cell"], r["seed"]) != (cell.name, cell.seed)]
         if code is not None:
@@ -253,7 +253,7 @@ class _Sweep:
             write_jsonl(self.folder / "failed.jsonl", others)
 
     def close(self) -> None:
-        """Stop what is running, with a checkpoint."""
+        """Stop running processes, with a checkpoint."""
         for run in self.running:
             if not run.stopped:
                 run.process.terminate()

@@ -1,4 +1,4 @@
-"""The other half of the gradient that truncation cuts off: traces of what the past did to the state."""
+"""Traces: how the state depends on parameters through past steps, the part that truncation cuts off."""
 
 import warnings
 from typing import Any

@@ -1,4 +1,4 @@
-"""The edge of the autograd graph that a trace puts in, and what one window leaves for it."""
+"""The edge that a trace adds to the autograd graph, and the data of one window for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dni_rnn.traces.rules import Record
 
 
 class Passage:
-    """What one window leaves for its backward: filled by the forward pass, read once."""
+    """Data of one window for its backward pass: filled by the forward pass, read once."""
 
     def __init__(
         self,
@@ -29,13 +29,13 @@ class Passage:
 
 
 class Owner(Protocol):
-    """What an edge belongs to: a `Traced`."""
+    """The owner of an edge: a `Traced`."""
 
     def _backward(self, passage: Passage, gradients: Sequence[Tensor]) -> list[Tensor | None]: ...
 
 
 class TraceEdge(torch.autograd.Function):
-    """Identity on the state that a window receives. Backward: the trace's part, for the parameters."""
+    """Identity on the state at a window's start. Backward: adds the trace's part for the parameters."""
 
     @staticmethod
     def forward(ctx: Any, traced: Owner, passage: Passage, count: int, *tensors: Tensor) -> Any:

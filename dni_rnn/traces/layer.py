@@ -1,4 +1,4 @@
-"""The trace of one layer: what waits, and how the leaves of the state read what the trace is of."""
+"""The trace of one layer: its memory, and how the leaves of the state depend on the traced state."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dni_rnn.traces.rules import LayerWindow, Read, Record
 
 
 class Layer:
-    """The trace of one layer, and what of the newest window's end is still needed.
+    """The trace of one layer, with what is needed from the end of the last window.
 
     Args:
-      record, window: of the layer's first window, for the shapes.
-      number: of the layer, from the bottom.
+      record, window: those of the layer's first window, for the shapes.
+      number: number of the layer, from the bottom.
       steps, decay: see `Traced`.
-      symbols: V where input 0 of the bottom layer is symbols, else None.
+      symbols: V if input 0 of the bottom layer is symbols, else None.
       on_device: see `Deferred`; unused in the carried form.
     """
 
@@ -39,13 +39,13 @@ class Layer:
             self.memory = Carried(window, record.terms, decay, symbols if self.bottom else None)
         else:
             self.memory = Deferred(-(-steps // len(window.path)), window, decay, on_device)
-        # Of the boundary behind the newest window. Buffers, since what is recorded may not hold new tensors.
+        # At the boundary after the last window. Buffers, since a recorded update needs fixed tensors.
         self.reads: list[Read] = [torch.zeros_like(r) if isinstance(r, Tensor) else r for r in window.reads]
         self.instant = [None if a is None else torch.zeros_like(a) for a in window.instant]
         self.last = [u.new_zeros(u.shape[1:]) for u in window.inputs] if self.instant else []
 
     def correct(self, residuals: Sequence[Tensor], gradients: Gradients) -> None:
-        """Add to the sums what the trace makes of `residuals`, g − ĝ of each leaf, (B, D)."""
+        """Add the product of the trace and `residuals`, g − ĝ of each leaf, (B, D), to the sums."""
         if len(residuals) != len(self.reads):
             raise ValueError(f"the state has {len(residuals)} leaves, the trace reads {len(self.reads)}")
         total: Tensor | None = None

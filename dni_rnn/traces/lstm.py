@@ -1,7 +1,7 @@
-"""An LSTM that keeps its gates: what backpropagation and the trace both need is computed once.
+"""An LSTM that keeps its gates, which backpropagation and the trace both need.
 
-On one CPU thread it takes about as long as torch's fused LSTM or less, and a trace of it needs no gates anew.
-It has `nn.LSTM`'s weights, equations and results, to rounding. On a GPU the element-wise part of a step is
+On one CPU thread it takes about as long as torch's fused LSTM or less, and its trace recomputes no gates. It
+has `nn.LSTM`'s weights, equations and results, to rounding. On a GPU the element-wise part of a step is
 the kernel of torch's `nn.LSTMCell` (`CELL`), one launch forward and one backward.
 """
 
@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 
 
 class Kept:
-    """Of one layer and window: the gates of every step, and what follows from them.
+    """The gates of every step of one layer and window, and values derived from them.
 
     Attributes:
-      gates: σ(i), σ(f), tanh(g), σ(o), side by side, (T, B, 4H).
+      gates: σ(i), σ(f), tanh(g), σ(o), concatenated, (T, B, 4H).
       cells: c_t, and tanh of it, each (T, B, H).
       outputs: h_t, (T, B, H).
       start: h, c before the first step, each (B, H).
@@ -37,7 +37,7 @@ class Kept:
         return torch.cat([self.start[0].unsqueeze(0), self.outputs[:-1]])
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """∂c_t/∂(i, f, g) and ∂h_t/∂o, side by side, (T, B, 4H); ∂h_t/∂c_t, (T, B, H)."""
+        """∂c_t/∂(i, f, g) and ∂h_t/∂o, concatenated, (T, B, 4H); ∂h_t/∂c_t, (T, B, H)."""
         if self._factors is None or self._slopes is None:
             i, f, g, o = self.gates.chunk(4, -1)
             factors = torch.empty_like(self.gates)
@@ -83,7 +83,7 @@ class _Steps(torch.autograd.Function):
             h = torch.mul(o, tanh_cell, out=output)
         ctx.kept = kept
         ctx.save_for_backward(weight)
-        # Not the kept tensors themselves: what is kept must not hold the graph that holds it.
+        # Not the kept tensors themselves, which would make a reference cycle with the graph.
         return kept.outputs.detach(), kept.cells[-1].detach()
 
     @staticmethod
@@ -126,7 +126,7 @@ def steps(x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     """An LSTM layer over the steps of a window.
 
     Args:
-      x: (T, B, 4H), what the inputs and biases give to the gates i, f, g, o.
+      x: (T, B, 4H), the contribution of inputs and biases to the gates i, f, g, o.
       h, c: (B, H), before the first step.
       weight: weight_hh, (4H, H).
     Returns:
@@ -140,10 +140,10 @@ def steps(x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tens
 class Cell(Protocol):
     """The element-wise part of a step: gates (B, 4H) in the order i, f, g, o; h and c (B, H).
 
-    forward: of what x and of what h gives to the gates, and c_{t−1}: h_t, c_t and the gates σ(i), σ(f),
-      tanh(g), σ(o).
-    backward: of the gradients at h_t (None: 0) and c_t, of c_{t−1}, c_t and the gates: the gradients at the
-      pre-activations, (B, 4H), and at c_{t−1}.
+    forward: from the contributions of x and h to the gates, and c_{t−1}, to h_t, c_t and the gates σ(i),
+      σ(f), tanh(g), σ(o).
+    backward: from the gradients at h_t (None: 0) and c_t, and c_{t−1}, c_t and the gates, to the gradients at
+      the pre-activations, (B, 4H), and at c_{t−1}.
     """
 
     @staticmethod
@@ -156,7 +156,7 @@ class Cell(Protocol):
 
 
 class _Aten:
-    """One kernel of torch's each; it has them for CUDA only."""
+    """One torch kernel each; they exist for CUDA only."""
 
     @staticmethod
     def forward(of_x: Tensor, of_h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,7 +174,7 @@ CELL: type[Cell] = _Aten
 
 
 class KeptSteps:
-    """Of one layer and window, step by step, as `CELL` gives it.
+    """Values of one layer and window, step by step, from `CELL`.
 
     Attributes:
       gates: σ(i), σ(f), tanh(g), σ(o) of each step, (B, 4H).
@@ -189,7 +189,7 @@ class KeptSteps:
     def along_the_cell(self, decay: float) -> tuple[Tensor, Tensor]:
         """∂c_T/∂(i, f, g) of every step, (T, B, 3H), and ∂c_T/∂c_0, (B, H), both along the forget gates.
 
-        That is what backward gives, step by step, when c_T has the gradient 1 and no h has any.
+        Equals the backward pass, step by step, with gradient 1 at c_T and none at any h.
         """
         hidden = self.hiddens.shape[-1]
         at_c, found = torch.ones_like(self.cells[0]), []
@@ -236,7 +236,7 @@ class _CellSteps(torch.autograd.Function):
 
 
 def cell_steps(x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, KeptSteps]:
-    """`steps` by `CELL`: two launches a step, where launches are what costs."""
+    """`steps` by `CELL`: two launches per step, for devices where launches dominate."""
     kept = KeptSteps()
     outputs, cell = _CellSteps.apply(kept, x.contiguous(), h, c, weight)  # type: ignore[misc]
     return outputs, cell, kept

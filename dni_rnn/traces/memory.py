@@ -1,4 +1,4 @@
-"""Where traces wait: deferred, step by step, or carried as a whole."""
+"""The memory of traces: deferred, step by step, or carried as a whole."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.nn import functional as F
 from dni_rnn.traces.rules import LayerWindow, Term
 
 EMBEDDING = "embedding.weight"
-"""What the embedding's table is called among the parameters."""
+"""Name of the embedding's table among the parameters."""
 
 Scale = Tensor | float | None
-"""That of a loss; None: 1."""
+"""Loss scale; None: 1."""
 
 MOST_BY_PRODUCT = 512
-"""Symbols up to which a GPU sums by symbol in a product; its sum takes the rows one after the other."""
+"""Up to so many symbols a GPU sums by symbol in a product; otherwise it adds rows one by one."""
 
 
 class Plan:
-    """What is known of the sums before there are any: which parameters, and whether their terms cover them.
+    """Plan of the sums: which parameters have terms, and whether these cover all their rows.
 
     Args:
       parameters: by name.
@@ -42,15 +42,15 @@ class Plan:
 
 
 class Gradients:
-    """Sums the parts of `.grad` that terms give.
+    """Sums the contributions of terms to `.grad`.
 
     Args:
-      parameters: by name; those that are frozen now get no gradient.
-      plan: of these and of all terms that are added.
-      embedding: of the symbols that are input 0 of the first layer, its table among the parameters; None when
-        inputs are vectors.
-      factor: on everything (a loss scale); None: 1.
-      sorts: sum by symbol before all products, less work where symbols are fewer than rows and steps.
+      parameters: by name; frozen ones get no gradient.
+      plan: plan for these parameters and all terms that are added.
+      embedding: that of the symbols that are input 0 of the first layer, with its table among the parameters;
+        None if inputs are vectors.
+      factor: factor on everything (a loss scale); None: 1.
+      sorts: sum by symbol before all products, which is cheaper if symbols are fewer than rows and steps.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Gradients:
         return out if term.rows is None else out[first:behind], new
 
     def terms(self, terms: Sequence[Term], delta: Tensor, inputs: Sequence[Tensor], bottom: bool) -> None:
-        """Of delta (N, C), the gradients at the pre-activations, and inputs (N, I), or symbols (N,)."""
+        """Add terms of delta (N, C), gradients at the pre-activations, and inputs (N, I) or symbols (N,)."""
         by_symbol = None
         if bottom and self.sorts and self.table is not None:
             by_symbol = _sum_by(inputs[0], delta, len(self.table))
@@ -135,7 +135,7 @@ class Gradients:
         self.of_table = gradient if self.of_table is None else self.of_table.add_(gradient)
 
     def in_order(self) -> list[Tensor | None]:
-        """The sums, as `parameters` has them; None of one that gets none."""
+        """The sums in the order of `parameters`; None for one without a gradient."""
         for name, summed in self.by_symbol.items():
             assert self.table is not None
             if name in self.sums:
@@ -212,27 +212,27 @@ def _grouped(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _loaded(mine: Tensor, kept: Tensor) -> Tensor:
-    """In place where the shape is the same."""
+    """Copy in place if the shapes are equal."""
     return mine.copy_(kept) if mine.shape == kept.shape else kept.to(mine.device).clone()
 
 
 class Deferred:
-    """A trace whose steps wait for what is still to come back, and enter one product each.
+    """A trace whose steps wait for later residuals, and then enter one product each.
 
     Keeps the last `count` windows. With r the residual at a boundary, for each of them
 
         ρ += path · r,     path *= (path through the window that followed)
 
     and a window that has seen `count` boundaries leaves with (A·path within the window·ρ)ᵀ u, as in backprop;
-    A·path within the window is what is kept.
-    So the sum is that of the carried form, cut to the boundaries within `count` windows of a step, and a
-    correction comes by up to `count` windows late. All is in place and static in shape.
+    A·path within the window is what is stored. So the sum is that of the carried form, truncated to the
+    boundaries within `count` windows of a step, and a correction comes up to `count` windows late. All
+    tensors are changed in place and have static shapes.
 
     Args:
-      count: windows that are kept.
-      window: the layer's first, for the shapes.
+      count: number of windows kept.
+      window: the layer's first window, for the shapes.
       decay: see `Traced`.
-      on_device: keep the place of the oldest window on the device, for what is recorded as a graph.
+      on_device: keep the index of the oldest window on the device, for recorded updates.
     """
 
     def __init__(self, count: int, window: LayerWindow, decay: float, on_device: bool) -> None:
@@ -243,11 +243,11 @@ class Deferred:
         self.factors = window.factors.new_zeros(count, *window.factors.shape)
         self.inputs = [u.new_zeros(count, *u.shape) for u in window.inputs]
         self.slot = 0
-        # On a device that records graphs the place is a number of the device's, not of the recording.
+        # A recording would fix a Python number; a tensor on the device can change.
         self.index = torch.zeros(1, dtype=torch.long, device=state.device) if on_device else None
 
     def correct(self, residual: Tensor, gradients: Gradients, terms: Sequence[Term], bottom: bool) -> None:
-        """The residual (B, D) at the boundary behind the newest window. The oldest window leaves."""
+        """Apply the residual (B, D) at the boundary after the newest window. The oldest window leaves."""
         self.rho.addcmul_(self.path, residual)
         self._leave(gradients, terms, bottom)
 
@@ -295,14 +295,14 @@ class Deferred:
         self.inputs = [longer(u) for u in self.inputs]
 
     def end(self, done: Tensor | None) -> None:
-        """Rows of `done` (B,), or all: nothing that comes now is theirs any more."""
+        """Rows of `done` (B,), or all, get no further residuals."""
         if done is None:
             self.path.zero_()
         else:
             self.path.masked_fill_(done.unsqueeze(-1), 0.0)
 
     def flush(self, gradients: Gradients, terms: Sequence[Term], bottom: bool) -> None:
-        """What waits leaves now. Later residuals are still gathered."""
+        """All windows leave now. Later residuals are still gathered."""
         for _ in range(self.count):
             self._leave(gradients, terms, bottom)
             self.slot = (self.slot + 1) % self.count
@@ -323,19 +323,19 @@ class Deferred:
     def load(self, tensors: Sequence[Tensor]) -> None:
         symbols = [not (t.is_floating_point() or t.is_complex()) for t in tensors]
         kept = [t.squeeze(-1).clone() if s else t.clone() for t, s in zip(tensors, symbols, strict=True)]
-        if len(kept) == 4 + len(self.inputs):  # earlier files have what is within a window by itself
+        if len(kept) == 4 + len(self.inputs):  # earlier files store the path within a window separately
             within = kept.pop(2)
             kept[2] = (_grouped(kept[2], within) * within.unsqueeze(-2)).flatten(-2)
         mine = [self.path, self.rho, self.factors, *self.inputs]
         new = [_loaded(a, b) for a, b in zip(mine, kept, strict=True)]
         self.path, self.rho, self.factors, *self.inputs = new
-        self.count, self.slot = len(self.path), 0  # the window that began this one may have been a short one
+        self.count, self.slot = len(self.path), 0  # the first window of this object may have been short
         if self.index is not None:
             self.index.zero_()
 
 
 class Carried:
-    """A trace as it stands in the equation, one matrix for each row and parameter:
+    """The trace E itself, one matrix for each row and parameter:
 
         E  ←  (path through the window) · E + Σ_t (path from t to its end · A_t) ⊗ u_t
         gradient = Σ_rows r · E
@@ -378,7 +378,7 @@ class Carried:
                 continue
             u = window.inputs[number]
             if number == 0 and self.symbols is not None:
-                u = u.unsqueeze(-1) == torch.arange(self.symbols, device=u.device)  # one_hot waits for values
+                u = u.unsqueeze(-1) == torch.arange(self.symbols, device=u.device)  # one_hot synchronises
             trace.mul_(wide.unsqueeze(-1)).add_(torch.einsum("tbc,tbi->bci", local, u.to(local.dtype)))
 
     def end(self, done: Tensor | None) -> None:
@@ -389,7 +389,7 @@ class Carried:
                 trace.masked_fill_(done.reshape(-1, *[1] * (trace.dim() - 1)), 0.0)
 
     def flush(self, gradients: Gradients, terms: Sequence[Term], bottom: bool) -> None:
-        """Nothing waits: every part is zero."""
+        """Nothing is pending: every part is zero."""
         zero = next(iter(self.traces.values()))
         self.correct(zero.new_zeros(zero.shape[0], self.cells), gradients, terms, bottom)
 

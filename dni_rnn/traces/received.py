@@ -1,4 +1,4 @@
-"""Where the state that a traced window begins with comes from, and what was sent into it."""
+"""The origin of the state at the start of a traced window, and the ĝ that was sent into it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dni_rnn.interface import RECEIVED_BY, Interface
 from dni_rnn.penalty import StatePenalty
 
 ENDS = "_ends_a_traced_window"
-"""By this attribute the end state of a traced window tells that it is one."""
+"""Attribute that marks the end state of a traced window."""
 
 
 def received_by(leaves: list[Tensor], given: Interface | None) -> Interface | None:
     """The interface that a state was received from.
 
     Args:
-      given: the one that it must be; the state may then have been changed since.
+      given: the expected one; the state may then have been changed since.
 
     Raises:
       ValueError: it was changed since, or comes from several interfaces, or from another than the given one.
@@ -62,7 +62,7 @@ def sent_since(interface: Interface, heard: tuple[list[Tensor] | None] | None) -
 
 
 def measured(leaf: Tensor) -> bool:
-    """Whether a penalty waits for the gradient that arrives at it."""
+    """Whether a penalty measures the gradient at this state."""
     return isinstance(getattr(leaf.grad_fn, "penalty", None), StatePenalty)
 
 

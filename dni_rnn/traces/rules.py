@@ -1,4 +1,4 @@
-"""What one window of steps leaves behind in a layer: its path and its local factors.
+"""Local derivatives of a layer over one window: its path and its local factors.
 
 A traced layer has a state s_t, (B, D), that carries its own past element by element:
 
@@ -6,14 +6,14 @@ A traced layer has a state s_t, (B, D), that carries its own past element by ele
     ∂s_t/∂(pre-activation q of step t) = A_q,t              element-wise, the local factor of q
     ∂(pre-activation q)/∂W_q = u_t                          an input of the step: x_t, h_{t−1} or 1
 
-so that a gradient r at s_K reaches W_q as the sum over rows and steps of
+so that a gradient r at s_K contributes to that of W_q the sum over rows and steps of
 
     (r · path_K ⋯ path_{t+1} · A_q,t) ⊗ u_t
 
-Where the true ∂s_t/∂s_{t−1} is not diagonal, `path` keeps what belongs to the cell itself: its own path.
-Of an LSTM and a GRU that is the gate alone. With the own recurrent weight added (SnAp-1) the error to full
-BPTT goes from 0.305 to 0.267 (LSTM) and from 0.234 to 0.220 (GRU) on small random nets at T = 1, and from
-0.366 to 0.365 on a trained LSTM of 128 units, so it is left out.
+If the true ∂s_t/∂s_{t−1} is not diagonal, `path` keeps only the cell's dependence on itself: its own path.
+For an LSTM and a GRU that is the gate alone. Including the cell's own recurrent weight (SnAp-1) reduces the
+error against full BPTT from 0.305 to 0.267 (LSTM) and from 0.234 to 0.220 (GRU) on small random nets at
+T = 1, and from 0.366 to 0.365 on a trained LSTM of 128 units, so it is left out.
 
 Sources: Bellec et al. 2020, Nature Communications 11 (e-prop: the path of an LSTM); Murray 2019, eLife 8
 (RFLO); Menick et al. 2021, arXiv:2006.07232 (SnAp); Williams & Zipser 1989, Neural Computation 1 (RTRL).
@@ -37,12 +37,12 @@ class Term(NamedTuple):
     """How columns of the local factors become the gradient of (some rows of) a parameter.
 
     Attributes:
-      parameter: its name within the core, as `named_parameters` gives it.
-      columns: of `LayerWindow.factors`, as (first, behind the last).
+      parameter: its name within the core, as in `named_parameters`.
+      columns: columns of `LayerWindow.factors`, as (first, last + 1).
       input: which of `LayerWindow.inputs` it is multiplied with; None for a vector that is added (a bias).
-      rows: of the parameter, as (first, behind the last); None: all.
-      part: of complex factors the real or the imaginary one. With a parameter w that enters as s += A·w the
-        first, as s += A·i·w the second.
+      rows: rows of the parameter, as (first, last + 1); None: all.
+      part: part of complex factors, "real" for a parameter w that enters as s += A·w, "imaginary" for
+        s += A·i·w.
     """
 
     parameter: str
@@ -56,17 +56,16 @@ class LayerWindow(NamedTuple):
     """One layer's window of T steps, computed without gradient. D cells, all steps in order.
 
     Attributes:
-      path: (T, B, D), ∂s_t/∂s_{t−1} of each cell along its own path; complex where s is.
-      factors: (T, B, C), ∂s_t/∂(pre-activation), C a multiple of D: group after group of D columns.
-      inputs: what the parameters are multiplied with, each (T, B, I).
+      path: (T, B, D), ∂s_t/∂s_{t−1} of each cell along its own path; complex if s is.
+      factors: (T, B, C), ∂s_t/∂(pre-activation), C a multiple of D: groups of D columns.
+      inputs: the factors that multiply the parameters, each (T, B, I).
       reads: for each leaf of the state, in the order of `dni_rnn.pytree.flatten` (dicts by sorted key), how
         it depends on s after the last step: leaf = Re(conj(read)·s) to first order, (B, D) or a number; None
-        when it does not. For a complex s in two leaves, real and imaginary: 1 and 1j.
+        if it does not. For a complex s in two leaves, real and imaginary: 1 and 1j.
       instant: for each leaf, (B, C'): ∂leaf/∂(pre-activation) of the last step for parameters that act on the
-        leaf, not on s (the output gate of an LSTM); None when there are none. Empty: no leaf has any.
-      total: (B, D), the path through the whole window, where `factors` are multiplied already by the path
-        from their step to the window's end, both with the trace's decay; of `path` then only the shape
-        counts.
+        leaf, not on s (the output gate of an LSTM); None if there are none. Empty: no leaf has any.
+      total: (B, D), the path through the whole window, if `factors` already include the path from their step
+        to the window's end, both with the trace's decay; then only the shape of `path` is used.
     """
 
     path: Tensor
@@ -78,13 +77,13 @@ class LayerWindow(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One layer of one window, as the forward pass leaves it.
+    """Record of one layer and window, made by the forward pass.
 
     Attributes:
-      terms: the gradients that `LayerWindow.factors` give.
-      window: called without gradient, during backward or where none comes before the next window, and once
-        more for a copy that is made before. What it reads of the weights are those that the window ran with.
-      instant_terms: those that `LayerWindow.instant` give.
+      terms: the gradients from `LayerWindow.factors`.
+      window: called without gradient during backward, or, without a backward pass, at the next window, and
+        once more for a copy that is made before. It must read the weights that the window ran with.
+      instant_terms: the gradients from `LayerWindow.instant`.
     """
 
     terms: Sequence[Term]
@@ -98,8 +97,7 @@ class Traceable(Protocol):
 
     `forward(inputs, state) -> (outputs, state)` may be anything; `run` returns the same two, and one
     `Record` for each layer, bottom first. A leaf of the state (layers, B, D) belongs layer by layer to the
-    records, a leaf (B, D) to all. What a core does not name in its terms gets no trace: only the truncated
-    gradient.
+    records, a leaf (B, D) to all. Parameters without terms get no trace, only the truncated gradient.
     """
 
     def initial_state(self, batch: int) -> Any: ...
@@ -108,7 +106,7 @@ class Traceable(Protocol):
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor | None) -> Tensor:
-    """x Wᵀ + b of x (..., I). With `table` (V, I) x are symbols, and x Wᵀ is looked up where that is less."""
+    """x Wᵀ + b for x (..., I). With `table` (V, I) x are symbols, and x Wᵀ is looked up if cheaper."""
     if table is None:
         return F.linear(x, weight, bias)
     if len(table) < x.numel():
@@ -123,7 +121,7 @@ def _add_product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 
 class Weights(NamedTuple):
-    """Of one layer, as torch orders them; biases may be missing."""
+    """Weights of one layer, in torch's order; biases may be missing."""
 
     w_ih: Tensor
     w_hh: Tensor
@@ -151,7 +149,7 @@ def _dense_terms(
 
 
 def _runs(groups: Sequence[int]) -> list[tuple[int, int]]:
-    """Consecutive numbers as (first, behind the last)."""
+    """Consecutive numbers as (first, last + 1)."""
     runs: list[tuple[int, int]] = []
     for group in groups:
         if runs and runs[-1][1] == group:
@@ -162,7 +160,7 @@ def _runs(groups: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def lstm_terms(name: Callable[[str], str], hidden: int, bias: bool) -> tuple[list[Term], list[Term]]:
-    """Terms of an LSTM: of c, and of the output gate, which acts at once; `name` makes a parameter's name."""
+    """Terms of an LSTM: of c, and of the output gate, which acts on h; `name` makes a parameter's name."""
     return (
         _dense_terms(name, hidden, (0, 1, 2), (0, 1, 2), 0, bias),
         _dense_terms(name, hidden, (0,), (0,), 3 * hidden, bias),
@@ -202,7 +200,7 @@ def lstm_window(
 
 
 def lstm_window_kept(kept: Kept, x: Tensor) -> LayerWindow:
-    """The same from what the forward pass kept; x (T, B, I), or symbols (T, B)."""
+    """The same from kept gates; x (T, B, I), or symbols (T, B)."""
     hidden = kept.outputs.shape[-1]
     factors, slopes = kept.factors()
     return LayerWindow(
@@ -215,7 +213,7 @@ def lstm_window_kept(kept: Kept, x: Tensor) -> LayerWindow:
 
 
 def lstm_window_steps(kept: KeptSteps, x: Tensor, decay: float) -> LayerWindow:
-    """The same from what the steps kept, multiplied by the path to the window's end already."""
+    """The same from kept steps, with factors that include the path to the window's end."""
     hidden = kept.hiddens.shape[-1]
     factors, total = kept.along_the_cell(decay)
     h, o = kept.hiddens[-1], kept.gates[-1][:, 3 * hidden :]

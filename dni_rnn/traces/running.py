@@ -1,4 +1,4 @@
-"""One window of a core that is traced: what it returns, and a record of each layer."""
+"""Run one window of a traced core, with a record of each layer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def why_not_traced(core: Any) -> str | None:
 
 
 def check(core: nn.Module) -> None:
-    """Refuse what has no trace.
+    """Refuse a core that cannot be traced.
 
     Raises:
       ValueError, TypeError: see `Traced`.
@@ -91,7 +91,7 @@ def check(core: nn.Module) -> None:
 
 
 def initial_state(core: Any, batch: int) -> Tree:
-    """Zeros as torch takes them for None, or the core's own initial state."""
+    """Zeros, as torch uses for None, or the core's own initial state."""
     if not isinstance(core, nn.RNNBase | nn.RNNCellBase):
         return core.initial_state(batch)
     shape = (core.num_layers, batch) if isinstance(core, nn.RNNBase) else (batch,)
@@ -103,11 +103,11 @@ def rows_of(core: nn.Module, inputs: Any, embedded: bool, leaves: Sequence[Tenso
     """How many rows a window has.
 
     Args:
-      inputs: as the core takes them, or `embedded` symbols.
-      leaves: of its state, by rows; None of the initial one.
+      inputs: inputs of the core, or `embedded` symbols.
+      leaves: leaves of its state; None for the initial one.
 
     Raises:
-      TypeError, ValueError: the inputs have no rows or no step, or the state is not of them or of the core.
+      TypeError, ValueError: the inputs have no rows or no step, or the state does not fit them or the core.
     """
     if not isinstance(inputs, Tensor):
         raise TypeError(f"inputs are a tensor, not a {type(inputs).__name__}")
@@ -132,7 +132,7 @@ def rows_of(core: nn.Module, inputs: Any, embedded: bool, leaves: Sequence[Tenso
 
 
 def run_untraced(core: nn.Module, vectors: Tensor, state: Tree) -> Any:
-    """The core as it is; the state of an LSTM named, as `run` names it."""
+    """The core without a trace; the state of an LSTM is named, as by `run`."""
     returned = core(vectors, state)
     if isinstance(core, nn.LSTMCell):
         return LSTMState(*returned)
@@ -140,7 +140,7 @@ def run_untraced(core: nn.Module, vectors: Tensor, state: Tree) -> Any:
 
 
 def no_autocast(device: str) -> AbstractContextManager[Any]:
-    """Nothing is cast inside."""
+    """Disable autocast inside."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
@@ -155,9 +155,9 @@ def run(
     """One window.
 
     Args:
-      core: one that `check` lets pass.
-      inputs: as the core takes them; with `embedding` symbols.
-      state: the core's, its tensors as `flatten` orders them (h, c of an LSTM).
+      core: one that passes `check`.
+      inputs: inputs of the core; with `embedding`, symbols.
+      state: state of the core, its tensors in the order of `flatten` (h, c of an LSTM).
       fused, decay: see `Traced`.
     """
     if isinstance(core, nn.LSTM) and not (inputs.device.type != "cpu" if fused is None else fused):
@@ -181,7 +181,7 @@ def run(
 def _run_fused(
     core: nn.RNNBase, x: Tensor, leaves: list[Tensor], embedding: nn.Embedding | None, symbols: Tensor | None
 ) -> Ran:
-    """Layer by layer, since torch's stack does not say what its lower layers put out."""
+    """Layer by layer, since torch's stack does not return the outputs of lower layers."""
     lstm = isinstance(core, nn.LSTM)
     if core.batch_first:
         x, symbols = x.transpose(0, 1), None if symbols is None else symbols.transpose(0, 1)
@@ -211,7 +211,7 @@ def _run_fused(
 
 @contextmanager
 def _one_layer_of_a_stack() -> Iterator[None]:
-    """cuDNN says of one layer's weights that they are not the whole stack's, and copies them: as it must."""
+    """Silence cuDNN's warning that one layer's weights are not those of the whole stack and are copied."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
         yield
@@ -225,7 +225,7 @@ def _run_kept(
     seen, table = x, None
     by_step = x.device.type == BY_STEP
     if embedding is not None:
-        # The gradient of what was looked up is a sum by symbol, on a GPU slower than the product it saves.
+        # The gradient of a look-up is a sum by symbol, on a GPU slower than the product that it saves.
         if embedding.padding_idx is None and not by_step:
             table = embedding.weight
         else:
@@ -276,10 +276,10 @@ def _record(
     starts: list[Tensor],
     ends: list[Tensor],
 ) -> Record:
-    """Of a layer of torch's, whose gates are computed anew. `seen`: symbols where there is an embedding."""
+    """Record of a torch layer, whose gates are recomputed. `seen`: symbols if there is an embedding."""
     terms_of, window_of = KINDS[next(kind for kind in KINDS if isinstance(core, kind))]
     terms, instant = terms_of(lambda name: name + suffix, core.hidden_size, bool(core.bias))
-    # Those that the window ran with: `functional_call` has taken them back when backward comes.
+    # The weights that the window ran with: `functional_call` has removed them when backward runs.
     w, table = _weights(core, suffix), None if embedding is None else embedding.weight
 
     def window() -> LayerWindow:

@@ -1,4 +1,4 @@
-"""A recurrent core with a trace: an edge of the autograd graph, as an interface is."""
+"""A recurrent core with a trace, which is an edge of the autograd graph, like an interface."""
 
 from __future__ import annotations
 
@@ -23,68 +23,66 @@ _LAYOUT = Layout(-2)  # of the state of any core that is traced
 
 
 class Traced(nn.Module):
-    """A recurrent core whose truncated gradient is completed by a trace of the past.
+    """A recurrent core whose truncated gradient is completed by a trace of past steps.
 
     In a truncated-BPTT loop one line changes:
 
         core = Traced(lstm)                       # once
         output, state = core(x, state)            # was: output, state = lstm(x, detach(state))
 
-    One `loss.backward()` for each window, before the next window, or none where a window has no loss: what
-    it would have brought then comes with the next. `.grad` of the core's own parameters holds, with g what
-    arrives at the state that window k received and E = ds/dθ through all before it,
+    Call `loss.backward()` once per window, before the next window, or not at all for a window without a
+    loss: its part then comes with the next. `.grad` of the core's own parameters holds, with g the gradient
+    at the state where the window starts and E = ds/dθ of that state through all steps before it,
 
         (truncated gradient)  +  (g − ĝ) · E
 
-    ĝ is what an `Interface` injected there one window earlier, 0 without one. The sum is full BPTT, whatever
-    ĝ is, where E is exact and the weights hold still: in a layer whose recurrence is element-wise
-    (`dni_rnn.cores`). Of an LSTM, GRU or tanh RNN E keeps the own path of each cell (c through the forget
-    gate; h through the update gate; h through R_jj), which needs nothing learnt, and nothing known of
-    what comes. In a stack each layer has a trace of its own state; what goes from layer to layer across
-    time is in none.
+    ĝ is what an `Interface` injected there one window earlier, 0 without one. The sum is full BPTT, for any
+    ĝ, if E is exact and the weights are fixed: for a layer with an element-wise recurrence
+    (`dni_rnn.cores`). For an LSTM, GRU or tanh RNN, E keeps the own path of each cell (c through the forget
+    gate; h through the update gate; h through R_jj), which needs no learning and no knowledge of the future.
+    In a stack each layer has a trace of its own state; paths from layer to layer across time are not
+    included.
 
     With an interface in the loop nothing else changes: the state that `Interface.receive` returned is
-    recognized, and what `Interface.send` injected into it is taken back:
+    recognized, and the ĝ that `Interface.send` injected into it is subtracted:
 
         state = interface.receive(state)
         output, state = core(x, state)
         loss = criterion(output, y) + interface.send(state)
 
-    Any other state is detached, but for one that `StatePenalty.measure` has just returned. A penalty on the
-    end state is a loss like another and stays. A state that was replaced must be announced, by `done`,
-    None or `reset`.
+    Any other state is detached, except one that `StatePenalty.measure` has just returned. A penalty on the
+    end state is an ordinary loss and stays. If the state was replaced, say so by `done`, None or `reset`.
 
-    Sums and means: the trace's part is in the units of the scalar that is differentiated. Accumulation over
-    windows, clipping, autocast, data parallelism and checkpoints of weights need nothing. Where no gradients
-    are recorded, and in eval mode, it is the core and nothing else, and the trace stays as it is. What
-    `torch.compile` is given may call it: it is a graph break there.
+    The trace's part is in the units of the scalar that is differentiated. Accumulation over windows,
+    clipping, autocast, data parallelism and checkpoints of weights work unchanged. If no gradients are
+    recorded, and in eval mode, it is only the core, and the trace does not change. In a function compiled by
+    `torch.compile` it is a graph break.
 
-    Steps that the trace is of are gone from the graph, so what produced their inputs gets nothing from it,
-    with one exception: with `embedding` the module is called with symbols (T, B), embeds them, and the
-    gradient goes on into the embedding exactly. It is also faster where symbols are fewer than B·T.
+    Traced steps are no longer in the graph, so modules before the core get no gradient through the trace,
+    except `embedding`: with it the module is called with symbols (T, B), embeds them, and the gradient of the
+    embedding is exact. It is also faster if there are fewer symbols than B·T.
 
-    A stack of torch's layers runs layer by layer. All of the trace is kept in place, so an update can be
-    recorded as a CUDA graph once the first has run; `reset`, other shapes and other devices end that.
+    A stack of torch's layers runs layer by layer. The whole trace is kept in place, so an update can be
+    recorded as a CUDA graph after the first one; `reset`, other shapes and other devices invalidate it.
 
     Args:
-      core: `nn.LSTM`, `nn.GRU`, `nn.RNN` (tanh), one of the cells of these (one step a window), or a
-        `Traceable`.
-      steps: how long a step waits for what comes back; rounded up to whole windows (of the first one's
-        length). The sum is cut to these, and a correction comes up to so many steps late: see
-        `dni_rnn.traces.memory.Deferred`. None: carried instead, any horizon, nothing late, memory
+      core: `nn.LSTM`, `nn.GRU`, `nn.RNN` (tanh), a cell of these (one step per window), or a `Traceable`.
+      steps: length of the trace: how long a step waits for later gradients, rounded up to whole windows (of
+        the first one's length). The sum is truncated to these, and a correction comes up to so many steps
+        late: see `dni_rnn.traces.memory.Deferred`. None: the carried form, any horizon, nothing late, memory
         rows × (size of the parameters): for small nets.
-      decay: factor on E per step, as λ of TD(λ). 0 is not truncated BPTT: it leaves the last step.
-      interface: the one whose `receive` the state comes from, where that cannot be seen: when the state was
-        changed after it. The state is then not detached if it has a graph.
+      decay: factor on E per step, as λ of TD(λ). 0 is not truncated BPTT: it keeps the last step.
+      interface: the one whose `receive` returned the state, for a state that was changed since. The state is
+        then not detached if it has a graph.
       embedding: see above. Plain: neither sparse, nor max_norm, nor scale_grad_by_freq.
-      fused: run an `nn.LSTM` by torch's own kernel and compute its gates anew for the trace; False: by one
-        that keeps them (`dni_rnn.traces.lstm`), in the precision of its weights. None: False on a CPU, True
+      fused: run an `nn.LSTM` by torch's own kernel and recompute its gates for the trace; False: by one that
+        keeps them (`dni_rnn.traces.lstm`), in the precision of its weights. None: False on a CPU, True
         elsewhere. On a GPU False is faster (an update 1.36 of a truncated one against 1.65: LSTM 1024, 256
         rows, T = 8, TF32, H200), but not yet the default: on a GPU its gradients have not been compared with
-        a CPU's. Results are the same to rounding. All others are run as they are.
+        a CPU's. Results are the same to rounding. Other cores ignore it.
 
     Attributes:
-      loss_scale: as `Interface.loss_scale`; set both alike.
+      loss_scale: as `Interface.loss_scale`; set both to the same value.
 
     Raises:
       ValueError: `steps` < 1, `decay` outside [0, 1], a core that cannot be traced (bidirectional, proj_size,
@@ -130,13 +128,13 @@ class Traced(nn.Module):
         self._plan: Plan | None = None
         self._loading: list[list[Tensor]] | None = None
         self._latest: Passage | None = None
-        self._owed: dict[str, Tensor] = {}  # what left the trace in windows without a backward pass
+        self._owed: dict[str, Tensor] = {}  # gradients due from windows without a backward pass
         self._rows: int | None = None
         self._dtype: torch.dtype | None = None
         self._heard: tuple[list[Tensor] | None] | None = None  # `Interface.sent` of the last window
 
     def initial_state(self, batch: int) -> Tree:
-        """Zeros as torch takes them for None, or the core's own initial state."""
+        """Zeros, as torch uses for None, or the core's own initial state."""
         return initial_state(self.core, batch)
 
     @property
@@ -148,7 +146,7 @@ class Traced(nn.Module):
 
     @property
     def output_leaf(self) -> Any:
-        """Which leaf of the state is the last output; None where no other is."""
+        """Leaf of the state that is the last output; see `Core`."""
         if isinstance(self.core, tuple(KINDS)):
             return "hidden" if isinstance(self.core, nn.LSTM | nn.LSTMCell) else None
         return getattr(self.core, "output_leaf", None)
@@ -160,16 +158,16 @@ class Traced(nn.Module):
         done: Done = None,
         sent: Sequence[Tensor] | None = None,
     ) -> Any:
-        """What the core returns for one window; the state of an LSTM is an `LSTMState`, (h, c) with names.
+        """The output of the core for one window; the state of an LSTM is an `LSTMState`, a named (h, c).
 
         Args:
-          inputs: as the core takes them: (T, B, I), with `batch_first` (B, T, I), for a cell (B, I); with
+          inputs: inputs of the core: (T, B, I), with `batch_first` (B, T, I), for a cell (B, I); with
             `embedding` symbols, without the last dimension.
-          state: the last window's, detached or not, or what `Interface.receive` returned. None: the
-            initial one in all rows, whose traces end.
-          done: (B,) or (B, 1), as of an `Interface`. Rows that start anew here: their traces end. The caller
-            has put an initial state there, and has given `done` to the interface, if there is one.
-          sent: ĝ, where it came from no interface: what was injected into the state, a list like its leaves,
+          state: state after the last window, detached or not, or what `Interface.receive` returned. None:
+            the initial one in all rows, whose traces end.
+          done: (B,) or (B, 1), as for an `Interface`. Rows that begin a new sequence: their traces end. The
+            caller has put an initial state there, and has given `done` to the interface, if there is one.
+          sent: ĝ, if it comes from no interface: what was injected into the state, a list like its leaves,
             without `loss_scale`, 0 in rows of `done`.
         """
         if torch.compiler.is_compiling():
@@ -206,7 +204,7 @@ class Traced(nn.Module):
         output, end, passage.records = run(
             self.core, inputs, received, self.embedding, self.fused, self.decay
         )
-        # Not of a window that the core has refused.
+        # After `run`, so that a window refused by the core changes nothing.
         self._latest, self._rows, self._dtype = passage, rows, next(self.core.parameters()).dtype
         self._heard = None if interface is None else (interface.sent,)
         for leaf in flatten(end, has_rows)[0]:
@@ -214,7 +212,7 @@ class Traced(nn.Module):
         return end if isinstance(self.core, nn.RNNCellBase) else (output, end)
 
     def _parameters_traced(self) -> dict[str, Tensor]:
-        # A weight that two layers share by each of its names: it gets the sum.
+        # A weight shared by two layers appears under each name: it gets the sum.
         parameters: dict[str, Tensor] = dict(self.core.named_parameters(remove_duplicate=False))
         if self.embedding is not None:
             parameters[EMBEDDING] = self.embedding.weight
@@ -231,7 +229,7 @@ class Traced(nn.Module):
 
     @torch.no_grad()
     def _absorb(self, passage: Passage, gradients: Sequence[Tensor], scale: Scale) -> list[Tensor | None]:
-        """The window joins the trace; before it, what came back at its start meets the trace.
+        """Apply the gradients at the window's start to the trace, then add the window to the trace.
 
         Returns:
           The trace's part for each of the passage's parameters, times `scale`.
@@ -264,9 +262,9 @@ class Traced(nn.Module):
         return found
 
     def _pass_over(self) -> None:
-        """Where no backward pass came through the latest window, nothing came back at its start: g = 0.
+        """Without a backward pass through the last window, the gradient at its start is g = 0.
 
-        What then leaves the trace is owed to the next backward pass.
+        Gradients that leave the trace then are added in the next backward pass.
         """
         passage = self._latest
         if passage is None or passage.absorbed:
@@ -281,7 +279,7 @@ class Traced(nn.Module):
 
     @torch.no_grad()
     def _with_owed(self, names: Iterable[str], found: list[Tensor | None]) -> list[Tensor | None]:
-        """What a backward pass has found for these parameters, and what is owed to them."""
+        """The gradients of a backward pass for these parameters, plus those due from earlier windows."""
         owed, self._owed = self._owed, {}
         scale = 1.0 if self.loss_scale is None else self.loss_scale
         return [
@@ -307,7 +305,7 @@ class Traced(nn.Module):
         residuals = [g.to(dtype) for g in gradients]
         if self.loss_scale is not None:
             residuals = [(r / self.loss_scale).to(dtype) for r in residuals]
-            # A loss scaler lets a non-finite gradient through now and then; the trace would keep it.
+            # A loss scaler sometimes produces a non-finite gradient; the trace would keep it.
             finite = torch.stack([torch.isfinite(r).all() for r in residuals]).all()
             residuals = [torch.where(finite, r, 0.0) for r in residuals]
         if sent is not None:
@@ -326,14 +324,14 @@ class Traced(nn.Module):
             found = self._absorb(passage, gradients, self.loss_scale)
         return self._with_owed(names, found) if self._owed else found
 
-    # What outlives the process.
+    # Saving and restoring.
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy or a pickle: no backward pass comes through the window that waits for one here."""
+        """For a copy or a pickle, which gets no backward pass through the last window."""
         return self._settled().__dict__ | {"_heard": None}
 
     def _settled(self) -> Traced:
-        """This, or where a window waits for its backward pass a twin, which was passed over by it."""
+        """This, or, if the last window had no backward pass yet, a copy as if there were none (g = 0)."""
         if self._latest is None or self._latest.absorbed:
             return self
         twin = object.__new__(type(self))
@@ -344,24 +342,24 @@ class Traced(nn.Module):
         return twin
 
     def trace_state(self) -> dict[str, list[Tensor]]:
-        """The trace, rows along dimension −2 of every tensor: for a checkpoint, or to share rows out.
+        """The trace, rows in dimension −2 of every tensor, for a checkpoint or to share rows among processes.
 
-        Empty before the first window. With an interface `Interface.sent` belongs to it. Waits for the device.
+        Empty before the first window. With an interface, save `Interface.sent` too. Waits for the device.
 
         Raises:
-          RuntimeError: windows without a backward pass, and something that they owe to the next one.
+          RuntimeError: gradients of windows without a backward pass are due in the next one.
         """
         twin = self._settled()
         if any(bool(owed.any()) for owed in twin._owed.values()):
             raise RuntimeError(
-                "what left the trace in windows without a backward pass waits for the next one: take the "
-                "state after it, or call flush() first"
+                "gradients of windows without a backward pass are due in the next one: take the state after "
+                "it, or call flush() first"
             )
         kept = (twin._loading or []) if twin._layers is None else [layer.tensors() for layer in twin._layers]
         return {f"layer{number}": tensors for number, tensors in enumerate(kept)}
 
     def load_trace_state(self, tree: dict[str, list[Tensor]]) -> None:
-        """The inverse of `trace_state`, for a module built alike."""
+        """The inverse of `trace_state`, for a module built with the same arguments."""
         layers = self._layers
         loaded = [[t.clone() for t in tree[f"layer{number}"]] for number in range(len(tree))]
         rows = loaded[0][0].shape[-2] if loaded else None
@@ -387,17 +385,17 @@ class Traced(nn.Module):
         self.load_trace_state({layer: [t[i] for i in range(len(t))] for layer, t in state.items()})
 
     def reset(self) -> None:
-        """Forget all: as before the first window."""
+        """Forget everything, as before the first window."""
         self._layers, self._plan, self._loading, self._latest, self._rows = None, None, None, None, None
         self._owed, self._dtype, self._heard = {}, None, None
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Add to `.grad` what still waits, and forget it: at the end of a text, before the last update.
+        """Add pending gradients to `.grad` and forget them: at the end of a text, before the last update.
 
-        Afterwards `.grad` holds everything that came back within `steps`. Nothing waits in the carried form.
-        Of several processes each adds the part of its own rows, and what averages gradients in backward does
-        not see it: average `.grad` once more, or leave `flush` out.
+        Afterwards `.grad` holds all gradients within `steps`. Nothing is pending in the carried form. With
+        several processes each adds the part of its own rows, unseen by hooks that average gradients in
+        backward: average `.grad` once more, or do not call `flush`.
         """
         self._pass_over()
         if self._layers is None:
@@ -413,7 +411,7 @@ class Traced(nn.Module):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-# That of `torch.compiler`, which takes seconds to import: not before something is compiled.
+# As in `torch.compiler`, whose import takes seconds and is needed only when something is compiled.
 @torch._disable_dynamo  # type: ignore[reportPrivateImportUsage]
 def _not_compiled(traced: Traced, *arguments: Any) -> Any:
     return traced._window(*arguments)

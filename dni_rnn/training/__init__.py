@@ -1,1 +1,1 @@
-"""One training loop, the learners it drives, and the run directory that they leave."""
+"""The training loop, its learners, and run directories."""

@@ -1,4 +1,4 @@
-"""From a configuration to a recurrent model, its synthesizer and its estimator."""
+"""Build a recurrent model, its synthesizer and its estimator from a configuration."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_model(config: RecurrentConfig, data: Data) -> SequenceModel:
 
 
 def build_core(config: RecurrentConfig) -> Core:
-    """`--core`, called as `Cell(input_size, hidden_size, num_layers)`.
+    """The core of `--core`, built as `Cell(input_size, hidden_size, num_layers)`.
 
     Raises:
       UsageError: it is not a `Core`.
@@ -49,10 +49,10 @@ def build_core(config: RecurrentConfig) -> Core:
 
 
 def build_estimator(config: RecurrentConfig, model: SequenceModel, data: Data) -> Estimator:
-    """The estimator that `config` describes, for a model that `build_model` has made.
+    """The estimator that `config` describes, for a model from `build_model`.
 
     Raises:
-      UsageError: it does not take the options that were given, or `penalty` where --restore is given.
+      UsageError: it does not accept the given options, or `penalty` when --restore is given.
     """
     restore = config.resolved.restore
     penalty = StatePenalty(restore) if restore else None
@@ -78,7 +78,7 @@ def build_estimator(config: RecurrentConfig, model: SequenceModel, data: Data) -
 
 
 def build_synthesizer(config: RecurrentConfig, rnn: Core, data: Data) -> nn.Module:
-    """M for the states of `rnn`. One of your own is called with a state of one row and a `ContextEncoder`."""
+    """M for the states of `rnn`. A custom one is built from a state of one row and a `ContextEncoder`."""
     state = rnn.initial_state(1)
     hidden = units(config.synthesizer_hidden, rnn.output_size)
     whole = config.synthesizer_reads == "state"
@@ -91,8 +91,8 @@ def build_synthesizer(config: RecurrentConfig, rnn: Core, data: Data) -> nn.Modu
     rows = Rows(leaf=leaf, bounded=whole)
     places = config.context_window * data.target_symbols
     classifier = nn.Sequential(rows, ContextMLP(rows(state).shape[1], hidden, places))
-    # Its own loss counts little: in a net that has learnt the task it would go on pushing where the true
-    # gradient is zero.
+    # Its own loss has a low weight: once the task is learnt it would go on pushing M where the true gradient
+    # is zero.
     return Critic(classifier, data.target_symbols, weight=config.weight, loss_weight=1.0)
 
 

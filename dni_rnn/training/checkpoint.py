@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file, replaced whole or not at all. No pickle is read or written.
 
-Behind the JSON values in the header stands, on a line of its own, the SHA-256 of the file as it is with zeros
-in that place. Files of earlier versions have none.
+The JSON values in the header are followed by a line with the SHA-256 of the file, computed with zeros in its
+place. Files of earlier versions have none.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"{path}: not a checkpoint as it was written (its content has another checksum); put a good "
                 "copy in its place, or train anew with another --out"
             )
-        # In the order of their names, 10 after 9, as safetensors gives them in any. Cloned, because where a
-        # tensor lies in the file decides its alignment in memory, and that the order in which vectorised
-        # kernels add: without it, a resumed run would differ in the last bits.
+        # Sorted by name, 10 after 9: safetensors promises no order. Cloned, because the offset of a tensor in
+        # the file decides its alignment in memory, and that the summation order of vectorised kernels:
+        # otherwise a resumed run would differ in the last bits.
         tensors = load(content)
         return {name: tensors[name].clone() for name in sorted(tensors, key=_counted)}, json.loads(text)
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def _counted(name: str) -> list[str | int]:
 
 
 def _around(content: bytes, digest: str) -> tuple[memoryview, memoryview]:
-    """What stands before and behind the digest: the first in the file that ends a text of its header so."""
+    """The file's content before and after the digest: its first occurrence at the end of a header string."""
     written = digest.encode()
     place = content.index(b"\\n" + written + b'"') + 2
     return memoryview(content)[:place], memoryview(content)[place + len(written) :]
@@ -81,7 +81,7 @@ def nest(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names stand under `prefix.`, without it."""
+    """The tensors whose names begin with `prefix.`, without it."""
     return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
 
 
@@ -94,7 +94,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put `optimizer_state` back. Learning rates stay those the optimizer was built with.
 
-    What has the shape of its parameter gets its layout in memory too: fused optimizers rely on that.
+    Tensors of the shape of their parameter also get its memory layout: fused optimizers rely on that.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""One update as a recording: on a GPU, a small core waits for its host, which a CUDA graph does not need."""
+"""Updates recorded as CUDA graphs: without them a GPU that runs a small core waits for its host."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dni_rnn.pytree import Spec, Tree, flatten, unflatten
 Work = Callable[[], object]
 
 WARM_UP = 3
-"""Calls before a recording: optimizers and libraries allocate what they keep."""
+"""Calls before a recording, in which optimizers and libraries allocate their buffers."""
 
 MOST = 32
-"""Recordings; each holds memory. Windows of episodes come in many shapes."""
+"""Maximum number of recordings: each holds memory, and windows of episodes come in many shapes."""
 
 
 def cuda_graph(work: Work) -> Work:
-    """Record what `work` asks of the current device, without doing it; the result does it, as one launch."""
+    """Record the device work of `work` without running it; the result runs it in one launch."""
     graph = torch.cuda.CUDAGraph()
-    # An older recording that is collected meanwhile frees what a device may not free while it records.
+    # Collecting an older recording meanwhile would free memory, which is not allowed while recording.
     collects = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -38,18 +38,18 @@ def cuda_graph(work: Work) -> Work:
 
 
 class Recorded:
-    """`function(tree)`, done by a recording of it once it has been called with such a tree of tensors before.
+    """`function(tree)`, replayed from a recording after `WARM_UP` calls with trees of the same signature.
 
-    There is one recording per signature: the structure of the tree, shapes and dtypes. Python runs
-    when it is made and never again. So `function` returns nothing and reads the host's variables as they are
-    then; what it keeps from call to call are tensors that it changes in place; and it waits for no
-    value from the device (`float`, `if`, `nonzero`).
+    There is one recording per signature: the structure of the tree, shapes and dtypes. Python runs only when
+    it is made. So `function` must return nothing, sees Python variables as they were at that time, keeps
+    state only in tensors that it changes in place, and must not wait for a value from the device (`float`,
+    `if`, `nonzero`).
 
-    A function that cannot be recorded is called as it is, with a line on standard error.
+    A function that cannot be recorded is called normally, with a line on standard error.
 
     Args:
-      function: of a tree of tensors.
-      record: makes a recording of its argument, a function of nothing.
+      function: a function of a tree of tensors.
+      record: records its argument, a function without arguments.
     """
 
     def __init__(self, function: Callable[..., object], record: Callable[[Work], Work] = cuda_graph) -> None:
@@ -70,7 +70,7 @@ class Recorded:
         replay()
 
     def _make(self, signature: Any, leaves: list[Tensor], spec: Spec) -> bool:
-        """Whether there is a recording now."""
+        """Make a recording if it is time for one. Whether there is one now."""
         calls = self._calls.get(signature, 0)
         if calls < WARM_UP or len(self._recordings) == self._most:
             self._calls[signature] = calls + 1

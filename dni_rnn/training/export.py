@@ -1,7 +1,7 @@
-"""A run's net for plain torch: weights, what builds the modules around them, and a model card.
+"""Export a run's net for plain torch: weights, a description of its modules, and a model card.
 
 model.safetensors   the weights, as `state_dict` of the modules by name
-model.json          the modules and their arguments, the symbols, and what the run was
+model.json          the modules and their arguments, the symbols, and the history of the run
 README.md           the model card, with a program that loads the net with torch and safetensors alone
 """
 
@@ -39,7 +39,7 @@ from dni_rnn.training.run_directory import Run
 FORMAT = "dni-rnn export 1"
 WEIGHTS, SIZES, CARD = "model.safetensors", "model.json", "README.md"
 OF_THE_MACHINE = ("data_dir", "out", "device", "threads", "resume", "processes", "timeout")
-"""Settings that say nothing of the weights, and something of whose machine it was."""
+"""Settings of the machine, which do not affect the weights and are left out."""
 
 LOAD = """import json
 from pathlib import Path
@@ -82,7 +82,7 @@ print({end})
 
 
 class Exported(NamedTuple):
-    """What goes into the folder."""
+    """Contents of the exported folder."""
 
     weights: dict[str, Tensor]
     sizes: dict[str, Any]
@@ -90,11 +90,11 @@ class Exported(NamedTuple):
 
 
 def export_run(path: Path, out: Path, overwrite: bool = False, data_dir: Path | None = None) -> str:
-    """Write the folder `out`, whole or not at all. Returns a line that says what is in it.
+    """Write the folder `out`, whole or not at all. Returns a line that describes it.
 
     Raises:
-      UsageError: plain torch modules cannot hold the net, no run or no data are there, `out` is taken, or
-        cannot be written.
+      UsageError: plain torch modules cannot represent the net, the run or its data are missing, or `out`
+        exists or cannot be written.
     """
     _check_free(out, overwrite)
     made = exported(path, data_dir)
@@ -121,7 +121,7 @@ def export_run(path: Path, out: Path, overwrite: bool = False, data_dir: Path | 
 
 
 def exported(path: Path, data_dir: Path | None = None) -> Exported:
-    """The same, not yet written.
+    """What `export_run` writes.
 
     Raises:
       UsageError: as `export_run`.
@@ -140,10 +140,10 @@ def exported(path: Path, data_dir: Path | None = None) -> Exported:
 
 
 def plain_modules(model: Any) -> dict[str, nn.Module]:
-    """The net as modules of torch's, one behind the other; synthesizers are left out.
+    """The net as a sequence of torch modules, without synthesizers.
 
     Raises:
-      UsageError: it is not made of them.
+      UsageError: it is not such a sequence.
     """
     if isinstance(model, SequenceModel):
         rnn: Any = model.core.rnn
@@ -165,10 +165,10 @@ def _chain(modules: Any) -> list[nn.Module]:
 
 
 def describe(module: nn.Module) -> tuple[str, dict[str, Any]]:
-    """Name in `torch.nn`, and the arguments that are not its defaults.
+    """Name in `torch.nn`, and the arguments that differ from their defaults.
 
     Raises:
-      UsageError: torch has no such module, or it cannot be built from what it says of itself.
+      UsageError: torch has no such module, or it cannot be rebuilt from its attributes.
     """
     if isinstance(module, nn.RNNBase):
         kind = next(base for base in (nn.LSTM, nn.GRU, nn.RNN) if isinstance(module, base))
@@ -197,7 +197,7 @@ def describe(module: nn.Module) -> tuple[str, dict[str, Any]]:
 
 
 def _sides(loaded: LoadedRun) -> dict[str, Any]:
-    """What goes in and what comes out."""
+    """Description of inputs and outputs."""
     data = loaded.data
     if isinstance(loaded.model, SequenceModel):
         symbols = list(getattr(data, "symbols", ()))
@@ -218,12 +218,12 @@ def _sides(loaded: LoadedRun) -> dict[str, Any]:
 
 
 def _history(run: Run, loaded: LoadedRun) -> dict[str, Any]:
-    """What the run was, and its figures."""
+    """The history of the run, and its figures."""
     key, values = run.config.metric.key, checkpoint.load_checkpoint(run.best)[1]
     summary = read_json(run.summary) if run.summary.exists() else {}
     ended = summary.get("best_symbols") == values["symbols"]
     figures = {name: values.get(name) for name in (f"valid_{key}", "level")}
-    if ended:  # else its test is of other weights
+    if ended:  # otherwise its test score is that of other weights
         figures |= {name: summary.get(name) for name in (f"test_{key}", "solved", "seconds")}
     written = read_json(run.path / "config.json")
     settings = {name: value for name, value in to_json(run.config).items() if name not in OF_THE_MACHINE}
@@ -244,7 +244,7 @@ def _history(run: Run, loaded: LoadedRun) -> dict[str, Any]:
 
 
 def _public(command: list[str]) -> str:
-    """The command without what says where things lay."""
+    """The command without local paths and other settings of the machine."""
     private = {flag(name) for name in OF_THE_MACHINE}
     kept = []
     for before, word in pairwise(["", *map(str, command)]):
@@ -255,7 +255,7 @@ def _public(command: list[str]) -> str:
 
 
 def example(sizes: dict[str, Any]) -> str:
-    """A program that loads the net with torch and safetensors alone, and uses it; it runs in the folder."""
+    """A program that loads and uses the net with torch and safetensors alone; run it in the folder."""
     if "inputs" in sizes:
         outputs = sizes["outputs"]
         ends = {

@@ -1,4 +1,4 @@
-"""Feed-forward nets in training: the learner that image tasks bring to the training loop."""
+"""The learner of feed-forward nets, for image tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dni_rnn.synthesizers import ErrorFeedback
 from dni_rnn.training.learner import Learner, TrainingRecord, adam, begin, cosine_schedule
 
 WARM_UP = 0.15
-"""Share of a fast training in which the learning rate rises."""
+"""Fraction of a training by the fast recipe in which the learning rate rises."""
 
 UNLOCK_HIDDEN = (256,)
 """Hidden layers of a synthetic input; one, as published."""
@@ -60,7 +60,7 @@ def build_model(config: FeedforwardConfig, data: Examples) -> Decoupled:
 
 
 def memory_format(config: FeedforwardConfig) -> torch.memory_format:
-    """Convolutions are faster where the channels of a place lie side by side."""
+    """Convolutions are faster with channels last."""
     return torch.channels_last if config.model in ("cnn", "vgg") else torch.contiguous_format
 
 
@@ -76,19 +76,19 @@ def loss_of(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
 
 
 def wrong(logits: Tensor, targets: Tensor) -> Tensor:
-    """How many rows are classified wrongly; of bits, all must be right."""
+    """Number of wrongly classified rows; where targets are bits, all must be right."""
     if targets.dim() == 1:
         return (logits.argmax(1) != targets).sum()
     return ((logits > 0) != targets.bool()).any(1).sum()
 
 
 def context_of(targets: Tensor) -> Tensor:
-    """The targets as the context of synthesizers: (B,), or position by position (bits, B)."""
+    """The targets as the context of synthesizers: (B,), or (bits, B)."""
     return targets if targets.dim() == 1 else targets.t()
 
 
 def planned_updates(config: FeedforwardConfig, batches: Batches) -> int:
-    """How many updates the learning rates are planned for: those of `epochs`, or `steps`."""
+    """Number of updates in the learning-rate schedule: those of `epochs`, or `steps`."""
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
@@ -98,8 +98,8 @@ def planned_updates(config: FeedforwardConfig, batches: Batches) -> int:
 def rate_factor(config: FeedforwardConfig, step: int, steps: int) -> float:
     """Factor on the learning rates of update `step` of `steps`.
 
-    Fast recipe: a linear rise over the first 15 % of the updates, then a cosine schedule to zero. That of the
-    paper: a tenth after 60 %, again after 80 %.
+    Fast recipe: linear warm-up over the first 15 % of the updates, then a cosine schedule to zero. Recipe of
+    the paper: divided by ten after 60 % and again after 80 %.
     """
     done = step / steps
     if config.recipe == "paper":
@@ -121,10 +121,10 @@ def error_rate(model: nn.Module, data: Examples, split: Split, device: torch.dev
 
 
 class FeedforwardLearner(Learner):
-    """A cut feed-forward net in training on labelled examples.
+    """Trains a cut feed-forward net on labelled examples.
 
-    Learning rates are those of `rate_factor`. The test error is that of the weights with the lowest
-    validation error.
+    Learning rates follow `rate_factor`. The test error is that of the weights with the lowest validation
+    error.
     """
 
     model: Decoupled
@@ -141,7 +141,7 @@ class FeedforwardLearner(Learner):
         self.record = TrainingRecord(
             {"model": self.model}, net, synthesizer, optimizer, ("loss", "wrongs"), device
         )
-        # Which layers take part in an update is drawn in Python, so it cannot be replayed.
+        # Python draws which layers take part in an update, so such an update cannot be replayed.
         self._run = self.recorded(self._work) if config.update_probability == 1.0 else self._work
         self.batches = Batches(data, "train", config.batch_size, device, config.seed, config.augment)
         self.steps = planned_updates(config, self.batches)
@@ -172,7 +172,7 @@ class FeedforwardLearner(Learner):
         counters.advance(len(x))
 
     def _work(self, batch: list[Tensor]) -> None:
-        """What an update does on the device, in place."""
+        """The device work of an update, in place."""
         x, targets = batch
         averages = self.record.averages
         x = x.contiguous(memory_format=self.layout)

@@ -1,4 +1,4 @@
-"""Using a trained run: load its best weights."""
+"""Load a trained run with its best weights."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class LoadedRun(NamedTuple):
     data: Any
     device: torch.device
     symbols: int  # training symbols seen when the weights were kept
-    level: int | None  # of a task with a curriculum: what was being learnt then
+    level: int | None  # of a task with a curriculum: the level at that time
 
 
 def load_run(path: Path, device: torch.device, data_dir: Path | None = None) -> LoadedRun:
-    """Open a run directory for use.
+    """Load a run directory.
 
     Raises:
-      UsageError: no run or no checkpoint there, or its data are not found, or are others by now.
+      UsageError: no run or no checkpoint there, or its data are missing or have changed.
     """
     run = Run.open(path)
     data = run.task.load(data_dir or run.config.data_dir)
@@ -39,7 +39,7 @@ def load_run(path: Path, device: torch.device, data_dir: Path | None = None) -> 
 
 
 def load_writer(path: Path, device: torch.device) -> LoadedRun:
-    """Open the run directory of a text without the text: in place of the data stands its `Alphabet`.
+    """Load the run directory of a text without the text: `data` is its `Alphabet`.
 
     Raises:
       UsageError: no run or no checkpoint there, or it is not text.
@@ -54,14 +54,14 @@ def load_writer(path: Path, device: torch.device) -> LoadedRun:
 
 
 class Elsewhere(NamedTuple):
-    """Another text than a run's own, as one piece."""
+    """A run with another text as its data."""
 
     run: LoadedRun
-    unknown: str  # what the run does not know of it, in words
+    unknown: str  # number of its symbols that the run does not know, in words
 
 
 def load_elsewhere(path: Path, device: torch.device, file: Path) -> Elsewhere:
-    """Open the run directory of a text, for another text: a file or a folder.
+    """Load the run directory of a text, with another text: a file or a folder.
 
     Raises:
       UsageError: no run or no checkpoint there, it is not text, or the other one cannot be read.

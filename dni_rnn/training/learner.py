@@ -1,4 +1,4 @@
-"""What is trained and saved, in one record; and what a learner gives the training loop."""
+"""The record of everything that is trained and saved, and the interface of learners to the training loop."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Counters:
     scored: int = 0
 
     def advance(self, symbols: int) -> None:
-        """One update more, on so many symbols."""
+        """Count one update on so many symbols."""
         self.step += 1
         self.updates += 1
         self.symbols += symbols
@@ -43,9 +43,9 @@ class TrainingRecord:
     """Everything that training changes and a checkpoint holds, in one place.
 
     Args:
-      modules: all that hold weights or statistics, by the names they have in a checkpoint.
+      modules: all modules with weights or statistics, by their names in a checkpoint.
       net, synthesizer: parameters of the net and of its synthesizers.
-      optimizer: of both.
+      optimizer: optimizer of both.
       averages: names of sums over the updates of a metrics row; scalars on `device`.
       device: where to train.
 
@@ -74,7 +74,7 @@ class TrainingRecord:
         self.counters.updates = self.counters.scored = 0
 
     def set_rates(self, factor: float) -> None:
-        """Learning rates as multiples of their groups' "base"; in place where a recording reads them."""
+        """Set learning rates to multiples of their groups' "base"; in place if a recording reads them."""
         for group in self.optimizer.param_groups:
             rate = factor * group["base"]
             if isinstance(group["lr"], Tensor):
@@ -83,7 +83,7 @@ class TrainingRecord:
                 group["lr"] = rate
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values from which training goes on bit for bit."""
+        """Tensors and JSON values from which training resumes bit for bit."""
         tensors = checkpoint.nest("optimizer", checkpoint.optimizer_state(self.optimizer))
         for name, module in self.modules.items():
             tensors |= checkpoint.nest(name, module.state_dict())
@@ -94,7 +94,7 @@ class TrainingRecord:
         return tensors, asdict(self.counters)
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Go back to `state_dict`."""
+        """Restore `state_dict`."""
         for name, module in self.modules.items():
             module.load_state_dict(checkpoint.under(name, tensors))
         checkpoint.load_optimizer_state(self.optimizer, checkpoint.under("optimizer", tensors))
@@ -107,7 +107,7 @@ class TrainingRecord:
 
 
 def begin(config: Any) -> None:
-    """The seed and the precision of a run, before its first weight is drawn."""
+    """Set the seed and the precision of a run, before its first weight is drawn."""
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
@@ -116,9 +116,9 @@ def begin(config: Any) -> None:
 def adam(
     groups: Sequence[tuple[Sequence[nn.Parameter], float]], device: torch.device, **options: Any
 ) -> torch.optim.Adam:
-    """Adam for groups of (parameters, learning rate), the empty ones left out.
+    """Adam for groups of (parameters, learning rate); empty groups are left out.
 
-    Its rates can be followed by a recording (`TrainingRecord.set_rates`); each group keeps its own as "base".
+    A recording can follow changes of its rates (`TrainingRecord.set_rates`); "base" holds a group's own rate.
     """
     cuda = device.type == "cuda"
 
@@ -134,12 +134,12 @@ def adam(
 
 
 def cosine_schedule(done: float) -> float:
-    """Factor on the learning rates at `done`, from 0 to 1, of the way: (1 + cos(π·done)) / 2."""
+    """Factor on the learning rates when a fraction `done` is over: (1 + cos(π·done)) / 2."""
     return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA when there is a device, else the CPU."""
+    """`auto` is CUDA if there is a device, else the CPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -147,7 +147,7 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    """On a processor without bfloat16 oneDNN refuses an LSTM in it; torch's own kernels do not."""
+    """oneDNN refuses bfloat16 LSTMs on processors without bfloat16; torch's own kernels do not."""
     # torch.backends.mkldnn.flags would set TF32 as well, with a warning.
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
@@ -158,22 +158,22 @@ def _without_onednn() -> Iterator[None]:
 
 
 class Learner:
-    """A model in training, as the loop sees it.
+    """A model in training, as the training loop sees it.
 
-    A kind of learner builds its model and its `TrainingRecord`, and gives `update`, `metrics`, `build` and
-    `score` their meaning.
+    A subclass builds its model and its `TrainingRecord`, and implements `update`, `metrics`, `build` and
+    `score`.
 
     Args:
-      config: of the run.
-      data: of the task.
+      config: configuration of the run.
+      data: data of the task.
       device: where to train.
 
     Attributes:
-      model: what is saved as the best and evaluated.
-      record: what is trained and saved.
+      model: the model that is evaluated, and saved when it is the best.
+      record: everything that is trained and saved.
       one_pass: symbols in one pass over the training data, the default budget.
-      ended: there is nothing more to learn from, whatever the budget.
-      keeps_best: what is kept is the weights of the best validation, not those of the last.
+      ended: no training data are left, whatever the budget.
+      keeps_best: keep the weights of the best validation, not of the last.
     """
 
     model: nn.Module
@@ -193,9 +193,9 @@ class Learner:
     def score(
         model: Any, data: Any, split: Split, device: torch.device, level: int | None = None
     ) -> dict[str, float]:
-        """`config.metric` by its key, and what else there is, over one pass of `split`.
+        """`config.metric` by its key, and any other scores, over one pass of `split`.
 
-        Of a task with a curriculum: at `level`.
+        For a task with a curriculum: at `level`.
         """
         raise NotImplementedError
 
@@ -207,7 +207,7 @@ class Learner:
         """Averages since `reset_metrics`, among them the metric on the training data."""
         raise NotImplementedError
 
-    # What most learners need no more of than this.
+    # Defaults that suit most learners.
 
     @property
     def counters(self) -> Counters:
@@ -218,7 +218,7 @@ class Learner:
         return False
 
     def ready(self) -> bool:
-        """Whether there is something to learn from; a live source waits a moment for it."""
+        """Whether there are data to learn from; a live source waits a moment for them."""
         return True
 
     def reset_metrics(self) -> None:
@@ -226,7 +226,7 @@ class Learner:
         self.record.reset()
 
     def check(self, row: dict[str, float]) -> None:
-        """Raises `DivergedError` when `metrics` are not those of a healthy run."""
+        """Raises `DivergedError` when `metrics` show that training has diverged."""
         if not math.isfinite(row.get("loss", row[self.config.metric.key])):
             raise DivergedError("the loss is not finite")
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
@@ -234,26 +234,26 @@ class Learner:
 
     @property
     def level(self) -> int | None:
-        """Of a task with a curriculum: the level being learnt."""
+        """The level being learnt, for a task with a curriculum."""
         return None
 
     def evaluate(self, split: Split, level: int | None) -> dict[str, float]:
-        """`score` of the model as it is."""
+        """`score` of the current model."""
         return self.score(self.model, self.data, split, self.device, level)
 
     def summary(self) -> dict[str, Any]:
-        """What the summary says besides what every run's does. The model has its best weights."""
+        """Entries of the summary that not every run has. The model holds its best weights."""
         return {}
 
     def draw(self, run: Run) -> None:
-        """Pictures of what has been learnt, into the run directory."""
+        """Draw plots of what was learnt into the run directory."""
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values from which training goes on bit for bit."""
+        """Tensors and JSON values from which training resumes bit for bit."""
         return self.record.state_dict()
 
     def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Go back to `state_dict`."""
+        """Restore `state_dict`."""
         self.record.load_state_dict(tensors, values)
 
     def recorded(self, step: Callable[..., None]) -> Callable[..., None]:
@@ -261,7 +261,7 @@ class Learner:
         return Recorded(step) if self.device.type == "cuda" and self.config.graph else step
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision in which the net computes; its weights are float32 all the same."""
+        """The precision in which the net computes; its weights are always float32."""
         contexts = ExitStack()
         if self.config.precision == "bf16":
             contexts.enter_context(torch.autocast(self.device.type, torch.bfloat16))

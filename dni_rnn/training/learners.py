@@ -1,4 +1,4 @@
-"""Which learner trains a run: the task's own, or that of its kind of configuration."""
+"""Look-up of the learner of a run: the task's own, or that of its kind of configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dni_rnn.training.learner import Learner
 
 
 def learner_class(task: Any, config: Any) -> type[Learner]:
-    """What trains a task with a configuration: `task.learner()` where a task has one of its own."""
+    """The learner of a task with a configuration: `task.learner()` if the task has its own."""
     if hasattr(task, "learner"):
         return task.learner()
     if isinstance(config, FeedforwardConfig):

@@ -1,4 +1,4 @@
-"""The one training loop: budget, metrics, validation, checkpoints, and a clean way to stop."""
+"""The training loop: budget, metrics, validation, checkpoints, and a clean stop on signals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Interrupted(Exception):  # noqa: N818
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that an update is never cut in two. A second one is not collected."""
+    """Collect SIGINT and SIGTERM, so that no update is interrupted. A second one takes effect at once."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -55,13 +55,13 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     """Train as `run.config` says, into `run.path`, and return the summary.
 
     Validation happens every `eval_every` symbols and at the end; the test split is evaluated once, at
-    the end, with the weights that had the lowest validation loss. `seconds` counts training alone. A
-    task with a curriculum is validated at the level being learnt, and tested at that of the best weights.
+    the end, with the weights of the best validation. `seconds` counts training alone. A task with a
+    curriculum is validated at the level being learnt, and tested at that of the best weights.
 
     Raises:
       UsageError: the data, the device or the directory cannot be used (nothing is written), or a
         checkpoint cannot be written (the last one stays).
-      DivergedError: the loss is not finite or the state ran away.
+      DivergedError: the loss is not finite or the state exceeds its limit.
       Interrupted: SIGINT or SIGTERM; a checkpoint was written.
     """
     config = run.config
@@ -71,10 +71,10 @@ def train(run: Run, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def load_data(run: Run) -> Any:
-    """The data of the run's task; from here on torch uses the number of threads that it is to use.
+    """The data of the run's task; also sets torch's number of threads.
 
     Raises:
-      UsageError: they cannot be read, or are not those of the run that is to be resumed.
+      UsageError: they cannot be read, or are not those of the run to be resumed.
     """
     data = run.task.load(run.config.data_dir)
     if run.config.resume and run.checkpoint.exists():
@@ -86,21 +86,21 @@ def load_data(run: Run) -> Any:
 
 
 class Progress(NamedTuple):
-    """How far a run had come before."""
+    """Progress of a run before it was resumed."""
 
     seconds: float
     best: Best | None
 
 
 def prepare(run: Run, learner: Learner) -> Progress:
-    """Check the run directory, and `resume`."""
+    """Check the run directory, then `resume`."""
     size = sum(t.numel() * t.element_size() for t in learner.model.state_dict().values())
     run.prepare(needed_bytes=12 * size)
     return resume(run, learner)
 
 
 def resume(run: Run, learner: Learner) -> Progress:
-    """Put the learner where the checkpoint stands, if one is to be resumed."""
+    """Restore the learner from the checkpoint, if the run is to be resumed."""
     if not (run.config.resume and run.checkpoint.exists()):
         return Progress(0.0, None)
     tensors, values = checkpoint.load_checkpoint(run.checkpoint)
@@ -113,15 +113,15 @@ def resume(run: Run, learner: Learner) -> Progress:
 
 
 def fit(run: Run, learner: Learner, progress: Progress, *, quiet: bool = False) -> dict[str, Any]:
-    """The rest of `train`, for a learner that `prepare` has seen."""
+    """The rest of `train`, after `prepare`."""
     budget = run.config.budget or ("symbols", learner.one_pass)
     with ExitStack() as stack:
         stack.enter_context(exclusive(run.path))
-        stop = stack.enter_context(stop_requests())  # first: config.json says that it can be asked to stop
+        stop = stack.enter_context(stop_requests())  # first: once config.json exists, a sweep may send them
         try:
             content = content_of(learner.data)
             where = device_name(learner.device), torch.get_num_threads()
-            run.keep_rows(learner.counters.step)  # before all that is written: it may refuse the rows
+            run.keep_rows(learner.counters.step)  # before anything is written: it may raise
             run.write_config(learner.data, content, *where, budget)
             loop = _Loop(run, learner, content, budget, progress, quiet)
             stack.callback(loop.close)
@@ -136,7 +136,7 @@ def fit(run: Run, learner: Learner, progress: Progress, *, quiet: bool = False) 
 
 
 def writing_failed(run: Run, step: int, error: OSError) -> UsageError:
-    """What to say when a run directory cannot be written."""
+    """The error for a run directory that cannot be written."""
     return UsageError(
         f"{run.path}: writing failed at update {step} ({error.strerror}); "
         "the last checkpoint is whole: make room and add --resume"
@@ -150,7 +150,7 @@ class Best(NamedTuple):
     value: float
 
     def beats(self, other: Best, metric: Metric) -> bool:
-        """Whether this is better than `other`, not merely as good."""
+        """Whether this is strictly better than `other`."""
         if self.level != other.level:
             return self.level > other.level
         return self.value != other.value and metric.reached(self.value, other.value)
@@ -212,7 +212,7 @@ class _Loop:
             elif not learner.ended:
                 if learner.counters.step > self.saved_step and self._due():
                     self._save()
-                if not self._finished():  # minutes pass while nothing comes
+                if not self._finished():  # a budget of minutes may end while no data come
                     continue
             last = self._finished()
             if learner.counters.updates and (learner.counters.step % config.log_every == 0 or last):
@@ -237,7 +237,7 @@ class _Loop:
         return self.learner.ended or self._done() >= self.budget
 
     def _done(self) -> float:
-        """How much of the budget is used up, in the units it is given in."""
+        """How much of the budget is used, in its own units."""
         if self.counted == "minutes":
             return self.clock.read() / 60.0
         return self.learner.counters.step if self.counted == "steps" else self.learner.counters.symbols
@@ -316,7 +316,7 @@ def peak_memory(device: torch.device) -> int:
     """Largest memory in bytes: allocated on a CUDA device, or resident in this process; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # Linux, whose getrusage keeps the peak of what started this process
+    status = Path("/proc/self/status")  # on Linux, getrusage includes the peak of the parent process
     peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     if peak is not None:
         return int(peak[1]) * 1024
@@ -329,5 +329,5 @@ def peak_memory(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """What config.json calls it: the GPU's name, or `cpu`."""
+    """Name of the device in config.json: the GPU's, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

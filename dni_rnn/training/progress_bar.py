@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a line that moves in a terminal, a line now and then in a log."""
+"""Progress of a training run: one updated line in a terminal, occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from tqdm import tqdm
 
 NARROW = 100
-"""Columns below which a terminal gets the essential alone."""
+"""Terminal width below which the line is shortened."""
 REFRESH_SECONDS, LOG_SECONDS = 0.5, 30.0
-"""Between two drawings in a terminal, and in a log."""
+"""Between two updates in a terminal, and in a log."""
 CURVE_POINTS = 12
 """Points of the curve beside the bar."""
 
 
 class _Lines:
-    """Standard error where nothing can move, in a log: what a bar draws over is a new line instead."""
+    """Standard error for a log: every update of a bar is a new line."""
 
     encoding = property(lambda self: getattr(sys.stderr, "encoding", None))
 
@@ -30,13 +30,13 @@ class _Lines:
 
 
 class ProgressBar:
-    """How far a run has come, its speed and its latest training score.
+    """Shows how far a run has come, its speed and its latest training score.
 
     Args:
       total: the budget; may be infinite.
-      done: how much of it is used up.
-      name: of the run.
-      unit: of the budget; minutes are "min".
+      done: how much of it is used.
+      name: name of the run.
+      unit: unit of the budget; minutes are "min".
       quiet: show nothing.
     """
 
@@ -53,7 +53,7 @@ class ProgressBar:
         self._curve: list[float] = []
 
     def show(self, done: float, value: float, key: str, speed: str) -> None:
-        """Where the run stands: `value` is its latest training score, called `key`."""
+        """Show progress; `value` is the latest training score, called `key`."""
         self._curve = [*self._curve, value][-CURVE_POINTS:]
         if self._bar.disable:
             return
@@ -75,7 +75,7 @@ class ProgressBar:
 
 
 def _curve(values: list[float]) -> str:
-    """A curve in one line of text, from the lowest to the highest of its values."""
+    """A curve as one line of text, scaled to the range of its values."""
     low, high, marks = min(values), max(values), "▁▂▃▄▅▆▇█"
     try:
         marks.encode(getattr(sys.stderr, "encoding", None) or "ascii")

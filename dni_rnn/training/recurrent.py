@@ -1,4 +1,4 @@
-"""Recurrent models in training on streams of windows."""
+"""The learner of recurrent models, on streams of windows."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from dni_rnn.window import Window, window_loss
 EVAL_ROWS, EVAL_STEPS = 128, 100
 
 SAMPLED = 200
-"""Characters that a text run writes at its end."""
+"""Characters that a text run samples at its end."""
 
 AUDIT_STEPS = 32
-"""How far the gradient is backpropagated that a synthetic one is compared with."""
+"""Steps of backpropagation for the gradient that a synthetic one is compared with."""
 
 
 class RecurrentLearner(Learner):
-    """A recurrent model in training on a stream of windows.
+    """Trains a recurrent model on a stream of windows.
 
     Attributes:
-      state: of the model, rows of the batch, where the last window has left it.
+      state: state of the model, all batch rows, after the last window.
     """
 
     model: SequenceModel
@@ -57,13 +57,13 @@ class RecurrentLearner(Learner):
         self.stream = data.stream("train", config.batch_size, config.seed).to(device)
         self.begin_rows(config.batch_size)
         self.one_pass = self.stream.size
-        # Fetched before their turn, for an estimator that looks ahead; each with where the stream stood then.
+        # Fetched early for an estimator that looks ahead; each with the stream's position before it.
         self._fetched: deque[tuple[dict[str, Any], Window]] = deque()
         self.window_loss = torch.zeros((), device=device)
         self._run = self.recorded(self._work)
 
     def begin_rows(self, rows: int) -> None:
-        """Put so many rows to the initial state."""
+        """Set the state to the initial one, with so many rows."""
         self.state = self.model.initial_state(rows)
         self.estimator.begin(self.model, rows)
 
@@ -96,12 +96,12 @@ class RecurrentLearner(Learner):
         counters.advance(steps * config.batch_size)
 
     def rate(self) -> float:
-        """Factor on the learning rates of the coming update of an annealed run: a cosine schedule to zero."""
+        """Factor on the learning rates of the next update of an annealed run: a cosine schedule to zero."""
         unit, amount = self.config.budget or ("symbols", self.one_pass)
         return cosine_schedule((self.counters.step if unit == "steps" else self.counters.symbols) / amount)
 
     def _windows(self) -> tuple[list[Window], list[Window]]:
-        """Those of the coming update, and what the estimator asks for of what comes then."""
+        """The windows of the next update, and those that the estimator looks ahead to."""
         config, asked = self.config, self.estimator.lookahead
         if not asked:
             lengths = self._lengths(self.counters.step)
@@ -115,7 +115,7 @@ class RecurrentLearner(Learner):
         return windows, first_steps((window for _, window in self._fetched), asked)
 
     def _take_back(self) -> None:
-        """Put the stream back to where training stands: what was fetched ahead comes again."""
+        """Move the stream back to the training position, so that fetched windows are read again."""
         if not self._fetched:
             return
         place, _ = self._fetched[0]
@@ -128,7 +128,7 @@ class RecurrentLearner(Learner):
         self.stream.curriculum.load_state_dict(learnt)
 
     def _lengths(self, update: int) -> list[int]:
-        """Of the windows of an update; its number alone says what was drawn."""
+        """Lengths of the windows of an update, drawn from its number alone."""
         config = self.config
         if not config.random_truncation:
             return [config.bptt] * config.accumulate
@@ -138,7 +138,7 @@ class RecurrentLearner(Learner):
         return np.where(early, short, config.bptt).tolist()
 
     def _work(self, tensors: list[Any]) -> None:
-        """What an update does on the device, in place; the tensors are those of its windows, and ahead."""
+        """The device work of an update, in place; `tensors` are those of its windows, and of those ahead."""
         config, record = self.config, self.record
         windows, ahead = ([Window(*window, scored=0) for window in each] for each in tensors)
         record.optimizer.zero_grad()
@@ -155,16 +155,16 @@ class RecurrentLearner(Learner):
         record.averages["loss"].add_(loss)
 
     def by_row(self) -> dict[str, Tensor]:
-        """Everything that goes from window to window, row by row; rows in dimension -2."""
+        """Everything per row that is carried from window to window; rows in dimension -2."""
         state = {f"state.{i}": leaf for i, leaf in enumerate(flatten(self.state)[0])}
         return state | checkpoint.nest("memory", self.estimator.memory())
 
     def all_reduce(self, loss: Tensor) -> Tensor:
-        """The loss of all rows, once `.grad` is the gradient of all; here there are no others."""
+        """Sum `.grad` over all processes and return the summed loss; here there is one process."""
         return loss
 
     def _audit(self) -> None:
-        """Compare ĝ at the boundary where training stands with the real gradient of the steps to come."""
+        """Compare ĝ at the current boundary with the true gradient of the next steps."""
         config, place = self.config, self.stream.state_dict()
         count = -(-AUDIT_STEPS // config.bptt)
         windows = [self.stream.window(config.bptt, config.context_window) for _ in range(count)]
@@ -176,7 +176,7 @@ class RecurrentLearner(Learner):
         interface.audit(self.state, real, start.context, start.done, discount=discount)
 
     def metrics(self) -> dict[str, float]:
-        """Averages since `reset_metrics`: training bits per scored symbol, and how things go inside."""
+        """Averages since `reset_metrics`: training bits per scored symbol, and diagnostics."""
         averages, counters = self.record.averages, self.counters
         row = {
             "bpc": float(averages["loss"]) * BITS / max(counters.scored, 1),
@@ -200,7 +200,7 @@ class RecurrentLearner(Learner):
 
     @property
     def level(self) -> int | None:
-        """Of a task with a curriculum: the level being learnt."""
+        """The level being learnt, for a task with a curriculum."""
         return None if self.stream.curriculum is None else self.stream.curriculum.level
 
     def check(self, row: dict[str, float]) -> None:
@@ -240,10 +240,10 @@ class RecurrentLearner(Learner):
 def evaluate(
     model: SequenceModel, data: Data, split: Split, device: torch.device, level: int | None = None
 ) -> float:
-    """Bits per scored symbol over one pass of `split`, of a task with a curriculum at `level`.
+    """Bits per scored symbol over one pass of `split`, at `level` for a task with a curriculum.
 
-    The split is read as up to 128 rows side by side, each with its state carried from beginning to
-    end, so at most 128 symbols are predicted without history.
+    The split is read as up to 128 parallel rows, each with its state carried from beginning to end, so at
+    most 128 symbols are predicted without history.
     """
     rows = EVAL_ROWS
     while True:

@@ -1,4 +1,4 @@
-"""Run directories: what a run writes, and how it is found again.
+"""Run directories: the files of a run, written and read.
 
 config.json               everything resolved: task, options, versions, commit, device, threads
 metrics.jsonl             a row every `log_every` updates, and one per validation
@@ -38,7 +38,7 @@ class Run:
 
     Attributes:
       path: the directory.
-      task_name, task, config: what is run.
+      task_name, task, config: task and configuration of the run.
     """
 
     def __init__(self, path: Path, task_name: str, task: Task, config: RunConfig) -> None:
@@ -80,7 +80,7 @@ class Run:
         """Raises `UsageError` when `data` are not those that the run was started with.
 
         Args:
-          checkpoint: values of one that is to be gone on from.
+          checkpoint: values of the checkpoint to resume from.
         """
         started = _read_config(self.path)
         if started.get("symbols") != _symbols(data):
@@ -90,7 +90,7 @@ class Run:
             )
         now = content_of(data)
         for written in (started, checkpoint or {}):
-            # Runs of earlier versions do not say.
+            # Runs of earlier versions lack this entry.
             if "content" in written and written["content"] != now:
                 raise UsageError(
                     f"{self.path} was trained on other data than {data.name} is now "
@@ -99,7 +99,7 @@ class Run:
                 )
 
     def prepare(self, needed_bytes: int) -> None:
-        """Make sure that the directory can be written to and is not taken, before any training.
+        """Check, before any training, that the directory can be written to and holds no other run.
 
         Raises:
           UsageError: it cannot be made or written, holds another run, or the disk is too full.
@@ -132,14 +132,14 @@ class Run:
 
     @property
     def data_name(self) -> str:
-        """What results call its data."""
+        """Name of its data in results."""
         return str(_read_config(self.path).get("data"))
 
     def alphabet(self) -> Alphabet | None:
-        """The symbols of a run on a text, as config.json keeps them; None of a run on something else.
+        """The symbols of a run on a text, from config.json; None for a run on other data.
 
         Raises:
-          UsageError: they are not those that were written.
+          UsageError: they do not match their checksum.
         """
         values = _read_config(self.path)
         symbols, counts = values.get("symbols"), values.get("counts")
@@ -168,7 +168,7 @@ class Run:
     def write_config(
         self, data: Data, content: Any, device: str, threads: int, budget: tuple[str, float]
     ) -> None:
-        """Write config.json. A run that goes on elsewhere names every machine it was on.
+        """Write config.json. A run resumed on another machine lists all its machines.
 
         Args:
           content: `content_of(data)`.
@@ -223,7 +223,7 @@ class MetricsLog:
             self._events = SummaryWriter(str(run.path))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; `step` and `symbols` say when, the other numbers what."""
+        """Append one row; `step` and `symbols` give the time of the other numbers."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._events is not None:
@@ -232,7 +232,7 @@ class MetricsLog:
                     self._events.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        # What could not be written has been reported; closing tries, and fails, once more.
+        # A failed write has been reported already; closing tries it again.
         with suppress(OSError):
             self._file.close()
         if self._events is not None:
@@ -243,7 +243,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     """What `Run.write_config` wrote.
 
     Raises:
-      UsageError: it is not there, or not what was written.
+      UsageError: it is missing or damaged.
     """
     file = path / "config.json"
     if not file.exists():
@@ -268,7 +268,7 @@ def _symbols(data: Data) -> list[str] | int:
 
 
 def machine_name() -> str:
-    """Processor and number of cores that this process may use."""
+    """Processor, and number of cores available to this process."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -290,7 +290,7 @@ def _version(package: str) -> str | None:
 
 
 def source_commit() -> str | None:
-    """The commit of the source, with `+` behind it when code was changed; None for an installed wheel."""
+    """The commit of the source, followed by `+` if there are changes; None for an installed wheel."""
     here = Path(__file__).resolve().parents[1]
     if not (here.parent / ".git").exists():
         return None

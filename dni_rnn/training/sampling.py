@@ -1,4 +1,4 @@
-"""Letting a trained model write."""
+"""Sampling text from a trained model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dni_rnn.recurrent import SequenceModel
 def sample(
     model: SequenceModel, data: Data | Alphabet, prompt: str, characters: int, temperature: float, seed: int
 ) -> str:
-    """Text that the model writes after `prompt`; the prompt is included.
+    """Sample a continuation of `prompt`; the prompt is included.
 
-    Each symbol is drawn from softmax(logits / temperature), but never the unknown one. Without a prompt the
-    first is drawn as often as it occurs in training. Bytes are written as the UTF-8 that they make. In the
-    `char` convention of the Penn Treebank, a space of the prompt is read as `_`, which is written as a space.
+    Each symbol is drawn from softmax(logits / temperature), but never the unknown one. Without a prompt, the
+    first is drawn by its frequency in training. Bytes are decoded as UTF-8. In the `char` convention of the
+    Penn Treebank, a space in the prompt is read as `_`, which is written as a space.
 
     Raises:
       UsageError: the data are not text, the prompt holds a symbol the model has never seen, or the

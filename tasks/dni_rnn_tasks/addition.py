@@ -1,4 +1,4 @@
-"""Addition of binary numbers: the tutorial of the field."""
+"""Addition of binary numbers, the standard tutorial task of synthetic gradients."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ class AdditionConfig(FeedforwardConfig):
     model: Literal["mlp", "sigmoid"] = "sigmoid"
     """sigmoid: Linear-Sigmoid; mlp: Linear-BN-ReLU."""
     layers: int = 3
-    """Layers, the last one included."""
+    """Layers, including the last."""
     width: int | None = 64
     """Units per hidden layer."""
     epochs: float | None = 100.0
     """Passes over the training data."""
     lr: float | None = 2e-2
-    """Adam's largest learning rate for the net."""
+    """Adam's peak learning rate for the net."""
     synthesizer_lr: float | None = 3e-2
-    """Adam's largest learning rate for the synthesizers."""
+    """Adam's peak learning rate for the synthesizers."""
     batch_size: int = 64
     """Rows per update."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Addition:
-    """Two binary numbers in, their sum out: a sigmoid net of 3 layers, cut between them.
+    """Sum of two binary numbers: a sigmoid net of 3 layers, cut between them.
 
     All pairs of numbers of `bits` bits, a fifth of them held out for validation and a fifth for the test.
-    A row is right when every bit of the sum is.
+    A row is right if every bit of the sum is.
     """
 
     config: ClassVar[type[FeedforwardConfig]] = AdditionConfig
 
     bits: int = 6
-    """Of each number."""
+    """Bits of each number."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 10:
             raise UsageError(f"--bits must lie between 2 and 10, not {self.bits}")
 
     def load(self, data_dir: Path | None) -> Examples:
-        """Nothing is read: the pairs are counted through."""
+        """All pairs; nothing is read."""
         import numpy as np
 
         numbers = np.arange(1 << self.bits)

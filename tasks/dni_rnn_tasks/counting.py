@@ -1,11 +1,11 @@
 """Counting digits with two networks at different rates.
 
 Jaderberg et al. 2017, §3.2, do not say over what A counts, when B answers, or where a stream begins. Chosen
-here: a block of T² digits is a sequence, both states begin it at zero; A answers after every T digits, with
-the odd ones of the block so far, so it has to carry its count across its own windows; B answers once, after
-its T messages, so the gradient of an early message has to come back through all later ticks. Each answer is
-one of T² + 1 classes. With T = 4, always answering the likeliest is wrong in 73 % of A's answers and 68 % of
-B's.
+here: a block of T² digits is a sequence, in which both states begin at zero; A answers after every T digits,
+with the number of odd ones in the block so far, so it has to carry its count across its own windows; B
+answers once, after its T messages, so the gradient of an early message has to pass through all later ticks.
+Each answer is one of T² + 1 classes. With T = 4, always answering the likeliest is wrong in 73 % of A's
+answers and 68 % of B's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CountingConfig(RunConfig):
-    """Everything that decides what two networks at different rates do, beside the options of their task."""
+    """Settings of a run of two networks at different rates, besides the options of their task."""
 
     metric: ClassVar[Metric] = COUNTS
     depth_name: ClassVar[str] = "T"
@@ -39,42 +39,42 @@ class CountingConfig(RunConfig):
     changeable: ClassVar[frozenset[str]] = RunConfig.changeable | {"digits", "steps"}
 
     bptt: int = 4
-    """T: digits from one message to the next, and messages that B counts over; a block is T² digits."""
+    """T: digits from one message to the next, and messages per answer of B; a block is T² digits."""
     decoupled: bool = False
-    """Cut: A learns after T digits, B after its own ticks. Without it, one joint update per block."""
+    """Cut the nets: A learns after T digits, B after its own ticks. Else one joint update per block."""
     dni: bool = False
-    """Cut, with a synthetic gradient on the message and at each net's own window boundaries."""
+    """Cut the nets, with a synthetic gradient on the message and at each net's own window boundaries."""
     correct: bool = False
-    """At the end of a block learn from the true gradients, less the synthetic ones: late, not wrong."""
+    """At the end of a block also learn from the residuals g − ĝ of all messages: late, but exact."""
     ticks: int | None = None
-    """Of B, from one of its window boundaries to the next; the default is T, the whole block."""
+    """Ticks of B between its window boundaries; the default is T, the whole block."""
 
     hidden: int = 128
     """Units of every layer, and of the message."""
     synthesizer: str = "linear"
     """linear, mlp (one hidden layer as wide as the nets), mlp:WIDTH[,WIDTH] (units, or 1/4 of theirs)."""
     context: Literal["targets", "none"] = "targets"
-    """What synthesizers are conditioned on: the counts still to be answered in the block, or nothing."""
+    """What synthesizers are conditioned on: the remaining targets of the block, or nothing."""
     critic: bool = True
-    """On the message: the derivative of a predicted loss in place of a regressed gradient."""
+    """For the message, use the derivative of a predicted loss instead of a regressed gradient."""
     scale: float = 1.0
     """Weight of the synthetic gradient of the message."""
     centre: bool = True
     """Subtract the batch mean from the synthetic gradient."""
     restore: float | None = None
-    """Penalty on states and messages beyond ±3, in units of usual gradients, where the nets are cut. The
-    default is 0.1 with --dni and 0 without."""
+    """Strength of the penalty on states and messages beyond ±3 where the nets are cut, in units of typical
+    gradients. The default is 0.1 with --dni and 0 without."""
 
     batch_size: int = 64
-    """Rows read side by side."""
+    """Batch rows, read in parallel."""
     lr: float = 1e-3
     """Adam's learning rate for the nets."""
     synthesizer_lr: float = 1e-3
     """Adam's learning rate for the synthesizers."""
     clip: float = 1.0
-    """Largest norm of the gradient of a step; 0 switches clipping off."""
+    """Maximum norm of the gradient of a step; 0: no clipping."""
     digits: int | None = None
-    """How many digits to train on. The default is 1,200,000."""
+    """Number of digits to train on. The default is 1,200,000."""
     steps: int | None = None
     """Train for this many updates instead, a block each."""
 
@@ -130,7 +130,7 @@ class CountingConfig(RunConfig):
 
 @dataclass(frozen=True)
 class CountedDigits(Examples):
-    """Digits, of which one network counts the odd ones and the other the 3s."""
+    """Digits; one network counts the odd ones and the other the 3s."""
 
     def answers(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """labels (windows, steps, B) -> odd digits so far after each window (windows, B); 3s in all (B,)."""
@@ -143,7 +143,7 @@ class Counting:
 
     Network A sees every digit; after every T of them it answers how many were odd, and sends network B a
     message. B sees only the messages; after T of them it answers how many 3s were among the T² digits. Both
-    begin anew after T² digits.
+    are reset after T² digits.
     """
 
     config: ClassVar[type[CountingConfig]] = CountingConfig

@@ -1,4 +1,4 @@
-"""Two networks at different rates in training on blocks of digits."""
+"""The learner of two networks at different rates, on blocks of digits."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from dni_rnn_tasks.counting import CountingConfig
 
 EVALUATION_STEPS, EVALUATION_PASSES = 40_000, 10
-"""Inputs that one validation reads, in shuffled passes over the split, and the most passes."""
+"""Inputs that one validation reads, in shuffled passes over the split, and the maximum of passes."""
 
 EVALUATION_ROWS = 256
 
 DIGITS = 1_200_000
-"""How long a run is by default."""
+"""Default length of a run."""
 
 
 def build_model(config: CountingConfig, data: Any) -> TwoRates:
-    """The two networks that `config` describes, with what it wants at each cut."""
+    """The two networks that `config` describes, with their cuts."""
     config = config.resolved
     period, hidden, outputs = config.bptt, config.hidden, config.bptt**2 + 1
     ticks = config.ticks or period
@@ -67,10 +67,10 @@ def build_model(config: CountingConfig, data: Any) -> TwoRates:
 
 
 class CountingLearner(Learner):
-    """Two networks in training on blocks of T² inputs; an update is a block.
+    """Trains two networks on blocks of T² inputs; an update is a block.
 
     One optimizer holds all parameters; a turn of one net leaves the gradients of the other None, and the
-    optimizer passes those over, so each net is stepped at its own rate.
+    optimizer skips those, so each net is stepped at its own rate.
     """
 
     model: TwoRates
@@ -95,7 +95,7 @@ class CountingLearner(Learner):
 
     @staticmethod
     def block(data: Any, batches: Batches, number: int, period: int) -> DigitBlock:
-        """Block `number` of a stream that is shuffled anew for every pass over the data."""
+        """Block `number` of a stream that is reshuffled for every pass over the data."""
         x, labels = batches.batch(number)
         x, labels = (each.unflatten(0, (period, period, -1)) for each in (x, labels))
         return DigitBlock(x, *data.answers(labels))
@@ -105,7 +105,7 @@ class CountingLearner(Learner):
     def score(
         model: TwoRates, data: Any, split: Split, device: torch.device, level: int | None = None
     ) -> dict[str, float]:
-        """Percentage of wrong answers of both nets (the mean), of A and of B, on the same blocks always."""
+        """Percentage of wrong answers of both nets (the mean), of A and of B, always on the same blocks."""
         period = model.period
         rows = min(EVALUATION_ROWS, len(data.split(split)[0]) // period**2)
         batches = Batches(data, split, period**2 * rows, device)

@@ -1,4 +1,4 @@
-"""Known data files: found in a folder, in the user's cache or at a source, and always checked."""
+"""Known data files: found in a folder, in the user's cache or from a source, and always checked."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import platformdirs
 from dni_rnn.errors import UsageError
 
 DEPTH = 4
-"""Folders within a named one that are searched."""
+"""Levels of sub-folders that are searched."""
 
 ENVIRONMENT = "DNI_RNN_DATA"
-"""Names the data folder when `--data-dir` does not."""
+"""Environment variable with the data folder, used without `--data-dir`."""
 
 
 @dataclass(frozen=True)
 class KnownFile:
-    """A published file that every copy must equal, byte for byte.
+    """A published file; copies must equal it byte for byte.
 
     Attributes:
       name: file name, without a folder.
@@ -38,7 +38,7 @@ class KnownFile:
     sha256: str
 
     def mismatch(self, content: bytes) -> str | None:
-        """How `content` differs from the published file, in a few words; None when it does not."""
+        """How `content` differs from the published file, in a few words; None if it does not."""
         if len(content) != self.size:
             return f"{len(content):,} bytes instead of {self.size:,}"
         found = hashlib.sha256(content).hexdigest()
@@ -47,10 +47,10 @@ class KnownFile:
 
 @dataclass(frozen=True)
 class Unusable:
-    """Another form of a data set that people have, which is not read.
+    """A common form of a data set that is not supported.
 
     Attributes:
-      name: of one of its files or folders.
+      name: name of one of its files or folders.
       advice: what it is, and what to do.
     """
 
@@ -82,20 +82,20 @@ def load_known(
 ) -> dict[str, bytes]:
     """Find and check one complete choice of files.
 
-    Looked at in this order: `data_dir`; else the folder in `$DNI_RNN_DATA`; else the user's cache; else
-    `sources`, whose files then go to the cache. A folder that the user names is never silently replaced
-    by another place. In every folder a file may lie directly, in a sub-folder called `dataset` or in others,
-    compressed (.gz) or not, and with a dot in place of a hyphen before "idx": the copy that is the published
-    file is read, whichever it is.
+    Searched in this order: `data_dir`; else the folder in `$DNI_RNN_DATA`; else the user's cache; else
+    `sources`, whose files are then saved in the cache. A folder given by the user is never silently replaced
+    by another place. In every folder a file may lie directly, in the sub-folder `dataset` or in others,
+    compressed (.gz) or not, and with a dot instead of a hyphen before "idx": any copy that equals the
+    published file is read.
 
     Args:
       dataset: name of the sub-folder and of the data set in messages.
       choices: sets of files, each sufficient by itself; the first that is complete in a folder is read.
-        `sources` supply the last one.
+        `sources` provide the last one.
       data_dir: the folder given by `--data-dir`.
       sources: tried in order.
       advice: what the user can do when nothing is found; ends the message.
-      unusable: what is named when it is found in their place.
+      unusable: unsupported forms, named in the error if found instead.
 
     Returns:
       The checked content by file name, for one of `choices`.
@@ -123,7 +123,7 @@ def load_known(
             fetched = source.fetch()
         except ModuleNotFoundError as error:
             tried.append(f"no package {error.name}")
-        except Exception as error:  # whatever a downloader raises, the next source may still work
+        except Exception as error:  # whatever a downloader raises, try the next source
             tried.append(textwrap.shorten(f"{source.package}: {type(error).__name__}: {error}", width=160))
         else:
             contents = {file.name: fetched[file.name] for file in choices[-1]}
@@ -157,7 +157,7 @@ def _from_named_folder(
             contents, error = _read_all(files, copies)
             if error is None:
                 return contents
-            if len(contents) > best:  # another form may be whole; what is nearest to it is talked about
+            if len(contents) > best:  # report the choice that is closest to complete
                 best, wrong = len(contents), error
     if wrong is not None:
         raise wrong
@@ -165,7 +165,7 @@ def _from_named_folder(
         for place in (folder, *(far or ())):
             if (place / other.name).exists():
                 raise UsageError(f"{place / other.name}: {other.advice}")
-    # Name what is closest to complete; when nothing is there, the last choice: sources have it.
+    # Name the choice closest to complete; if nothing is there, the last one, which sources provide.
     partly = [names for names, files in zip(absent, choices, strict=True) if len(names) < len(files)]
     closest = min(partly or absent[-1:], key=len)
     raise UsageError(
@@ -175,7 +175,7 @@ def _from_named_folder(
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders within a folder, the nearest first, hidden ones and what cannot be read left out."""
+    """The sub-folders of a folder, nearest first, without hidden and unreadable ones."""
     found, level, seen = [], [folder], {folder.resolve()}
     for _ in range(DEPTH):
         below = []
@@ -193,7 +193,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _copies(folders: Sequence[Path], file: KnownFile) -> list[Path]:
-    """What may be a file, by its name: as published, with a dot for a hyphen, compressed."""
+    """Candidates for a file, by name: as published, with a dot for a hyphen, compressed."""
     names = dict.fromkeys([file.name, file.name.replace("-idx", ".idx")])
     names = [ending for name in names for ending in (name, f"{name}.gz")]
     return [path for folder in folders for name in names if (path := folder / name).is_file()]
@@ -202,7 +202,7 @@ def _copies(folders: Sequence[Path], file: KnownFile) -> list[Path]:
 def _read_all(
     files: Sequence[KnownFile], copies: Sequence[Sequence[Path]]
 ) -> tuple[dict[str, bytes], UsageError | None]:
-    """The files up to the first one of which no copy is good, and what is wrong with that."""
+    """The files up to the first one without a good copy, and the error for that one."""
     contents = {}
     for file, found in zip(files, copies, strict=True):
         try:
@@ -213,18 +213,18 @@ def _read_all(
 
 
 def _read(file: KnownFile, copies: Sequence[Path]) -> bytes:
-    """The content of the first copy that is the published file."""
+    """The content of the first copy that equals the published file."""
     problems = []
     for path in copies:
         try:
             if path.name.endswith(".gz") and not file.name.endswith(".gz"):
                 with gzip.open(path) as compressed:
-                    content = compressed.read(file.size + 1)  # whatever it would grow to
+                    content = compressed.read(file.size + 1)  # no more, however large it is
             else:
                 content = path.read_bytes()
         except (OSError, EOFError, zlib.error) as error:
             why = getattr(error, "strerror", None) or error
-            problems.append(f"{path}: cannot be read ({why}); mend or replace it")
+            problems.append(f"{path}: cannot be read ({why}); repair or replace it")
             continue
         if (why := file.mismatch(content)) is None:
             return content
@@ -233,7 +233,7 @@ def _read(file: KnownFile, copies: Sequence[Path]) -> bytes:
 
 
 def _keep(path: Path, content: bytes) -> None:
-    """Write `content` to `path` whole or not at all, so that no reader ever sees half a file."""
+    """Write `content` to `path` whole or not at all, so that no reader sees an incomplete file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=path.parent)

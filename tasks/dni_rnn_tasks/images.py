@@ -100,7 +100,7 @@ CIFAR_CLASSES = (
 )  # fmt: skip
 PRESETS = {"paper": Preset(run={"recipe": "paper"})}
 VALIDATION = 5_000
-"""Training examples held out, the same ones always."""
+"""Training examples held out, always the same."""
 MNIST_ADVICE = (
     "put the four idx files (train-images-idx3-ubyte.gz, ...) in a folder and pass it with --data-dir, "
     "or pip install 'dni-rnn[datasets]' to download them"
@@ -132,7 +132,7 @@ NOT_MNIST = (
 
 @dataclass(frozen=True, kw_only=True)
 class CIFARConfig(FeedforwardConfig):
-    """A feed-forward run on CIFAR-10, with the published widths for it."""
+    """A feed-forward run on CIFAR-10, with the published widths."""
 
     widths: ClassVar[dict[str, int]] = {"mlp": 1000, "cnn": 128, "vgg": 64, "sigmoid": 1000}
     paper_synthesizers: ClassVar[dict[tuple[str, str], str]] = {
@@ -147,7 +147,7 @@ class CIFARConfig(FeedforwardConfig):
 class MNIST:
     """Handwritten digits, 28 x 28: a feed-forward net, cut between its layers.
 
-    55,000 examples to train on, 5,000 of the training set held out for validation, 10,000 to test on.
+    55,000 training examples, 5,000 of the training set held out for validation, 10,000 test examples.
     """
 
     config: ClassVar[type[FeedforwardConfig]] = FeedforwardConfig
@@ -175,7 +175,7 @@ class MNIST:
 class CIFAR10:
     """Small colour photographs, 32 x 32, of ten classes: a feed-forward net, cut between its layers.
 
-    45,000 examples to train on, 5,000 of the training set held out for validation, 10,000 to test on.
+    45,000 training examples, 5,000 of the training set held out for validation, 10,000 test examples.
     """
 
     config: ClassVar[type[FeedforwardConfig]] = CIFARConfig

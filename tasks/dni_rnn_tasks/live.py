@@ -1,4 +1,4 @@
-"""A stream from standard input, learnt as it comes."""
+"""A stream from standard input, learnt online."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ BYTES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class LiveConfig(RecurrentConfig):
-    """A recurrent run on a stream that is read once, as it comes."""
+    """A recurrent run on a stream that is read once, as it arrives."""
 
     lag: int | None = None
-    """Symbols that training stays behind the newest: the synthesizer is conditioned on these, as --context
-    next-tokens:LAG. 0 is strictly online, with any method. The default is what --context reaches."""
+    """Number of symbols by which training lags behind the newest; the synthesizer is conditioned on these, as
+    with --context next-tokens:LAG. 0 is strictly online, with any method. The default follows --context."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,7 +32,7 @@ class LiveConfig(RecurrentConfig):
             raise UsageError("--anneal must know the end of a stream: add --chars or --steps")
         if self.lookahead or self.estimator_spec[0] == "lookahead":
             raise UsageError(
-                "live: --lookahead reads ahead, which a stream has not got; take --trace or --dni"
+                "live: --lookahead needs later symbols, which a stream does not have; use --trace or --dni"
             )
         if self.lag is None:
             return
@@ -67,21 +67,21 @@ class LiveConfig(RecurrentConfig):
 
     @property
     def method(self) -> str:
-        """As offline, and that what is known costs a lag: `dni+next-tokens:8+lag`."""
+        """As offline, with `+lag` if the context costs a lag: `dni+next-tokens:8+lag`."""
         known = self.dni and self.context_window
         return f"{super().method}+lag" if known else super().method
 
 
 @dataclass(frozen=True, kw_only=True)
 class Live:
-    """The bytes of standard input, learnt as they come, without end and in constant memory.
+    """The bytes of standard input, learnt online, without end and in constant memory.
 
         tail -f server.log | dni-rnn train live --dni --out runs/log
 
     Every byte is predicted before it is learnt; the bits per character are of those predictions. With
-    --lag W training stays W bytes behind the newest, and the synthesizer is conditioned on them. With --lag 0
-    it is strictly online. Ctrl-C, or the end of the input, saves; --resume goes on with what comes then.
-    For a slow stream use --batch-size 1 --no-centre: every byte is learnt when it comes.
+    --lag W training lags W bytes behind the newest, and the synthesizer is conditioned on them. With --lag 0
+    it is strictly online. Ctrl-C, or the end of the input, saves; --resume continues with new input. For a
+    slow stream use --batch-size 1 --no-centre: every byte is learnt when it arrives.
     """
 
     config: ClassVar = LiveConfig
@@ -90,7 +90,7 @@ class Live:
     }
 
     stretch: int = 256
-    """With several rows: consecutive bytes that one row reads before the next row gets as many."""
+    """With several batch rows: consecutive bytes for one row before the next row gets as many."""
 
     def __post_init__(self) -> None:
         if self.stretch < 1:
@@ -109,7 +109,7 @@ class Live:
 
 @dataclass(frozen=True)
 class LiveData:
-    """Standard input as a task's data: it has a training stream and no other."""
+    """Standard input as a task's data: a training stream only."""
 
     stretch: int
     name: str = "live"

@@ -1,7 +1,7 @@
-"""Learning from a stream that is read once and never comes back: standard input, a sensor, a log.
+"""Learning from a stream that is read only once: standard input, a sensor, a log.
 
-Training stays as many symbols behind the newest one as the synthesizer is conditioned on (`--lag`).
-Memory is constant: what has been learnt is forgotten.
+Training lags behind the newest symbol by as many symbols as the synthesizer is conditioned on (`--lag`).
+Memory is constant: learnt symbols are discarded.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from dni_rnn_tasks.live import LiveConfig
 
 WAIT_SECONDS = 0.2
-"""How long training waits for symbols before it looks whether it should stop."""
+"""How long training waits for symbols before it checks whether to stop."""
 
 READ_BYTES = 1 << 16
 
 
 class Source(Protocol):
-    """Where symbols come from."""
+    """A source of symbols."""
 
     def read(self, seconds: float) -> np.ndarray | None:
-        """The symbols that have come, after waiting `seconds` at most for the first; None at the end."""
+        """The symbols that have arrived, after waiting up to `seconds` for the first; None at the end."""
         ...
 
 
@@ -59,23 +59,23 @@ class StandardInput:
         return np.frombuffer(data or b"", dtype=np.uint8)
 
     def _read(self, seconds: float) -> bytes | None:
-        """What has come, empty at the end; None while there is nothing."""
+        """The bytes that have arrived, empty at the end; None while there are none."""
         ready, _, _ = select.select([self._descriptor], [], [], seconds)
         return os.read(self._descriptor, READ_BYTES) if ready else None
 
 
 class ThreadedInput(StandardInput):
-    """The same where `select` knows sockets alone, as on Windows: a thread waits for the next piece.
+    """The same where `select` supports only sockets, as on Windows: a thread waits for the next piece.
 
-    It reads when it is asked, one piece at a time, so nothing is taken from the stream that training has
-    not asked for.
+    It reads on request, one piece at a time, so nothing is taken from the stream that training did not
+    request.
     """
 
     def __init__(self, descriptor: int = 0) -> None:
         super().__init__(descriptor)
         self._pieces: queue.SimpleQueue[bytes | OSError] = queue.SimpleQueue()
         self._asked = False
-        if sys.platform == "win32":  # else line ends would be translated
+        if sys.platform == "win32":  # otherwise line ends would be translated
             import msvcrt
 
             msvcrt.setmode(descriptor, os.O_BINARY)
@@ -101,23 +101,23 @@ class ThreadedInput(StandardInput):
 
 
 def standard_input() -> StandardInput:
-    """Of this process, as its system can wait for it."""
+    """Standard input of this process, in the form that suits the system."""
     return ThreadedInput() if sys.platform == "win32" else StandardInput()
 
 
 class LiveStream:
     """Windows of B rows over a source that is read once.
 
-    With one row, the row is the source. Otherwise the source is dealt out in turns: of each B·L symbols, row
-    b gets L consecutive ones, after those it got before. The target of a symbol is the one after it in the
-    source. Where two stretches of a row meet, L steps apart, the symbols in between went to other rows.
+    With one row, the row is the source. Otherwise the source is distributed in turns: of each B·L symbols,
+    row b gets L consecutive ones, after its previous ones. The target of a symbol is the one after it in the
+    source. Between two segments of a row, every L steps, symbols went to other rows.
 
     The context at a boundary before input t is inputs t, t + 1, ..., t + W − 1 of the row, −1 past the end.
-    So a window is given out when the W symbols after it have come. It may be shorter than asked at the end of
-    the source, where at most B symbols are not used.
+    So a window is returned once the W symbols after it have arrived. It may be shorter at the end of the
+    source, where at most B symbols are not used.
 
     Args:
-      source: of symbols.
+      source: source of symbols.
       batch_size: B.
       stretch: L.
     """
@@ -129,14 +129,14 @@ class LiveStream:
         self.batch_size, self.stretch, self.closed = batch_size, stretch, False
         self._source, self._device = source, torch.device("cpu")
         self._dealt = torch.zeros(2, 0, batch_size, dtype=torch.long)  # inputs and targets by time
-        self._coming = np.zeros(0, dtype=np.int64)  # read and not dealt out
+        self._coming = np.zeros(0, dtype=np.int64)  # read, not yet distributed
 
     def to(self, device: torch.device) -> LiveStream:
         self._device, self._dealt = device, self._dealt.to(device)
         return self
 
     def ready(self, steps: int, context: int, seconds: float) -> bool:
-        """Whether `window` has `steps` steps, or the last ones; waits for them for `seconds` at most."""
+        """Whether `window` has `steps` steps, or the last ones; waits for them up to `seconds`."""
         until, needed = time.monotonic() + seconds, steps + max(context, 1)
         while not self.closed and self._dealt.shape[1] < needed:
             come = self._source.read(max(until - time.monotonic(), 0.0))
@@ -151,7 +151,7 @@ class LiveStream:
 
     @property
     def ended(self) -> bool:
-        """Whether the source has ended and all of it was given out."""
+        """Whether the source has ended and all of it was returned."""
         return self.closed and not self._dealt.shape[1]
 
     def _deal(self) -> None:
@@ -169,7 +169,7 @@ class LiveStream:
             self._coming = self._coming[rows * length :]
 
     def window(self, steps: int, context: int) -> Window:
-        """The next window; `ready` has said that there is one."""
+        """The next window; call `ready` first."""
         steps = min(steps, self._dealt.shape[1])
         inputs, targets = self._dealt[:, :steps]
         start, end = self._boundary(0, context), self._boundary(steps, context)
@@ -185,22 +185,22 @@ class LiveStream:
         return Boundary(torch.cat([following, padding]), done)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was read and not yet learnt."""
+        """The symbols that were read and not yet learnt."""
         return {"dealt": self._dealt.tolist(), "coming": self._coming.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with it; then comes what the source gives."""
+        """Restore these symbols; those of the source follow."""
         self._dealt = torch.tensor(state["dealt"], dtype=torch.long, device=self._device)
         self._dealt = self._dealt.reshape(2, -1, self.batch_size)
         self._coming = np.array(state["coming"], dtype=np.int64)
 
 
 class LiveLearner(RecurrentLearner):
-    """A recurrent model that learns from a stream as it comes.
+    """Trains a recurrent model on a stream as it arrives.
 
-    Every symbol is predicted before it is learnt, so the training loss is that of unseen text: the
-    "validation" is its mean since the one before, the "test" its mean over all (progressive validation).
-    The weights that are kept are the last ones.
+    Every symbol is predicted before it is learnt, so the training loss is that of unseen text: "validation"
+    is its mean since the previous one, "test" its mean over the whole stream (progressive validation). The
+    last weights are kept.
 
     Source: Dawid 1984, "Present position and potential developments: the prequential approach".
     """
@@ -211,7 +211,7 @@ class LiveLearner(RecurrentLearner):
     def __init__(self, config: LiveConfig, data: Data, device: torch.device) -> None:
         super().__init__(config, data, device)
         self.one_pass = math.inf
-        # Nats and symbols, since the last look and over all.
+        # Nats and symbols, since the last validation and over all.
         self.recent, self.whole = torch.zeros(2, 2, dtype=torch.float64, device=device)
 
     def ready(self) -> bool:
@@ -229,7 +229,7 @@ class LiveLearner(RecurrentLearner):
         self.recent, self.whole = self.recent + heard, self.whole + heard
 
     def evaluate(self, split: str, level: int | None) -> dict[str, float]:
-        """Bits per symbol since the last look ("valid"), or since the beginning ("test")."""
+        """Bits per symbol since the last validation ("valid"), or since the beginning ("test")."""
         nats, symbols = (self.recent if split == "valid" and self.recent[1] else self.whole).tolist()
         if not symbols:
             raise UsageError("the stream ended before there was one window to learn; send more symbols")

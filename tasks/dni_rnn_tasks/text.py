@@ -20,26 +20,26 @@ SHORTEST_SPLIT = 2
 class Text:
     """Any text, one symbol per character: a file, a folder, or the text that comes with Python.
 
-    Split by position: the beginning trains, then validation, then test. A character that training has not
-    got is read as one unknown symbol. The default text is the help of the Python interpreter that runs
+    Split by position: first training, then validation, then test. Characters that do not occur in training
+    are read as one unknown symbol. The default text is the help of the running Python interpreter
     (`pydoc_data.topics`, about 0.5 million characters; printable ASCII and newlines only; symbols of
-    validation and test that training lacks are dropped). It needs no download but differs between Python
-    versions: compare numbers within one.
+    validation and test that do not occur in training are dropped). It needs no download but differs between
+    Python versions: compare numbers of one version only.
     """
 
     path: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PATH]")] = None
-    """A file, or a folder: all its text files joined end to end in the order of their names, sub-folders
-    included, hidden ones not. With --data-dir it is looked for there. Without it, the text that comes with
+    """A file, or a folder: all its text files concatenated in the order of their names, including sub-folders
+    but no hidden files. With --data-dir it is searched there. The default is the text that comes with
     Python."""
 
     symbols: Literal["characters", "bytes"] = "characters"
-    """characters: of UTF-8 text. bytes: any file at all, 256 symbols."""
+    """characters: those of UTF-8 text. bytes: any file, 256 symbols."""
 
     valid_fraction: float = 0.05
-    """Share of the characters for validation."""
+    """Fraction of the characters for validation."""
 
     test_fraction: float = 0.05
-    """Share of the characters for test, at the end."""
+    """Fraction of the characters for test, at the end."""
 
     def __post_init__(self) -> None:
         for name in ("valid_fraction", "test_fraction"):
@@ -82,7 +82,7 @@ class Text:
         return Corpus.from_numbers(name, numbers, train, valid, of_bytes=of_bytes)
 
     def find(self, data_dir: Path | None) -> Path | None:
-        """Where the text is: `path`, or in a folder that the user names; None if it is not there."""
+        """The path of the text: `path`, or that in a folder given by the user; None if it is not there."""
         if self.path is None or data_dir is None:
             return self.path
         places = [data_dir / self.path.name] if self.path.is_absolute() else []

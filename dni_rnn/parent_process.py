@@ -1,4 +1,4 @@
-"""What started this process: a sweep its runs, a launcher its processes. Without it they end."""
+"""The parent process: runs of a sweep and processes of a launcher end when their parent dies."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import threading
 import time
 
 STARTED_BY = "DNI_RNN_STARTED_BY"
-"""Environment variable with the number of the process that starts others, for these."""
+"""Environment variable with the process id of the parent, for its children."""
 
 LOOK_SECONDS = 0.2
 
 
 def environment() -> dict[str, str]:
-    """For a process that is to end when this one does, however this one ends."""
+    """The environment of a child process that is to end when this one does, however this one ends."""
     return {**os.environ, STARTED_BY: str(os.getpid())}
 
 
 def end_with_starter() -> None:
-    """End this process soon after what started it has died: with `kill -9` that could not say so.
+    """End this process soon after its parent has died, even by `kill -9`.
 
-    It ends as by `kill -9` itself, which leaves whole files, so the same command goes on from the last
-    checkpoint, and finds nobody at work there. Processes that a shell started are left alone, and so are
-    all on Windows, where a process does not learn of it.
+    It ends at once, as by `kill -9`: files stay whole and locks are released, so the same command resumes
+    from the last checkpoint. Does nothing for a process started by a shell, nor on Windows, where the death
+    of a parent cannot be seen.
     """
     number = os.environ.get(STARTED_BY, "")
     starter = int(number) if number.isascii() and number.isdigit() else None

@@ -1,4 +1,4 @@
-"""M is asked: what it is told, and what it may answer."""
+"""The call of a synthesizer M, with checks of its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from dni_rnn.pytree import Spec, Tree, flatten, has_rows, unflatten
 
 
 class Critique(NamedTuple):
-    """What M returns when it predicts the loss to come, and its gradient as the derivative of that.
+    """The output of an M that predicts the future loss, and the gradient as its derivative.
 
     Attributes:
-      gradient: like the message, as any M's answer (see `Interface`), but in units of the loss, not of
-        `Interface.target_rms`; while gradients are recorded, with its graph, through which its match
-        trains M (a second derivative).
-      losses: (B,), what M is trained on besides the match: row by row, weighted as M sees fit against a
-        match loss of 1 for predicting zero.
+      gradient: like the message, as the output of any M (see `Interface`), but in units of the loss, not of
+        `Interface.target_rms`; while gradients are recorded, with its graph, through which the match trains M
+        (a second derivative).
+      losses: (B,), further losses of M per row, weighted relative to a match loss of 1 for predicting zero.
     """
 
     gradient: Tree
@@ -34,10 +33,10 @@ def ask(
     context: Any,
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    """What M predicts for a message, checked and as rows; and behind it its losses if it has them.
+    """M's prediction for a message, checked and as rows; followed by its losses, if any.
 
     Args:
-      dtype: M's, as last known; a message in another is turned into M's.
+      dtype: that of M, as last known; a message of another dtype is converted.
 
     Raises:
       ValueError: M does not return tensors of the shapes of the message, or has changed the message in place.
@@ -65,19 +64,19 @@ def ask(
 
 
 def _versions(leaves: list[Tensor]) -> list[int]:
-    """By which a change in place is seen; a compiler does not, and tensors without history have none."""
+    """Version counters, which show changes in place; not when compiling or in inference mode."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return []
     return [0 if leaf.is_inference() else leaf._version for leaf in leaves]
 
 
 def batch_dim_of(synthesizer: nn.Module) -> Tree:
-    """Where M has the rows of its message; None where it does not say."""
+    """M's `batch_dim`; None if it has none."""
     found = (getattr(module, "batch_dim", None) for module in synthesizer.modules())
     return next((batch_dim for batch_dim in found if batch_dim is not None), None)
 
 
 def dtype_of(synthesizer: nn.Module) -> torch.dtype | None:
-    """That of M's parameters; None where it has none."""
+    """The dtype of M's parameters; None if it has none."""
     parameter = next(synthesizer.parameters(), None)
     return None if parameter is None else parameter.dtype

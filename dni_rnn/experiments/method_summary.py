@@ -1,4 +1,4 @@
-"""What a method has beside truncated BPTT, said under a table: learnt, conditioned on, remembered."""
+"""Summary below a table of what a method uses besides truncated BPTT: learnt, conditioned on, remembered."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def sources_of(config: Mapping[str, Any]) -> str | None:
-    """Of a run's configuration, in words; None of a net that is not recurrent."""
+    """What the method of a run's configuration uses, in words; None for a net that is not recurrent."""
     if "bptt" not in config:
         return None
     found = []
@@ -25,7 +25,7 @@ def sources_of(config: Mapping[str, Any]) -> str | None:
 
 
 def sources_text(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """One line for a table, or nothing where no cell is recurrent."""
+    """One line for a table, or nothing if no cell is recurrent."""
     cells: dict[str, list[str]] = {}
     for name, rows in groups.items():
         said = sources_of(rows[0]["config"]) if rows else None
