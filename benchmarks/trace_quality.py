@@ -35,8 +35,8 @@ batch 64, Adam at 1e-3), then frozen. *Error*: relative, of the gradient of the 
 120 steps of up to 128 rows of validation text, against full BPTT; mean over 6 stretches. *Bias*: the same
 of the expected gradient, from the product of the errors of two disjoint halves of the rows. *Gain*: how
 much of the true gradient is in the estimate. *Cost*: seconds of both halves, as a multiple of truncated
-BPTT at this T; shared machine. `trace`: own path, or exact in mingru and diagonal; nothing is learnt and
-nothing is conditioned on what comes. `lookahead:8`: backpropagation through 8 steps more, the bound of what is
+BPTT at this T; shared machine. `trace`: own path, or exact in mingru and diagonal; it learns nothing and is
+conditioned on nothing. `lookahead:8`: backpropagation through 8 steps more, an upper bound for any M that is
 conditioned on 8 symbols. Mean ± sample standard deviation over n seeds.
 
 """

@@ -21,7 +21,7 @@ from dni_rnn.config import RecurrentConfig, to_json
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.about import About, read_about
 from dni_rnn.experiments.headline import PICTURE, dot_panels, read_headline
-from dni_rnn.experiments.method_summary import sources_of, sources_text
+from dni_rnn.experiments.method_summary import summary_text, used_by
 from dni_rnn.experiments.plots import (
     COLOURS,
     Curve,
@@ -712,15 +712,15 @@ def test_a_task_that_grows_is_judged_by_what_it_solved(folder):
     assert "Best valid" not in text
 
 
-def test_what_a_method_has_beside_truncated_bptt_is_said_under_its_table():
+def test_what_a_method_uses_besides_truncated_bptt_is_said_under_its_table():
     plain = {"bptt": 2, "dni": False, "context": "next-tokens:8"}
     told = {**plain, "dni": True, "lookahead": 0, "trace": 32}
-    assert sources_of({"layers": 3}) is None
-    assert sources_of(plain) == "nothing"
-    assert sources_of(told) == "M, conditioned on the next 8 symbols, is learnt and 32 steps are remembered"
-    assert sources_of({**told, "context": "none", "trace": 0}) == "M, unconditioned, is learnt"
-    assert sources_of({**plain, "lookahead": 4}) == "the next 4 symbols are known"
-    assert sources_of({**plain, "trace": "all"}) == "all steps before are remembered"
+    assert used_by({"layers": 3}) is None
+    assert used_by(plain) == "nothing"
+    assert used_by(told) == "a learnt M, conditioned on the next 8 symbols, and a trace of 32 steps"
+    assert used_by({**told, "context": "none", "trace": 0}) == "a learnt M, unconditioned"
+    assert used_by({**plain, "lookahead": 4}) == "the next 4 symbols"
+    assert used_by({**plain, "trace": "all"}) == "a trace of all earlier steps"
     groups = {name: [{"config": config}] for name, config in (("a", plain), ("b", told), ("c", plain))}
-    assert "— nothing: `a`, `c`; M, conditioned" in sources_text({**groups, "none yet": []})
-    assert sources_text({"cnn": [{"config": {"layers": 3}}]}) == ""
+    assert "— nothing: `a`, `c`; a learnt M, conditioned" in summary_text({**groups, "none yet": []})
+    assert summary_text({"cnn": [{"config": {"layers": 3}}]}) == ""

@@ -18,7 +18,7 @@ from dni_rnn.atomic_files import understood, write_atomically
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.about import About, read_about
 from dni_rnn.experiments.html_page import render_page
-from dni_rnn.experiments.method_summary import sources_text
+from dni_rnn.experiments.method_summary import summary_text
 from dni_rnn.experiments.plots import Curve, save_curves, save_logged
 from dni_rnn.experiments.provenance import commands_of, failed_runs, machines, samples, versions_of
 from dni_rnn.experiments.sweep import Cell, read_failures, read_rows, read_sweep
@@ -103,11 +103,11 @@ def render_table(
         parts.append(about.note.strip() + "\n")
     for metric in metrics:
         parts += _section(groups, planned, about, metric)
-    parts.append(sources_text(groups))
+    parts.append(summary_text(groups))
     parts += [f"{text}\n" for text in (failed_runs(failures), machines(rows), about.shows.strip()) if text]
     if logged_of(groups):
-        parts.append(f"![What went on inside]({INSIDE}.svg)\n")
-        parts.append("What went on inside, of the first seed of each cell; mean over cuts.\n")
+        parts.append(f"![Training diagnostics]({INSIDE}.svg)\n")
+        parts.append("Training diagnostics of the first seed of each cell; mean over cuts.\n")
     parts.append(samples(groups))
     parts.append(commands_of(cells, groups))
     if rows:
