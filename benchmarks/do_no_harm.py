@@ -11,17 +11,19 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dni_rnn.atomic_files import read_jsonl, write_atomically
-from dni_rnn.experiments.report import markdown_table, mean_sd, metrics_of
+from dni_rnn.experiments.report import markdown_table, mean_sd
+from dni_rnn.metrics import BPC, Metric, metrics_of
 
 FOLDER = Path("results/do-no-harm")
 ON_STREAMS = {
     "trace and penalty, T = 1": "truncated and penalty, T = 1",
 }  # of results/live, whose rows have no commands
+BEFORE_LEARNT = replace(BPC, validated=False)  # of streams: no held-out data
 OF_THE_NET = ("hidden", "embedding", "batch_size", "lr", "beta2", "clip")
 
 HEADER = """# A trace against the same run without it
@@ -43,9 +45,7 @@ class Pair:
     folder: str
     cell: str
     seed: int
-    label: str
-    digits: int
-    lower_is_better: bool
+    metric: Metric
     traced: float
     plain: float
 
@@ -55,7 +55,7 @@ class Pair:
 
     @property
     def worse(self) -> bool:
-        return self.difference > 0 if self.lower_is_better else self.difference < 0
+        return not self.metric.reached(self.traced, self.plain)
 
 
 def alike(row: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -72,17 +72,7 @@ def pairs_of_sweep(folder: str, rows: Iterable[dict[str, Any]]) -> Iterator[Pair
         if plain is None or plain is row or not alike(row, plain):
             continue
         metric = metrics_of(row)[0]
-        key = f"test_{metric.key}" if metric.validated else metric.key
-        yield Pair(
-            folder,
-            row["cell"],
-            row["seed"],
-            f"test {metric.label}" if metric.validated else metric.label,
-            metric.digits,
-            metric.lower_is_better,
-            row[key],
-            plain[key],
-        )
+        yield Pair(folder, row["cell"], row["seed"], metric, row[metric.score_key], plain[metric.score_key])
 
 
 def pairs_of_streams(rows: Iterable[dict[str, Any]]) -> Iterator[Pair]:
@@ -91,7 +81,7 @@ def pairs_of_streams(rows: Iterable[dict[str, Any]]) -> Iterator[Pair]:
     for (stream, method, seed), bpc in ended.items():
         plain = ended.get((stream, ON_STREAMS.get(method, ""), seed))
         if plain is not None:
-            yield Pair("live", f"{method}: {stream}", seed, "BPC", 3, True, bpc, plain)
+            yield Pair("live", f"{method}: {stream}", seed, BEFORE_LEARNT, bpc, plain)
 
 
 def all_pairs(results: Path) -> list[Pair]:
@@ -115,11 +105,11 @@ def render(pairs: Iterable[Pair]) -> str:
         [
             f"[{folder}](../{folder}/table.md)",
             cell,
-            group[0].label,
+            group[0].metric.score_label,
             str(len(group)),
-            mean_sd([pair.traced for pair in group], group[0].digits),
-            mean_sd([pair.plain for pair in group], group[0].digits),
-            mean_sd([pair.difference for pair in group], group[0].digits),
+            mean_sd([pair.traced for pair in group], group[0].metric.digits),
+            mean_sd([pair.plain for pair in group], group[0].metric.digits),
+            mean_sd([pair.difference for pair in group], group[0].metric.digits),
             str(sum(pair.worse for pair in group)),
         ]
         for (folder, cell), group in groups.items()

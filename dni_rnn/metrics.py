@@ -42,6 +42,16 @@ class Metric:
     validated: bool = True
     logarithmic: bool = False
 
+    @property
+    def score_key(self) -> str:
+        """Key of the final score in rows and summaries."""
+        return f"test_{self.key}" if self.validated else self.key
+
+    @property
+    def score_label(self) -> str:
+        """Label of the final score in tables."""
+        return f"test {self.label}" if self.validated else self.label
+
     def best(self, values: Iterable[float]) -> float:
         """The best of some values."""
         return min(values) if self.lower_is_better else max(values)

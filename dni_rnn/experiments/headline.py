@@ -77,8 +77,7 @@ class Cells:
         if not rows:
             return None
         metric = metric_of(rows[0])
-        key = f"test_{metric.key}" if metric.validated else metric.key
-        return [row[key] for row in rows], metric
+        return [row[metric.score_key] for row in rows], metric
 
 
 def comparison_table(folder: Path, comparison: dict[str, Any]) -> str:
@@ -133,7 +132,6 @@ def dot_panels(folder: Path, panels: list[dict[str, Any]]) -> list[DotPanel]:
                 sd = stdev(values) if len(values) > 1 else 0.0
                 dots.append(Dot(name, fmean(values), sd, mean_sd(values, metric.digits).removesuffix(" ± –")))
                 direction = "lower" if metric.lower_is_better else "higher"
-                score = f"test {metric.label}" if metric.validated else metric.label
-                label = f"{score} ({direction} is better)"
+                label = f"{metric.score_label} ({direction} is better)"
         drawn.append(DotPanel(panel["title"], panel.get("label", label), dots))
     return drawn

@@ -224,7 +224,7 @@ class _Sweep:
             self._record(cell, None)
             self.waiting.remove(cell)
             metric = metric_of(row)
-            score = row[f"test_{metric.key}" if metric.validated else metric.key]
+            score = row[metric.score_key]
             outcome = f"{metric.label} {score:.{metric.digits}f} in {row['seconds']:.0f} s"
         elif run.stopped and code != DIVERGED:
             outcome = f"saved at {progress(self.work / cell.folder):.0%}"

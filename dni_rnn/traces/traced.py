@@ -189,7 +189,8 @@ class Traced(nn.Module):
         if interface is not None:
             interface.keeps_sent = True
         leaves = [leaf if interface is not None or measured(leaf) else leaf.detach() for leaf in leaves]
-        self._check_rows(rows)
+        dtype = next(self.core.parameters()).dtype
+        self._check(rows, dtype)
         self._pass_over()
         if anew or (self._latest is not None and not self._latest.differentiated):
             sent = None  # into a loss that was not differentiated nothing was injected
@@ -205,7 +206,7 @@ class Traced(nn.Module):
             self.core, inputs, received, self.embedding, self.fused, self.decay
         )
         # After `run`, so that a window refused by the core changes nothing.
-        self._latest, self._rows, self._dtype = passage, rows, next(self.core.parameters()).dtype
+        self._latest, self._rows, self._dtype = passage, rows, dtype
         self._heard = None if interface is None else (interface.sent,)
         for leaf in flatten(end, has_rows)[0]:
             setattr(leaf, ENDS, True)
@@ -218,10 +219,9 @@ class Traced(nn.Module):
             parameters[EMBEDDING] = self.embedding.weight
         return parameters
 
-    def _check_rows(self, rows: int) -> None:
+    def _check(self, rows: int, dtype: torch.dtype) -> None:
         if self._rows is not None and self._rows != rows:
             raise ValueError(f"the trace is of {self._rows} rows, not {rows}: call reset() before other rows")
-        dtype = next(self.core.parameters()).dtype
         if self._dtype is not None and self._dtype != dtype:
             raise ValueError(f"the trace is of weights in {self._dtype}, not {dtype}: call reset() first")
 
