@@ -63,15 +63,6 @@ def test_the_stable_names_are_the_public_ones():
     ]
 
 
-def test_a_name_that_went_still_works_and_says_what_to_use():
-    from dni_rnn import traces
-
-    with pytest.warns(DeprecationWarning, match="LayerWindow") as warned:
-        assert vars(traces)["__getattr__"]("Window") is traces.LayerWindow
-    assert warned[0].filename == __file__, "who imports it is told where"
-    assert not hasattr(traces, "nothing_of_the_kind")
-
-
 @pytest.fixture
 def check() -> dict[str, Any]:
     if not CHECK.exists():

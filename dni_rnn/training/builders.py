@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 from torch import nn
 
 from dni_rnn.config import RecurrentConfig
@@ -62,12 +60,7 @@ def build_estimator(config: RecurrentConfig, model: SequenceModel, data: Data) -
     if not config.dni:
         name, options = config.estimator_spec
         kind, given = find("estimators", name), {"penalty": penalty} if penalty else {}
-        options = options | given | trace
-        try:
-            inspect.signature(kind).bind(**options)
-        except TypeError as error:
-            raise UsageError(f"--estimator {config.estimator}: {error}") from None
-        return built("--estimator", config.estimator or name, kind, **options)
+        return built("--estimator", config.estimator or name, kind, **(options | given | trace))
     aux = None
     if config.aux:
         state = model.core.initial_state(1)
