@@ -113,8 +113,8 @@ def parts(size: Size, rounds: int, block: int) -> None:
         "copy of delta": many.clone,
     }
     if device == "cuda":
-        works["cell forward"] = lambda: lstm.CELL.forward(gates, gates, c)
-        works["cell backward"] = lambda: lstm.CELL.backward(h, c, c, c, gates)
+        works["cell forward"] = lambda: lstm.KERNEL.forward(gates, gates, c)
+        works["cell backward"] = lambda: lstm.KERNEL.backward(h, c, c, c, gates)
     recorded = {name: _often(work, block, device) for name, work in works.items()}
     for name, cost in measure(recorded, rounds, block, device).items():
         print(f"{name:26}{1e3 * cost.milliseconds:8.1f} µs")

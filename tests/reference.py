@@ -336,7 +336,7 @@ def laid_out(rows: Tensor, leaves: Sequence[Tensor], batch_dim: int = -2) -> lis
 
 
 class CellOfAnLSTM:
-    """`dni_rnn.traces.lstm.Cell` in torch's own operations: where its kernels are not, on a CPU."""
+    """`dni_rnn.traces.lstm.StepKernel` in torch's own operations: where its kernels are not, on a CPU."""
 
     @staticmethod
     def forward(of_x: Tensor, of_h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:

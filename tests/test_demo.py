@@ -6,13 +6,13 @@ import pytest
 
 from dni_rnn.cli import main
 from dni_rnn.experiments import demo
-from dni_rnn.experiments.compare import Record
+from dni_rnn.experiments.compare import RunSoFar
 from dni_rnn.experiments.demo import METHODS, RECALL_METHODS, recall_verdict, verdict
 from dni_rnn.training.recurrent import SAMPLED
 
 
 def record(test, seconds, bptt=2):
-    return Record("", "", "", bptt, 1000, seconds, [], test)
+    return RunSoFar("", "", "", bptt, 1000, seconds, [], test)
 
 
 @pytest.mark.parametrize(

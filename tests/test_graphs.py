@@ -150,7 +150,7 @@ def as_on_a_device(monkeypatch):
     monkeypatch.setattr(traced_module, "Layer", layer)
     monkeypatch.setattr(traced_module, "run", run)
     monkeypatch.setattr(running, "BY_STEP", "cpu")
-    monkeypatch.setattr(lstm, "CELL", CellOfAnLSTM)
+    monkeypatch.setattr(lstm, "KERNEL", CellOfAnLSTM)
 
 
 def recurrent(task=None, device=CPU, **settings):
@@ -346,11 +346,11 @@ def test_torch_s_cell_of_an_lstm_is_its_equations():
         return torch.randn(5, width, generator=generator, dtype=torch.float64).cuda()
 
     c, of_x, of_h, at_h, at_c = draw(6), draw(24), draw(24), draw(6), draw(6)
-    ours, theirs = lstm.CELL.forward(of_x, of_h, c), CellOfAnLSTM.forward(of_x, of_h, c)
+    ours, theirs = lstm.KERNEL.forward(of_x, of_h, c), CellOfAnLSTM.forward(of_x, of_h, c)
     torch.testing.assert_close(ours, theirs)
     _, after, gates = ours
     for given in (at_h, None):
-        got, wanted = (cell.backward(given, at_c, c, after, gates) for cell in (lstm.CELL, CellOfAnLSTM))
+        got, wanted = (cell.backward(given, at_c, c, after, gates) for cell in (lstm.KERNEL, CellOfAnLSTM))
         torch.testing.assert_close(tuple(got), wanted)
 
 

@@ -413,7 +413,7 @@ def test_an_lstm_by_the_cells_of_a_gpu_has_the_same_trace(layers, generator, mon
         for steps in (6, None)
     }
     monkeypatch.setattr(running, "BY_STEP", "cpu")
-    monkeypatch.setattr(traced_lstm, "CELL", CellOfAnLSTM)
+    monkeypatch.setattr(traced_lstm, "KERNEL", CellOfAnLSTM)
     for (symbols, steps), parts in wanted.items():
         same(trained(n, 3, embedding=symbols, steps=steps, decay=0.9)[0], parts)
 

@@ -53,7 +53,7 @@ def backward(roots: Sequence[tuple[Tensor, Tensor | None]]) -> None:
     torch.autograd.backward(tensors, gradients)
 
 
-class Kept(NamedTuple):
+class Unanswered(NamedTuple):
     """A message whose gradient has not arrived yet."""
 
     message: Tensor
@@ -111,7 +111,7 @@ class ChainPart(ProcessPart):
         self.last = self.rank == processes.size - 1
         self.free = not self.last and config.method != "bprop"
         self.corrects = self.free and config.correct
-        self.kept: dict[int, Kept] = {}
+        self.kept: dict[int, Unanswered] = {}
         self.lost = 0
         self.reset_metrics()
 
@@ -179,7 +179,7 @@ class ChainPart(ProcessPart):
                 roots.append((out, gradient))
             if self.local is not None:
                 roots.append((self.local.send(out, context), None))
-            self.kept[number] = Kept(out.detach(), context, self.own_updates + 1, gradient, made)
+            self.kept[number] = Unanswered(out.detach(), context, self.own_updates + 1, gradient, made)
         else:
             roots.append((out, self._gradient(number)))
         self.record.optimizer.zero_grad()

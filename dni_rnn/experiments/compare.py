@@ -16,7 +16,7 @@ from dni_rnn.metrics import BPC, LOGGED, Metric, Point, number
 
 
 @dataclass(frozen=True)
-class Record:
+class RunSoFar:
     """A run as far as it got.
 
     Attributes:
@@ -45,8 +45,8 @@ class Record:
         return self.metric.best(point.value for point in self.points) if self.points else None
 
 
-def read_record(path: Path, name: str) -> Record:
-    """Read a run directory; the record is called `name`.
+def read_run(path: Path, name: str) -> RunSoFar:
+    """Read a run directory; the run is called `name`.
 
     Raises:
       UsageError: there is no run, or its files cannot be read.
@@ -63,7 +63,7 @@ def read_record(path: Path, name: str) -> Record:
             ended = None  # resumed with a larger budget: the summary is that of the smaller one
         kind = installed_tasks().get(str(about.get("task")))
         config = from_json(RecurrentConfig if kind is None else config_of(kind), about["config"], file)
-        return Record(
+        return RunSoFar(
             name,
             str(about["data"]),
             config.method,
@@ -77,36 +77,36 @@ def read_record(path: Path, name: str) -> Record:
         )
 
 
-def render_comparison(records: Sequence[Record]) -> str:
+def render_comparison(runs: Sequence[RunSoFar]) -> str:
     """A table of runs with the same metric. Characters/s excludes validation."""
-    metric = records[0].metric
+    metric = runs[0].metric
     header = [
-        "run", "data", "method", records[0].depth_name, f"{metric.unit}s", f"best valid {metric.label}",
+        "run", "data", "method", runs[0].depth_name, f"{metric.unit}s", f"best valid {metric.label}",
         f"test {metric.label}", f"{metric.unit}s/s", "seconds",
     ]  # fmt: skip
     lines = [
         [
-            record.name,
-            record.data,
-            record.method,
-            str(record.depth),
-            f"{record.symbols:,}",
-            "–" if record.best is None else f"{record.best:.{metric.digits}f}",
-            "unfinished" if record.test is None else f"{record.test:.{metric.digits}f}",
-            f"{record.symbols / record.seconds:,.0f}" if record.seconds else "–",
-            f"{record.seconds:,.1f}",
+            run.name,
+            run.data,
+            run.method,
+            str(run.depth),
+            f"{run.symbols:,}",
+            "–" if run.best is None else f"{run.best:.{metric.digits}f}",
+            "unfinished" if run.test is None else f"{run.test:.{metric.digits}f}",
+            f"{run.symbols / run.seconds:,.0f}" if run.seconds else "–",
+            f"{run.seconds:,.1f}",
         ]
-        for record in records
+        for run in runs
     ]
     return markdown_table(header, lines)
 
 
-def plot_records(records: Sequence[Record], out: Path) -> bool:
+def plot_runs(runs: Sequence[RunSoFar], out: Path) -> bool:
     """Overlay the validation curves; False, and no plot, when no run has been validated yet."""
-    curves = [Curve(record.name, record.method, record.depth, [record.points]) for record in records]
-    if not any(record.points for record in records):
+    curves = [Curve(run.name, run.method, run.depth, [run.points]) for run in runs]
+    if not any(run.points for run in runs):
         return False
-    save_curves([out], curves, records[0].metric)
+    save_curves([out], curves, runs[0].metric)
     return True
 
 
@@ -142,12 +142,12 @@ def compare_runs(paths: Sequence[Path], out: Path) -> None:
     names = [name_of(path) for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
-    records = [read_record(path, name) for path, name in zip(paths, names, strict=True)]
-    if len({record.metric for record in records}) > 1:
+    runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
+    if len({run.metric for run in runs}) > 1:
         raise UsageError(f"{paths[0]} and others are judged by different metrics; compare runs of one kind")
-    print(render_comparison(records), end="")
+    print(render_comparison(runs), end="")
     for path in paths:
         with understood(path / "metrics.jsonl"):
             if plot_layers(path):
                 print(f"synthetic gradients layer by layer: {path / 'layers.svg'}")
-    print(f"validation curves: {out}" if plot_records(records, out) else "no validation yet: no plot")
+    print(f"validation curves: {out}" if plot_runs(runs, out) else "no validation yet: no plot")

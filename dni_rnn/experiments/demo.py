@@ -16,7 +16,7 @@ import torch
 from dni_rnn.config import RecurrentConfig
 from dni_rnn.data.task import installed_tasks
 from dni_rnn.errors import UsageError
-from dni_rnn.experiments.compare import Record, plot_records, read_record, render_comparison
+from dni_rnn.experiments.compare import RunSoFar, plot_runs, read_run, render_comparison
 from dni_rnn.training.inference import load_run
 from dni_rnn.training.loop import train
 from dni_rnn.training.run_directory import Run
@@ -75,16 +75,16 @@ def run_demo(out: Path, chars: int) -> None:
         name: dataclasses.replace(method, chars=chars, eval_every=max(chars // VALIDATIONS, 1))
         for name, method in METHODS.items()
     }
-    records = _train(TASK, {}, methods, out, "demo.png")
-    print(verdict(*records) + "\n")
-    best = min(records, key=lambda record: record.best or float("inf"))
+    runs = _train(TASK, {}, methods, out, "demo.png")
+    print(verdict(*runs) + "\n")
+    best = min(runs, key=lambda run: run.best or float("inf"))
     loaded = load_run(out / best.name, torch.device("cpu"))
     print(f"{best.name} writes:\n{sample(loaded.model, loaded.data, PROMPT, SAMPLED, 0.8, 0)}")
 
 
 def _train(
     name: str, options: dict[str, Any], methods: dict[str, RecurrentConfig], out: Path, plot: str
-) -> list[Record]:
+) -> list[RunSoFar]:
     """Train one task by each method, print the table and save the plot."""
     tasks = installed_tasks()
     if name not in tasks:
@@ -94,16 +94,16 @@ def _train(
         if (run.path / "config.json").exists():
             shutil.rmtree(run.path)
         train(run)
-    records = [read_record(out / folder, folder) for folder in methods]
-    print(render_comparison(records))
-    plot_records(records, out / plot)
+    runs = [read_run(out / folder, folder) for folder in methods]
+    print(render_comparison(runs))
+    plot_runs(runs, out / plot)
     print(f"Validation curves: {out / plot}")
-    return records
+    return runs
 
 
-def recall_verdict(without: Record, trace: Record, synthetic: Record) -> str:
+def recall_verdict(without: RunSoFar, trace: RunSoFar, synthetic: RunSoFar) -> str:
     """One sentence on the loss of each; chance is 2 bits."""
-    left = [record.test or 0.0 for record in (without, trace, synthetic)]
+    left = [run.test or 0.0 for run in (without, trace, synthetic)]
     return (
         f"In these runs, one seed each, of {CHANCE:.0f} bits that are chance truncated BPTT leaves "
         f"{left[0]:.2f}, a trace, which knows nothing of what comes, {left[1]:.2f}, and a synthetic "
@@ -111,7 +111,7 @@ def recall_verdict(without: Record, trace: Record, synthetic: Record) -> str:
     )
 
 
-def verdict(short: Record, trace: Record, long: Record) -> str:
+def verdict(short: RunSoFar, trace: RunSoFar, long: RunSoFar) -> str:
     """One sentence on test BPC: short truncation without and with a trace, and a longer one."""
     assert short.test is not None
     assert trace.test is not None

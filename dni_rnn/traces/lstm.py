@@ -2,7 +2,7 @@
 
 On one CPU thread it takes about as long as torch's fused LSTM or less, and its trace recomputes no gates. It
 has `nn.LSTM`'s weights, equations and results, to rounding. On a GPU the element-wise part of a step is
-the kernel of torch's `nn.LSTMCell` (`CELL`), one launch forward and one backward.
+the kernel of torch's `nn.LSTMCell` (`KERNEL`), one launch forward and one backward.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class Kept:
+class WindowGates:
     """The gates of every step of one layer and window, and values derived from them.
 
     Attributes:
@@ -57,7 +57,7 @@ class Kept:
 
 class _Steps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kept: Kept, x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> Any:
+    def forward(ctx: Any, kept: WindowGates, x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> Any:
         steps, rows, hidden = len(x), *h.shape
         kept.start = h.detach(), c.detach()
         kept.gates = torch.empty_like(x)
@@ -122,7 +122,7 @@ class _Steps(torch.autograd.Function):
         return None, delta, of_h, of_c, of_weight
 
 
-def steps(x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Kept]:
+def steps(x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, WindowGates]:
     """An LSTM layer over the steps of a window.
 
     Args:
@@ -132,12 +132,12 @@ def steps(x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     Returns:
       h_t of all steps (T, B, H), c after the last (B, H), and what was kept. Once differentiable.
     """
-    kept = Kept()
+    kept = WindowGates()
     outputs, cell = _Steps.apply(kept, x.contiguous(), h, c, weight)  # type: ignore[misc]
     return outputs, cell, kept
 
 
-class Cell(Protocol):
+class StepKernel(Protocol):
     """The element-wise part of a step: gates (B, 4H) in the order i, f, g, o; h and c (B, H).
 
     forward: from the contributions of x and h to the gates, and c_{t−1}, to h_t, c_t and the gates σ(i),
@@ -170,11 +170,11 @@ class _Aten:
         return cell(at_h, at_c, before, after, gates, False)[:2]
 
 
-CELL: type[Cell] = _Aten
+KERNEL: type[StepKernel] = _Aten
 
 
-class KeptSteps:
-    """Values of one layer and window, step by step, from `CELL`.
+class StepwiseGates:
+    """Values of one layer and window, step by step, from `KERNEL`.
 
     Attributes:
       gates: σ(i), σ(f), tanh(g), σ(o) of each step, (B, 4H).
@@ -194,20 +194,20 @@ class KeptSteps:
         hidden = self.hiddens.shape[-1]
         at_c, found = torch.ones_like(self.cells[0]), []
         for t in range(len(self.gates) - 1, -1, -1):
-            at_gates, at_c = CELL.backward(None, at_c, self.cells[t], self.cells[t + 1], self.gates[t])
+            at_gates, at_c = KERNEL.backward(None, at_c, self.cells[t], self.cells[t + 1], self.gates[t])
             if decay != 1.0:
                 at_c = at_c.mul_(decay)
             found.append(at_gates[:, : 3 * hidden])
         return torch.stack(found[::-1]), at_c
 
 
-class _CellSteps(torch.autograd.Function):
+class _KernelSteps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kept: KeptSteps, x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> Any:
+    def forward(ctx: Any, kept: StepwiseGates, x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> Any:
         back, hiddens = weight.t(), [h.contiguous()]
         kept.gates, kept.cells = [], [c.detach().contiguous()]
         for x_t in x.unbind(0):
-            h, c, gates = CELL.forward(x_t, hiddens[-1] @ back, kept.cells[-1])
+            h, c, gates = KERNEL.forward(x_t, hiddens[-1] @ back, kept.cells[-1])
             hiddens.append(h)
             kept.cells.append(c)
             kept.gates.append(gates)
@@ -223,7 +223,7 @@ class _CellSteps(torch.autograd.Function):
         at_h, at_c = of_outputs.clone(memory_format=torch.contiguous_format), of_cell.contiguous()
         found = []
         for t in range(len(kept.gates) - 1, -1, -1):
-            delta, at_c = CELL.backward(at_h[t], at_c, kept.cells[t], kept.cells[t + 1], kept.gates[t])
+            delta, at_c = KERNEL.backward(at_h[t], at_c, kept.cells[t], kept.cells[t + 1], kept.gates[t])
             found.append(delta)
             if t:
                 at_h[t - 1].addmm_(delta, weight)
@@ -235,8 +235,8 @@ class _CellSteps(torch.autograd.Function):
         return None, delta, of_h, at_c, of_weight
 
 
-def cell_steps(x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, KeptSteps]:
-    """`steps` by `CELL`: two launches per step, for devices where launches dominate."""
-    kept = KeptSteps()
-    outputs, cell = _CellSteps.apply(kept, x.contiguous(), h, c, weight)  # type: ignore[misc]
+def kernel_steps(x: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, StepwiseGates]:
+    """`steps` by `KERNEL`: two launches per step, for devices where launches dominate."""
+    kept = StepwiseGates()
+    outputs, cell = _KernelSteps.apply(kept, x.contiguous(), h, c, weight)  # type: ignore[misc]
     return outputs, cell, kept

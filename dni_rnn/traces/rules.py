@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rnn.traces.lstm import Kept, KeptSteps
+from dni_rnn.traces.lstm import StepwiseGates, WindowGates
 
 Read = Tensor | complex | None
 
@@ -199,7 +199,7 @@ def lstm_window(
     return LayerWindow(f, factors, (x, h), (slope, 1.0), (instant, None))
 
 
-def lstm_window_kept(kept: Kept, x: Tensor) -> LayerWindow:
+def lstm_window_kept(kept: WindowGates, x: Tensor) -> LayerWindow:
     """The same from kept gates; x (T, B, I), or symbols (T, B)."""
     hidden = kept.outputs.shape[-1]
     factors, slopes = kept.factors()
@@ -212,7 +212,7 @@ def lstm_window_kept(kept: Kept, x: Tensor) -> LayerWindow:
     )
 
 
-def lstm_window_steps(kept: KeptSteps, x: Tensor, decay: float) -> LayerWindow:
+def lstm_window_steps(kept: StepwiseGates, x: Tensor, decay: float) -> LayerWindow:
     """The same from kept steps, with factors that include the path to the window's end."""
     hidden = kept.hiddens.shape[-1]
     factors, total = kept.along_the_cell(decay)

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from dni_rnn.cores.lstm import LSTM
 from dni_rnn.pytree import LSTMState, Tree, flatten
-from dni_rnn.traces.lstm import cell_steps
+from dni_rnn.traces.lstm import kernel_steps
 from dni_rnn.traces.lstm import steps as steps_of_lstm
 from dni_rnn.traces.rules import (
     KINDS,
@@ -30,7 +30,7 @@ from dni_rnn.traces.rules import (
 )
 
 BY_STEP = "cuda"
-"""Device where an LSTM that keeps its gates runs by `cell_steps`."""
+"""Device where an LSTM that keeps its gates runs by `kernel_steps`."""
 
 Ran = tuple[Any, Tree, list[Record]]
 """Outputs (None of a cell), the state after them, records of the layers."""
@@ -242,7 +242,7 @@ def _run_kept(
         with no_autocast(of_x.device.type):
             start = leaves[0][layer], leaves[1][layer]
             if by_step:
-                x, cell, kept = cell_steps(of_x, *start, w.w_hh)
+                x, cell, kept = kernel_steps(of_x, *start, w.w_hh)
                 window = partial(lstm_window_steps, kept, seen, decay)
             else:
                 x, cell, kept = steps_of_lstm(of_x, *start, w.w_hh)
