@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dni_rnn.atomic_files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.data.labelled import Batches
 from dni_rnn.experiments.plots import Panel, save_lines
 from dni_rnn.experiments.report import markdown_table, mean_sd
+from dni_rnn.files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.stashed import Stashed
 from dni_rnn.training.feedforward import (
     build_model,

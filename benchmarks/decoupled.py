@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dni_rnn.atomic_files import read_jsonl
 from dni_rnn.config import FeedforwardConfig
 from dni_rnn.data.labelled import Examples
 from dni_rnn.data.task import installed_tasks
@@ -36,6 +35,7 @@ from dni_rnn.distributed.chain import ChainPart
 from dni_rnn.distributed.processes import Processes, joined
 from dni_rnn.experiments.plots import Panel, save_lines
 from dni_rnn.experiments.report import markdown_table
+from dni_rnn.files import read_jsonl
 from dni_rnn.training.run_directory import Run
 
 WIDTH, BATCH, QUEUE = 1024, 256, 32

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dni_rnn.atomic_files import read_jsonl, write_atomically
 from dni_rnn.experiments.report import markdown_table, mean_sd
+from dni_rnn.files import read_jsonl, write_atomically
 from dni_rnn.metrics import BPC, Metric, metrics_of
 
 FOLDER = Path("results/do-no-harm")

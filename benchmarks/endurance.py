@@ -46,10 +46,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from dni_rnn.atomic_files import exclusive, read_jsonl, write_atomically, write_jsonl
 from dni_rnn.cli import main as dni_rnn
 from dni_rnn.experiments.report import markdown_table, mean_sd
 from dni_rnn.experiments.sweep import Cell, make_row
+from dni_rnn.files import exclusive, read_jsonl, write_atomically, write_jsonl
 from dni_rnn.training.checkpoint import load_checkpoint
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs.\n" * 400

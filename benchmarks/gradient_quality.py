@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dni_rnn.atomic_files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.config import RecurrentConfig
 from dni_rnn.data.task import Data
 from dni_rnn.estimators.bptt import TruncatedBPTT
@@ -38,6 +37,7 @@ from dni_rnn.experiments.bench import time_in_turns
 from dni_rnn.experiments.diagnose import diagnose_model
 from dni_rnn.experiments.plots import Panel, save_lines
 from dni_rnn.experiments.report import markdown_table, mean_sd
+from dni_rnn.files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.gradient_quality import Diagnosis
 from dni_rnn.recurrent import SequenceModel
 from dni_rnn.training.builders import build_model

@@ -21,8 +21,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from dni_rnn.atomic_files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.experiments.report import markdown_table, mean_sd
+from dni_rnn.files import read_jsonl, write_atomically, write_jsonl
 
 BYTES = 300_000
 SEEDS = (0, 1, 2)

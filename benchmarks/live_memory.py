@@ -22,7 +22,7 @@ from pydoc_data.topics import topics
 from statistics import mean
 from typing import Any
 
-from dni_rnn.atomic_files import read_jsonl, write_atomically, write_jsonl
+from dni_rnn.files import read_jsonl, write_atomically, write_jsonl
 
 WORDS = "--batch-size 1 --bptt 1 --lag 0 --trace 32 --restore 0.1 --threads 1 --log-every 500 --save-every 60"
 

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn import Interface, MLPSynthesizer
-from dni_rnn.atomic_files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.bench import (
     EMBEDDING,
@@ -46,6 +45,7 @@ from dni_rnn.experiments.bench import (
     time_in_turns,
 )
 from dni_rnn.experiments.report import markdown_table
+from dni_rnn.files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.training.run_directory import machine_name, source_commit
 
 HIDDEN, BATCH, BPTT = 256, 32, 8

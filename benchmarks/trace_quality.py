@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from dni_rnn.atomic_files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.config import RecurrentConfig
 from dni_rnn.experiments.diagnose import diagnose_model
 from dni_rnn.experiments.report import markdown_table, mean_sd
+from dni_rnn.files import read_jsonl, write_atomically, write_jsonl
 from dni_rnn.training.recurrent import RecurrentLearner
 from dni_rnn_tasks.ptb import PTB
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dni_rnn.atomic_files import write_atomically
 from dni_rnn.errors import UsageError
+from dni_rnn.files import write_atomically
 from dni_rnn.training.checkpoint import (
     load_checkpoint,
     load_optimizer_state,

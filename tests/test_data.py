@@ -17,7 +17,7 @@ from dni_rnn.data.task import SPLITS, Corpus, Task
 from dni_rnn.data.texts import UNKNOWN
 from dni_rnn.errors import UsageError
 from dni_rnn_tasks import ptb
-from dni_rnn_tasks.files import ENVIRONMENT, KnownFile, Source, load_known
+from dni_rnn_tasks.known_files import ENVIRONMENT, KnownFile, Source, load_known
 from dni_rnn_tasks.ptb import CHARACTERS, PTB, WORDS, derive_characters
 from dni_rnn_tasks.text import Text
 

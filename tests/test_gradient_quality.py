@@ -8,9 +8,9 @@ from types import ModuleType
 
 import pytest
 
-from dni_rnn.atomic_files import read_jsonl
 from dni_rnn.data.task import Corpus
 from dni_rnn.experiments.plots import fingerprint, fingerprint_of
+from dni_rnn.files import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "results" / "gradient-quality"

@@ -26,7 +26,7 @@ from dni_rnn.training.loop import Interrupted, train
 from dni_rnn.training.run_directory import Run
 from dni_rnn_tasks import images
 from dni_rnn_tasks.addition import Addition, AdditionConfig
-from dni_rnn_tasks.files import KnownFile
+from dni_rnn_tasks.known_files import KnownFile
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from dni_rnn.atomic_files import read_jsonl
 from dni_rnn.errors import UsageError
+from dni_rnn.files import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "results" / "peers"

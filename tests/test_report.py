@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from dni_rnn.atomic_files import read_jsonl
 from dni_rnn.cli import main
 from dni_rnn.config import RecurrentConfig, to_json
 from dni_rnn.errors import UsageError
@@ -44,6 +43,7 @@ from dni_rnn.experiments.report import (
 )
 from dni_rnn.experiments.results_page import render_index, result_folders
 from dni_rnn.experiments.sweep import read_failures, read_rows, read_sweep
+from dni_rnn.files import read_jsonl
 from dni_rnn.metrics import BPC, Metric, metrics_of
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -684,7 +684,7 @@ def test_neither_report_nor_compare_imports_torch(folder):
     run = write_run(folder / "run", [(100, 10.0, 3.0)])
     code = f"""
 import sys
-from dni_rnn.atomic_files import read_jsonl
+from dni_rnn.files import read_jsonl
 from dni_rnn.cli import main
 assert main(["report", {str(folder)!r}]) == 0
 assert main(["compare", {str(run)!r}, "--out", {str(folder / "compare.png")!r}]) == 0

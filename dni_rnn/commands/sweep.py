@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from dni_rnn.atomic_files import name_of
+from dni_rnn.files import name_of
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dni_rnn.atomic_files import read_json, understood
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.sweep import Cell
+from dni_rnn.files import read_json, understood
 
 
 @dataclass(frozen=True)

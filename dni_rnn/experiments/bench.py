@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dni_rnn.atomic_files import write_atomically
 from dni_rnn.config import RecurrentConfig
 from dni_rnn.data.task import Corpus
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.report import markdown_table
+from dni_rnn.files import write_atomically
 from dni_rnn.training.cuda_graph import cuda_graph
 from dni_rnn.training.learner import choose_device
 from dni_rnn.training.loop import device_name, peak_memory

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from glob import escape
 from pathlib import Path
 
-from dni_rnn.atomic_files import write_atomically
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.sweep import progress
+from dni_rnn.files import write_atomically
 
 PART_BYTES = 15_000_000
 CARRIED = ("config.json", "metrics.jsonl", "checkpoint.safetensors", "best.safetensors")

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dni_rnn.atomic_files import name_of, read_json, read_jsonl, understood
 from dni_rnn.config import RecurrentConfig, from_json
 from dni_rnn.data.task import config_of, installed_tasks
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.plots import Curve, Panel, check_format, save_curves, save_lines
 from dni_rnn.experiments.report import markdown_table
+from dni_rnn.files import name_of, read_json, read_jsonl, understood
 from dni_rnn.metrics import BPC, LOGGED, Metric, Point, number
 
 

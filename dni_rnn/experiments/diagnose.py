@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from dni_rnn.atomic_files import write_atomically
 from dni_rnn.config import RecurrentConfig
 from dni_rnn.data.task import Data, Split
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.plots import Panel, save_lines
 from dni_rnn.experiments.report import markdown_table
+from dni_rnn.files import write_atomically
 from dni_rnn.gradient_quality import Diagnosis, Stretches, diagnose
 from dni_rnn.recurrent import SequenceModel
 from dni_rnn.training.inference import load_run

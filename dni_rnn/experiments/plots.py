@@ -21,8 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
-from dni_rnn.atomic_files import write_atomically
 from dni_rnn.errors import UsageError
+from dni_rnn.files import write_atomically
 from dni_rnn.metrics import Metric, Point
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")

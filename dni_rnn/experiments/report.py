@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from dni_rnn.atomic_files import understood, write_atomically
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.about import About, read_about
 from dni_rnn.experiments.html_page import render_page
@@ -22,6 +21,7 @@ from dni_rnn.experiments.method_summary import summary_text
 from dni_rnn.experiments.plots import Curve, save_curves, save_logged
 from dni_rnn.experiments.provenance import commands_of, failed_runs, machines, samples, versions_of
 from dni_rnn.experiments.sweep import Cell, read_failures, read_rows, read_sweep
+from dni_rnn.files import understood, write_atomically
 from dni_rnn.metrics import BPC, LOGGED, Metric, Point, metrics_of
 
 

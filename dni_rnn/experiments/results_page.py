@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dni_rnn.atomic_files import understood
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.about import read_about
 from dni_rnn.experiments.headline import PICTURE, comparison_table, dot_panels, read_headline
@@ -15,6 +14,7 @@ from dni_rnn.experiments.html_page import render_page
 from dni_rnn.experiments.plots import save_dots
 from dni_rnn.experiments.report import report_sweep, write_text
 from dni_rnn.experiments.sweep import read_rows, read_sweep
+from dni_rnn.files import understood
 
 
 def write_reports(folder: Path) -> None:

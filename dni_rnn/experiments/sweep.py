@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dni_rnn.atomic_files import read_json, read_jsonl, understood
 from dni_rnn.errors import UsageError
+from dni_rnn.files import read_json, read_jsonl, understood
 from dni_rnn.metrics import LOGGED
 
 LOGGED_POINTS = 40

@@ -19,7 +19,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dni_rnn.atomic_files import exclusive, name_of, understood, write_jsonl
 from dni_rnn.errors import UsageError
 from dni_rnn.experiments.carry import pack_runs, unpack_runs
 from dni_rnn.experiments.sweep import (
@@ -33,6 +32,7 @@ from dni_rnn.experiments.sweep import (
     runs_in_order,
 )
 from dni_rnn.experiments.sweep_progress import SweepProgress, best_score
+from dni_rnn.files import exclusive, name_of, understood, write_jsonl
 from dni_rnn.metrics import metric_of
 from dni_rnn.parent_process import environment
 

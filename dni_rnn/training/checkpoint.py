@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dni_rnn.atomic_files import write_atomically
 from dni_rnn.errors import UsageError
+from dni_rnn.files import write_atomically
 
 NO_DIGEST = "0" * hashlib.sha256().digest_size * 2
 

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dni_rnn.atomic_files import read_json, write_atomically
 from dni_rnn.config import to_json
 from dni_rnn.config.spelling import flag
 from dni_rnn.cores.gru import GRU
@@ -30,6 +29,7 @@ from dni_rnn.data.labelled import Examples
 from dni_rnn.data.texts import BYTES
 from dni_rnn.errors import UsageError
 from dni_rnn.feedforward import Decoupled
+from dni_rnn.files import read_json, write_atomically
 from dni_rnn.recurrent import SequenceModel
 from dni_rnn.training import checkpoint
 from dni_rnn.training.inference import LoadedRun, load_run, load_writer

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dni_rnn.atomic_files import name_of
 from dni_rnn.data.task import Corpus
 from dni_rnn.data.texts import read_under
 from dni_rnn.errors import UsageError
+from dni_rnn.files import name_of
 from dni_rnn.training import checkpoint
 from dni_rnn.training.learners import learner_class
 from dni_rnn.training.run_directory import Run

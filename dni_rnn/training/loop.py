@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dni_rnn.atomic_files import exclusive
 from dni_rnn.data.task import content_of
 from dni_rnn.errors import DivergedError, UsageError
+from dni_rnn.files import exclusive
 from dni_rnn.metrics import Metric
 from dni_rnn.training import checkpoint
 from dni_rnn.training.learner import Learner, choose_device

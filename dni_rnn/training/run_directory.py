@@ -24,11 +24,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dni_rnn.atomic_files import read_json, read_jsonl, understood, write_atomically, write_jsonl
 from dni_rnn.config import RecurrentConfig, RunConfig, from_json, to_json
 from dni_rnn.config.spelling import flag
 from dni_rnn.data.task import Alphabet, Corpus, Data, Task, config_of, content_of, installed_tasks
 from dni_rnn.errors import UsageError
+from dni_rnn.files import read_json, read_jsonl, understood, write_atomically, write_jsonl
 
 REPORTED_PACKAGES = ("dni-rnn", "torch", "numpy", "safetensors")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dni_rnn.config import FeedforwardConfig, Preset
 from dni_rnn.data.labelled import Examples, hold_out
-from dni_rnn_tasks.files import KnownFile, Source, Unusable, load_known
+from dni_rnn_tasks.known_files import KnownFile, Source, Unusable, load_known
 
 if TYPE_CHECKING:
     import numpy as np

