@@ -310,8 +310,8 @@ def test_a_setting_of_another_kind_is_named(command, name, value, run, tmp_path,
 
 
 def test_a_short_endurance(tmp_path):
-    """`benchmarks/endurance.py` in small; it goes on where it was stopped."""
-    script = Path(__file__).parents[1] / "benchmarks" / "endurance.py"
+    """`benchmarks/endurance` in small; it goes on where it was stopped."""
+    script = Path(__file__).parents[1] / "benchmarks" / "endurance"
     words = [sys.executable, str(script), "--out", str(tmp_path / "all"), "--runs", "1", "--steps", "20"]
     words += ["--apart", "0", "--sweeps", "0", "--table", str(tmp_path / "table")]
     done = subprocess.run([*words, "--damaged", "9", "--full", "4"], capture_output=True, text=True)
@@ -332,7 +332,7 @@ def test_a_short_endurance(tmp_path):
 
 def test_endurance_notices_what_is_wrong(tmp_path):
     """Its verdicts: an unhandled error, an answer from a damaged checkpoint, a file that was written."""
-    script = Path(__file__).parents[1] / "benchmarks" / "endurance.py"
+    script = Path(__file__).parents[1] / "benchmarks" / "endurance"
     code = (
         "import sys, runpy, pathlib\n"
         "sys.argv = ['e', '--out', sys.argv[1], *'--runs 0 --apart 0 --sweeps 0 --full 0'.split()]\n"
