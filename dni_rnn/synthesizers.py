@@ -325,7 +325,8 @@ def _losses(
     return losses, torch.where(known, predicted.exp() - wanted, 0.0).flatten(1)
 
 
-@torch.compiler.disable
+# As in `torch.compiler`, whose import takes seconds and is needed only when something is compiled.
+@torch._disable_dynamo  # type: ignore[reportPrivateImportUsage]
 def _not_compiled(critic: Critic, message: Tree, context: Any) -> Critique:
     warnings.warn("torch.compile cannot differentiate twice: a Critic runs outside of it", stacklevel=2)
     return critic.criticize(message, context)

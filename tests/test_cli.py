@@ -200,6 +200,16 @@ print("light")
     assert done.stdout.endswith("light\n"), done.stderr
 
 
+def test_no_compiler_for_commands_that_do_not_train():
+    """Its import takes as long as torch's own: eval, sample, export and diagnose must not wait for it."""
+    modules = "training.recurrent, training.feedforward, training.inference, training.export, traces"
+    names = ", ".join(
+        f"dni_rnn.{name}" for name in [*modules.split(", "), "experiments.diagnose", "two_rates"]
+    )
+    code = f"import sys, {names}\nassert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"dni-rnn {version('dni-rnn')}\n"
