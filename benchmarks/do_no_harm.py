@@ -36,6 +36,11 @@ trace ended worse. A trace costs time: in tasks that end after ten minutes a run
 elsewhere as many.
 
 """
+AT_EQUAL_UPDATES = """
+The tasks that end after ten minutes once more, each pair after as many updates as the shorter of its two
+runs made: what the trace is worth without what it costs.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Pair:
     metric: Metric
     traced: float
     plain: float
+    at_equal_updates: Pair | None = None
 
     @property
     def difference(self) -> float:
@@ -72,7 +78,20 @@ def pairs_of_sweep(folder: str, rows: Iterable[dict[str, Any]]) -> Iterator[Pair
         if plain is None or plain is row or not alike(row, plain):
             continue
         metric = metrics_of(row)[0]
-        yield Pair(folder, row["cell"], row["seed"], metric, row[metric.score_key], plain[metric.score_key])
+        pair = Pair(folder, row["cell"], row["seed"], metric, row[metric.score_key], plain[metric.score_key])
+        yield replace(pair, at_equal_updates=at_equal_updates(pair, row, plain))
+
+
+def at_equal_updates(pair: Pair, row: dict[str, Any], plain: dict[str, Any]) -> Pair | None:
+    """The levels that both runs had solved when the shorter one ended; None for other tasks."""
+    if "climbs" not in row or "climbs" not in plain:
+        return None
+    end = min(run["curve"][-1]["step"] for run in (row, plain))
+
+    def solved(run: dict[str, Any]) -> float:
+        return max((climb["solved"] for climb in run["climbs"] if climb["step"] <= end), default=0)
+
+    return replace(pair, traced=solved(row), plain=solved(plain))
 
 
 def pairs_of_streams(rows: Iterable[dict[str, Any]]) -> Iterator[Pair]:
@@ -98,6 +117,14 @@ def all_pairs(results: Path) -> list[Pair]:
 
 def render(pairs: Iterable[Pair]) -> str:
     """table.md."""
+    found = list(pairs)
+    again = [pair.at_equal_updates for pair in found if pair.at_equal_updates is not None]
+    made = "\nMade by `python benchmarks/do_no_harm.py` from the rows of these tables.\n"
+    return HEADER + table(found) + (AT_EQUAL_UPDATES + table(again) if again else "") + made
+
+
+def table(pairs: Iterable[Pair]) -> str:
+    """A line for each cell, and one for all."""
     groups: dict[tuple[str, str], list[Pair]] = {}
     for pair in pairs:
         groups.setdefault((pair.folder, pair.cell), []).append(pair)
@@ -118,8 +145,7 @@ def render(pairs: Iterable[Pair]) -> str:
     worse = sum(pair.worse for group in groups.values() for pair in group)
     lines.append(["**all**", "", "", str(count), "", "", "", f"**{worse}**"])
     columns = ["table", "with the trace", "metric", "n", "with", "without", "difference", "worse"]
-    made = "\nMade by `python benchmarks/do_no_harm.py` from the rows of these tables.\n"
-    return HEADER + markdown_table(columns, lines) + made
+    return markdown_table(columns, lines)
 
 
 def main() -> None:

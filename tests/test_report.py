@@ -185,7 +185,7 @@ def test_runs_that_differ_in_the_trace_alone_are_a_pair(monkeypatch):
     if not RESULTS.exists():
         pytest.skip("benchmarks come with the repository alone")
     monkeypatch.syspath_prepend(RESULTS.parent / "benchmarks")
-    pairs_of_sweep = import_module("do_no_harm").pairs_of_sweep
+    do_no_harm = import_module("do_no_harm")
     row = {"task": "ptb", "data": "ptb", "cell": "a", "seed": 0, "config": {"lr": 1.0}, "test_bpc": 2.0}
     rows = [
         row | {"command": "dni-rnn train ptb --seed 0"},
@@ -194,8 +194,13 @@ def test_runs_that_differ_in_the_trace_alone_are_a_pair(monkeypatch):
         row | {"command": "dni-rnn train ptb --trace 32 --seed 1", "seed": 1},
         row | {"command": "dni-rnn train ptb --trace 32 --bptt 2 --seed 0"},
     ]
-    (pair,) = pairs_of_sweep("folder", rows)
+    (pair,) = do_no_harm.pairs_of_sweep("folder", rows)
     assert (pair.traced, pair.plain, pair.difference, pair.worse) == (2.5, 2.0, 0.5, True)
+    assert pair.at_equal_updates is None
+    shorter = {"climbs": [{"step": 1, "solved": 2}, {"step": 30, "solved": 5}], "curve": [{"step": 40}]}
+    longer = {"climbs": [{"step": 9, "solved": 1}, {"step": 41, "solved": 6}], "curve": [{"step": 60}]}
+    again = do_no_harm.at_equal_updates(pair, shorter, longer)
+    assert (again.traced, again.plain) == (5, 1)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
