@@ -234,6 +234,17 @@ def test_means_of_the_pages_stand_in_a_table() -> None:
             assert any(tuple(each) == figure for each in alike), f"{name}: {' ± '.join(figure)}"
 
 
+def test_findings_rest_on_three_seeds() -> None:
+    """What rests on fewer is a pilot, and called that."""
+    about = tomllib.loads((ROOT / "results" / "about.toml").read_text(encoding="utf-8"))
+    paragraphs = [*about["findings"], README]
+    for path in sorted(ROOT.glob("results/*/*.toml")):
+        paragraphs += tomllib.loads(path.read_text(encoding="utf-8")).get("shows", "").strip().split("\n\n")
+    for paragraph in paragraphs:
+        few = re.search(r"\b(one|two) seeds?\b|\bn = [12]\b", paragraph)
+        assert not few or paragraph.startswith("Pilots, "), paragraph
+
+
 def test_the_menu_tells_the_tables_apart() -> None:
     titles = [path.read_text().partition("\n")[0] for path in ROOT.glob("results/*/table.md")]
     assert len({title.partition(",")[0] for title in titles}) == len(titles)
