@@ -28,14 +28,17 @@ class Edge(torch.autograd.Function):
     """Identity forward. Backward: trains M on the gradient, and passes ĝ on if the message requires one.
 
     For a detached message, which does not, the edge is `receive`, and the graph ends here. The tensors are
-    the `count` of the message, M's prediction for it (B, features), and M's losses, if any.
+    the `count` of the message, M's prediction for it (B, features), and M's losses, if any. The unnamed one is
+    `ASKED`, if M is constant.
     """
 
     @staticmethod
-    def forward(ctx: Any, interface: Owner, done: Tensor | None, count: int, *tensors: Tensor) -> Any:
+    def forward(
+        ctx: Any, interface: Owner, done: Tensor | None, _: Tensor | None, count: int, *tensors: Tensor
+    ) -> Any:
         messages, predicted = tensors[:count], tensors[count:]
         ctx.interface, ctx.done = interface, done
-        ctx.passes_on = any(ctx.needs_input_grad[3 : 3 + count])
+        ctx.passes_on = any(ctx.needs_input_grad[4 : 4 + count])
         # With the current target RMS: backward updates it.
         ctx.factor = (
             interface._factor(len(predicted) > 1, 1.0, interface.loss_scale) if ctx.passes_on else None
@@ -53,7 +56,7 @@ class Edge(torch.autograd.Function):
         if ctx.passes_on:
             onward = interface._like(times(ctx.factor, predicted), gradients)
         trained = interface._regress(predicted, gradients, ctx.done, losses[0] if losses else None)
-        return None, None, None, *onward, *trained
+        return None, None, None, None, *onward, *trained
 
 
 class Send(torch.autograd.Function):

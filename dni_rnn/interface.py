@@ -23,14 +23,14 @@ from dni_rnn.agreement import trust_of
 from dni_rnn.checks import Done, Layout, alike
 from dni_rnn.edges import Edge, Send, times, without
 from dni_rnn.pytree import Spec, Tree, flatten, has_rows, unflatten
-from dni_rnn.running_rms import AllReduce, Running, follow, sum_of_squares
+from dni_rnn.running_rms import ASKED, AllReduce, Running, follow, sum_of_squares
 from dni_rnn.synthesizer_call import Critique, ask, batch_dim_of, dtype_of
 
 __all__ = ["Critique", "Interface"]
 
 RECEIVED_BY = "_received_by"
-"""Attribute of a tensor that `Interface.receive` returned, with the interface (for a trace), where `grad_fn`
-does not show it: in compiled code, and for an M without parameters."""
+"""Attribute of a tensor that `Interface.receive` returned in compiled code, where `grad_fn` does not show the
+interface to a trace."""
 
 AUDIT_DECAY = 0.8
 """Decay of an audit's weight with each later audit."""
@@ -188,8 +188,8 @@ class Interface(Running):
         if not (leaves and torch.is_grad_enabled()):
             return unflatten(leaves, spec)
         leaves = self._edge(leaves, spec, context, done)
-        for leaf in leaves:
-            if torch.compiler.is_compiling() or leaf.grad_fn is None:
+        if torch.compiler.is_compiling():
+            for leaf in leaves:
                 setattr(leaf, RECEIVED_BY, self)
         return unflatten(leaves, spec)
 
@@ -363,9 +363,10 @@ class Interface(Running):
                 "what the synthesizer returns has no graph, so its parameters would never be trained: is "
                 "there a detach or a no_grad in it? (If it should not be trained: requires_grad_(False))"
             )
+        asked = None if answers[0].requires_grad else ASKED  # the targets of a constant M are measured too
         tensors = (*leaves, *answers)
         self._reached[0] = True
-        return list(Edge.apply(self, done, len(leaves), *tensors))  # type: ignore[arg-type]
+        return list(Edge.apply(self, done, asked, len(leaves), *tensors))  # type: ignore[arg-type]
 
     def _call(self, leaves: list[Tensor], spec: Spec, context: Any) -> list[Tensor]:
         return ask(self.synthesizer, self._layout, leaves, spec, context, self._dtype)

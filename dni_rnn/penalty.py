@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dni_rnn.checks import Done, Layout
 from dni_rnn.edges import without
 from dni_rnn.pytree import Tree, unflatten
-from dni_rnn.running_rms import AllReduce, Running, follow, sum_of_squares
+from dni_rnn.running_rms import ASKED, AllReduce, Running, follow, sum_of_squares
 
 BEYOND = 3.0
 """tanh saturates beyond it, so a larger cell state gains nothing."""
@@ -90,8 +90,7 @@ class StatePenalty(Running):
         leaves = [leaf.detach() for leaf in leaves]
         if not (leaves and torch.is_grad_enabled()):
             return unflatten(leaves, spec)
-        asked = torch.zeros((), device=self.count.device, requires_grad=True)  # else backward is not called
-        return unflatten(_Measure.apply(self, done, asked, *leaves), spec)  # type: ignore[arg-type]
+        return unflatten(_Measure.apply(self, done, ASKED, *leaves), spec)  # type: ignore[arg-type]
 
     def forward(self, state: Tree, done: Done = None, *, rms: Tensor | None = None) -> Tensor:
         """The penalty of the state that ends a window (a scalar), 0 in rows of `done`.

@@ -12,6 +12,11 @@ AllReduce = Callable[[Tensor], Tensor]
 """Tensor -> its sum over the processes that share the rows of a batch."""
 
 
+ASKED = torch.zeros((), requires_grad=True)
+"""An input that asks for a gradient, or the backward pass of an edge that measures one is not called. It gets
+none. It is never made anew: in compiled code a tensor cannot begin to require a gradient."""
+
+
 class Running(nn.Module):
     """A module whose own buffers stay float32 when it is converted to a narrower type: they move slowly."""
 

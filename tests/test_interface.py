@@ -394,6 +394,19 @@ def test_the_unit_is_the_rms_of_all_targets_at_first_and_of_the_last_ones_later(
     assert float(interface.target_rms()) == pytest.approx(math.sqrt(0.75 * 3.5))
 
 
+@pytest.mark.parametrize(
+    "m", [Fixed(lambda message, _: message + 2.0), Affine(1.0, 2.0)], ids=["fixed", "frozen"]
+)
+def test_the_unit_of_an_m_that_is_not_trained_is_measured_too(m, generator):
+    interface = Interface(m).double().requires_grad_(False)
+    target, message = random(generator, 2, 5, 3), random(generator, 2, 5, 3)
+    feed(interface, target)
+    size = math.sqrt(mean_square([target]))
+    assert float(interface.target_rms()) == pytest.approx(size)
+    close(interface.synthetic_gradient(message), size * (message + 2.0))
+    assert [p.grad for p in interface.parameters()] in ([], [None, None])
+
+
 def test_the_unit_is_over_all_tensors_of_the_message_together(generator):
     interface = Interface(Affine()).double()
     feed(interface, (torch.full((2, 3), 2.0, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)))
