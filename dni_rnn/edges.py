@@ -28,8 +28,8 @@ class Edge(torch.autograd.Function):
     """Identity forward. Backward: trains M on the gradient, and passes ĝ on if the message requires one.
 
     For a detached message, which does not, the edge is `receive`, and the graph ends here. The tensors are
-    the `count` of the message, M's prediction for it (B, features), and M's losses, if any. The unnamed one is
-    `ASKED`, if M is constant.
+    the `count` of the message, M's prediction for it (B, features), and M's losses, if any. The unnamed
+    input is `ASKED`, if M is constant.
     """
 
     @staticmethod

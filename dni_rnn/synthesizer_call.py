@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +48,8 @@ def ask(
     if {leaf.dtype for leaf in told} != {dtype} and not torch.is_autocast_enabled(told[0].device.type):
         own = dtype_of(synthesizer)
         told = told if own is None else [leaf.to(own) for leaf in told]
-    answer = synthesizer(unflatten(told, spec), context)
+    with _forgotten():
+        answer = synthesizer(unflatten(told, spec), context)
     if _versions(leaves) != before:
         raise ValueError(
             "the synthesizer changed its message in place, which is the sender's too: begin it with a clone, "
@@ -61,6 +64,24 @@ def ask(
     parts, _ = flatten(answer, has_rows)
     alike(parts, leaves, "what the synthesizer returns")
     return [layout.rows(parts), *losses]
+
+
+@contextmanager
+def _forgotten() -> Iterator[None]:
+    """While no gradients are recorded, autocast does not keep M's converted weights.
+
+    torch 2.6 would use them also where gradients are recorded: in a `receive` after `send` in one autocast
+    region, M's weights would get none.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    if torch.is_grad_enabled() or not cached or torch.compiler.is_compiling():
+        yield
+        return
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 def _versions(leaves: list[Tensor]) -> list[int]:

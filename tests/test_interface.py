@@ -952,6 +952,24 @@ def test_autocast(generator):
     assert not torch.equal(results[0][0], results[1][0])
 
 
+def test_autocast_trains_an_m_that_answered_before(generator):
+    """torch 2.6 keeps weights that were converted for an answer without a graph, as that of `send` is."""
+    message, tokens = torch.randn(5, 6, generator=generator), torch.randint(3, (5,), generator=generator)
+    interface = Interface(MLPSynthesizer(message, [16], context=OneHotTokens(3)))
+    randomize(interface, generator)
+    found = []
+    for before in (False, True):
+        interface.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            if before:
+                interface.send(message, tokens)
+                interface.predict(message, tokens)
+            loss = (interface.receive(message, tokens) ** 2).sum()
+        loss.backward()
+        found.append(gradients(interface.synthesizer))
+    close(found[1], found[0])
+
+
 def scaled_run(interface: Interface, scale: torch.amp.GradScaler | None, told: bool = True) -> list[Tensor]:
     """Six windows of a recurrent net, one update each, below a cut; its parameters and M's afterwards."""
     random_numbers = torch.Generator().manual_seed(1)
