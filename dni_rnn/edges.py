@@ -81,8 +81,11 @@ class Send(torch.autograd.Function):
         return None, *[None] * len(synthetic), *synthetic, *[None] * others
 
 
-def attach(loss: Tensor) -> Tensor:
-    """A scalar of value 0 whose gradient with respect to the scalar `loss` is 1, whatever it is added to."""
+def attach(loss: Tensor, loss_scale: Tensor | float | None) -> Tensor:
+    """A scalar of value 0, whose gradient with respect to the scalar `loss` is `loss_scale` (None: 1) wherever
+    it is added.
+    """
+    loss = loss if loss_scale is None else loss_scale * loss
     return Send.apply(1, torch.ones_like(loss), loss)  # type: ignore[return-value]
 
 

@@ -109,7 +109,7 @@ class Decoupled(nn.Module):
         synthesizer at a cut is trained if the part after it takes part. With p = 1 nothing is drawn.
       guesses: one module per cut, x -> a synthetic input for the part after it, trained on the mean squared
         error to the output of the part before it: complete unlock, in which a part waits for neither of its
-        neighbours.
+        neighbours. A `loss_scale` is that of the interface, or else of the local loss, at the cut.
 
     Source: Jaderberg et al. 2017, §3.1: feed-forward nets, sparse updates, complete unlock.
     """
@@ -191,7 +191,8 @@ class Decoupled(nn.Module):
         message = out.detach()
         if self.guesses:
             message = self.guesses[cut](x.detach())
-            terms.append(attach(F.mse_loss(message, out.detach())))
+            scale: Any = (self.losses[cut] if interface is None else interface).loss_scale
+            terms.append(attach(F.mse_loss(message, out.detach()), scale))
         if interface is not None and updates[cut + 1]:
             return interface.receive(message, context)
         return message.detach()
@@ -203,8 +204,10 @@ class Decoupled(nn.Module):
             interface: Any = self.interfaces[cut]
             found = interface.synthetic_gradient(message, context)
         if self.losses:
-            leaf = message.detach().requires_grad_()
-            found = found + torch.autograd.grad(self.losses[cut](leaf, context), leaf)[0]
+            with torch.enable_grad():
+                leaf = message.detach().requires_grad_()
+                loss = self.losses[cut](leaf, context)
+            found = found + torch.autograd.grad(loss, leaf)[0]
         return found
 
     def extra_repr(self) -> str:
@@ -301,14 +304,15 @@ def decouple(
         for cut, message in zip(cuts, messages, strict=True):
             if message.dim() == 3 and _sequence(message, list(net)[:cut]):
                 raise ValueError(f"a local loss reads no sequences, and cut {cut} hands on one")
-            losses.append(LocalLoss(message, classes, window).to(example.device))
+            losses.append(LocalLoss(message, classes, window).to(message))
     guesses: list[nn.Module] = []
     if unlock is not None:
         if any(message.dim() != 2 for message in messages):
             raise ValueError("unlock needs messages that are vectors, and here some are feature maps")
         features = example[0].numel()
         guesses = [
-            nn.Sequential(nn.Flatten(), ContextMLP(features, unlock, m.shape[1], norm=True)) for m in messages
+            nn.Sequential(nn.Flatten(), ContextMLP(features, unlock, m.shape[1], norm=True)).to(m)
+            for m in messages
         ]
     interfaces = [
         Interface(make(message), batch_dim=0).to(example.device)
@@ -404,8 +408,9 @@ def agreement(model: Decoupled, x: Tensor, context: Any, loss: Callable[[Tensor]
     with frozen(model), torch.enable_grad():
         message = model.parts[0](x)
         for part in model.parts[1:]:
-            messages.append(message)
-            message = part(message)
+            # That of a frozen part has no graph.
+            messages.append(message if message.requires_grad else message.detach().requires_grad_())
+            message = part(messages[-1])
         true = torch.autograd.grad(loss(message), messages)
         return [
             agreement_of(model.gradient(cut, message.detach(), context), g)

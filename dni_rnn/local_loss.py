@@ -110,8 +110,7 @@ class LocalLoss(nn.Module):
 
     def send(self, message: Tensor, context: Any = None) -> Tensor:
         """A scalar of value 0 whose gradient is that of the loss: as `Interface.send`."""
-        loss = self(message, context)
-        return attach(loss if self.loss_scale is None else self.loss_scale * loss)
+        return attach(self(message, context), self.loss_scale)
 
     def _prediction(self, message: Tensor, targets: Tensor) -> Tensor:
         if self.pooling > 1:
@@ -119,7 +118,7 @@ class LocalLoss(nn.Module):
             message = pool(message, self.pooling, ceil_mode=True)
         logits = self.classifier(message.flatten(1)).unflatten(1, (self.window, self.symbols))
         summed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
-        return summed / len(message)
+        return summed / max(len(message), 1)
 
     def _similarity(self, message: Tensor, targets: Tensor) -> Tensor:
         assert self.projection is not None

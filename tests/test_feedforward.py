@@ -321,6 +321,20 @@ def test_agreement(kind, generator):
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
 
 
+def test_agreement_below_which_nothing_is_trained(generator):
+    """A frozen part has a gradient to agree with, and a local loss one without a graph around it."""
+    x, labels = batch("mlp", generator)
+    model = cut(make_net("mlp", generator), "local+critic", "mlp", generator)
+    whole = agreement(model, x, labels, lambda out: F.cross_entropy(out, labels))
+    model.parts[:2].requires_grad_(False)
+    found = agreement(model, x, labels, lambda out: F.cross_entropy(out, labels))
+    close(torch.tensor(found), torch.tensor(whole), rtol=1e-10)
+    message = model.parts[0](x)
+    with torch.no_grad():
+        said = model.gradient(0, message, labels)
+    close(said, model.gradient(0, message, labels))
+
+
 @pytest.mark.parametrize(("method", "floor"), [("cdni", 0.5), ("critic", 0.1)])
 def test_synthesizers_learn_the_gradient_of_a_net_that_stands_still(method, floor, generator):
     """Trained while the net is not, they explain the true gradient at every cut (0: what zero explains).
@@ -412,6 +426,32 @@ def test_what_does_not_go_together(options, message, generator):
     settings = {"cuts": [1], "classes": CLASSES, "example": torch.zeros(1, 5).double()} | options
     with pytest.raises(ValueError, match=message):
         decouple(make_net("mlp", generator), **settings)
+
+
+@pytest.mark.parametrize("method", ["cdni", "local"])
+def test_a_gradient_scaler_that_is_told_changes_nothing(method, generator):
+    """Of synthetic inputs too, which are trained on a loss of their own."""
+    model = cut(make_net("mlp", generator), method, "mlp", generator, unlock=[4])
+    x, labels = batch("mlp", generator)
+    found = []
+    for factor in (1.0, 1024.0):
+        each = copy.deepcopy(model)
+        for cutting in (*each.interfaces, *each.losses):
+            cutting.loss_scale = factor  # type: ignore[assignment]
+        (factor * F.cross_entropy(each(x, labels), labels)).backward()
+        found.append({name: g / factor for name, g in gradients(each).items()})
+    assert any(name.startswith("guesses") and g.any() for name, g in found[0].items())
+    close(found[1], found[0], rtol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["critic", "local+critic"])
+def test_what_decouple_makes_lies_where_the_net_lies(method):
+    net = fcn(5, CLASSES, 3, 7).to("meta", torch.float64)
+    x = torch.zeros(2, 5, device="meta", dtype=torch.float64)
+    model = decouple(net, [1, 2], x, CLASSES, method, unlock=[4])
+    assert all(each.is_meta for each in (*model.parameters(), *model.buffers()))
+    own = [*model.losses.parameters(), *model.guesses.parameters()]
+    assert {each.dtype for each in own} == {torch.float64}  # an M is given messages in its own type
 
 
 def test_unlock_needs_vectors(generator):
