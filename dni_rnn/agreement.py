@@ -48,8 +48,13 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     Inside, `.grad` starts as None.
     """
     parameters = [p for module in modules for p in module.parameters()]
-    buffers = [buffer for module in modules for buffer in module.buffers()]
-    kept, gradients = [buffer.clone() for buffer in buffers], [p.grad for p in parameters]
+    gradients = [p.grad for p in parameters]
+    owners = [owner for module in modules for owner in module.modules()]
+    kept = [
+        (owner, name, buffer, buffer.clone())
+        for owner in owners
+        for name, buffer in owner.named_buffers(recurse=False)
+    ]
     for parameter in parameters:
         parameter.grad = None
     try:
@@ -58,5 +63,5 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         with torch.no_grad():
-            for buffer, before in zip(buffers, kept, strict=True):
-                buffer.copy_(before)
+            for owner, name, buffer, before in kept:
+                setattr(owner, name, buffer.copy_(before))  # a module may have put another one there

@@ -299,7 +299,7 @@ class Critic(nn.Module):
             leaves = [leaf.detach().requires_grad_() for leaf in leaves]
             logits = self.classifier(unflatten(leaves, spec))
             losses, slope = _losses(logits, context, self.symbols, self.batch_first)
-            slope = slope * (1.0 / len(losses) if self.weight is None else self.weight)
+            slope = slope * (1.0 / max(len(losses), 1) if self.weight is None else self.weight)
             gradients = torch.autograd.grad(
                 logits, leaves, slope, create_graph=differentiable, materialize_grads=True
             )
@@ -386,7 +386,7 @@ class ErrorFeedback(nn.Module):
         if context is None:
             raise ValueError("an error needs targets: call it with them as context")
         losses, error = _losses(self.classifier(message.flatten(1)), context, self.symbols)
-        error = error.detach() * (1.0 / len(losses) if self.weight is None else self.weight)
+        error = error.detach() * (1.0 / max(len(losses), 1) if self.weight is None else self.weight)
         gradient = self.feedback(error) + F.linear(error, self.classifier.weight.detach().t())
         return Critique(gradient, self.loss_weight * losses)
 

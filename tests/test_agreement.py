@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from reference import close, grad, random
-from torch import nn
+from torch import Tensor, nn
 
 from dni_rnn.agreement import Agreement, agreement_of, cosine_similarity, frozen, trust_of
 from dni_rnn.interface import Interface
@@ -56,10 +56,24 @@ class FailedError(Exception):
     pass
 
 
+class Counting(nn.Module):
+    """Makes a new buffer of its old one, as running means often do."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return x
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_is_frozen_is_afterwards_as_before(fails, generator):
     norm = nn.BatchNorm1d(4)
-    net = nn.Sequential(nn.Linear(3, 4), norm).double()
+    net = nn.Sequential(nn.Linear(3, 4), norm, Counting()).double()
     interface = Interface(MLPSynthesizer(torch.zeros(5, 4), [3])).double()
     modules = (net, interface)
     for parameter in net.parameters():

@@ -33,6 +33,7 @@ from dni_rnn import (
 )
 from dni_rnn.cores.diagonal import DiagonalState
 from dni_rnn.pytree import detach, flatten, has_rows, map_tree, unflatten
+from dni_rnn.synthesizers import ErrorFeedback
 
 B, H = 4, 6
 ENDED = torch.tensor([True, False, True, False])
@@ -666,6 +667,20 @@ def test_a_batch_without_rows_passes(generator):
     received = interface.receive(state)
     (sum(leaf.sum() for leaf in received) + interface.send(state)).backward()
     assert [leaf.shape for leaf in received] == [(2, 0, H)] * 2
+
+
+@pytest.mark.parametrize("method", ["dni", "cdni", "critic", "local", "local+critic", "error"])
+def test_a_batch_without_rows_passes_a_cut(method):
+    """It adds nothing."""
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    if method == "error":
+        options: dict[str, Any] = {"synthesizer": lambda message: ErrorFeedback(message, 3)}
+    else:
+        options = {"method": method}
+    model = decouple(net, [1], torch.zeros(1, 5), 3, **options)
+    model(torch.zeros(0, 5), torch.zeros(0, dtype=torch.long)).sum().backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
 
 
 # Nets of other ranks.
