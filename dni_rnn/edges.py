@@ -82,8 +82,8 @@ class Send(torch.autograd.Function):
 
 
 def attach(loss: Tensor, loss_scale: Tensor | float | None) -> Tensor:
-    """A scalar of value 0, whose gradient with respect to the scalar `loss` is `loss_scale` (None: 1) wherever
-    it is added.
+    """A scalar of value 0 whose gradient with respect to the scalar `loss` is `loss_scale` (None: 1),
+    whatever it is added to.
     """
     loss = loss if loss_scale is None else loss_scale * loss
     return Send.apply(1, torch.ones_like(loss), loss)  # type: ignore[return-value]

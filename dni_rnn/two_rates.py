@@ -12,7 +12,7 @@ Source: Jaderberg et al. 2017, arXiv:1608.05343, §3.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,16 +82,21 @@ class Cut(nn.Module):
 
 
 class Sent:
-    """A message that has crossed a cut and is kept until its true gradient g is known.
+    """A message at a cut, from when it is sent until its true gradient g is known.
 
     Attributes:
+      terms: of its producer's objective.
       taken: the message as its consumer receives it; its `.grad` becomes g.
     """
 
     def __init__(self, cut: Cut, message: Tree, context: Tensor) -> None:
         self.cut, self.message, self.context = cut, message, context
         interface = cut.interface
-        self.synthetic = None if interface is None else interface.synthetic_gradient(detach(message), context)
+        if interface is not None:
+            interface.keeps_sent = True
+        self.terms = cut.send(message, context)
+        # What was sent, for M may change meanwhile, or never say the same twice.
+        self.synthetic = None if interface is None else [leaf.clone() for leaf in interface.sent or ()]
         leaves, spec = flatten(message)
         self.taken = unflatten([leaf.detach().requires_grad_() for leaf in leaves], spec)
 
@@ -105,7 +110,7 @@ class Sent:
         if any(leaf.requires_grad for leaf in received):
             torch.autograd.backward(received, found)
         if self.synthetic is not None:
-            found = [g - s for g, s in zip(found, flatten(self.synthetic)[0], strict=True)]
+            found = [g - s for g, s in zip(found, self.synthetic, strict=True)]
         return list(zip(flatten(self.message)[0], found, strict=True))
 
 
@@ -185,10 +190,15 @@ class TwoRates(nn.Module):
       cuts: by name: the states of A and B, "fast" and "slow", and the "message".
       period: T.
       ticks: ticks of B between its window boundaries; a divisor of T.
+
+    Raises:
+      ValueError: `ticks` does not divide T; or, when called, a block does not have T windows.
     """
 
     def __init__(self, fast: FastNet, slow: SlowNet, cuts: dict[str, Cut], period: int, ticks: int) -> None:
         super().__init__()
+        if ticks < 1 or period % ticks:
+            raise ValueError(f"ticks must divide the period, {period}, and {ticks} does not")
         self.fast, self.slow, self.cuts = fast, slow, nn.ModuleDict(cuts)
         self.period, self.ticks = period, ticks
 
@@ -220,30 +230,32 @@ class TwoRates(nn.Module):
             the turns add up to that of the block for any synthesizers, and without any (ĝ = 0), only late.
         """
         period, rows = self.period, len(block.slow)
+        if len(block.inputs) != period:
+            raise ValueError(f"a block has {period} windows, not {len(block.inputs)}")
         fast_state, slow_state = (net.core.initial_state(rows) for net in (self.fast, self.slow))
         heard: list[Tensor] = []
         late: list[list[Sent]] = []
 
-        def cross(name: str, message: Tree, context: Tensor) -> Tree:
-            """The message as received. With `correct` no M learns before the last turn of a block, so ĝ is
-            still what was sent."""
+        def send(name: str, message: Tree, context: Tensor) -> tuple[list[Tensor], Callable[[], Tree]]:
+            """Terms of the producer's objective; and the message as received, to be called after its turn."""
+            cut = self.cut(name)
             if not correct:
-                return self.cut(name).receive(message, context)
-            late[-1].append(Sent(self.cut(name), message, context))
-            return late[-1][-1].taken
+                return cut.send(message, context), lambda: cut.receive(message, context)
+            sent = Sent(cut, message, context)
+            late[-1].append(sent)
+            return sent.terms, lambda: sent.taken
 
         for tick in range(period):
             last = tick == period - 1
             late.append([])
             logits, message, state = _pass(self.fast, correct, block.inputs[tick], fast_state)
             terms = [F.cross_entropy(logits, block.fast[tick]) / period]
-            terms += self.cut("message").send(message, block.coming_slow(tick))
-            if not last:
-                terms += self.cut("fast").send(state, block.coming(tick + 1))
-            yield Turn(_sum(terms), fast=(logits, block.fast[tick]), kept=correct)
-            if not last:
-                fast_state = cross("fast", state, block.coming(tick + 1))
-            heard.append(cross("message", message, block.coming_slow(tick)))
+            of_message, hear = send("message", message, block.coming_slow(tick))
+            of_state, go_on = ([], None) if last else send("fast", state, block.coming(tick + 1))
+            yield Turn(_sum([*terms, *of_message, *of_state]), fast=(logits, block.fast[tick]), kept=correct)
+            if go_on is not None:
+                fast_state = go_on()
+            heard.append(hear())
             if (tick + 1) % self.ticks:
                 continue
             late.append([])
@@ -251,10 +263,11 @@ class TwoRates(nn.Module):
             heard = []
             if last:
                 yield Turn(F.cross_entropy(logits, block.slow), slow=(logits, block.slow))
-            elif terms := self.cut("slow").send(state, block.coming_slow(tick + 1)):
+                continue
+            terms, go_on = send("slow", state, block.coming_slow(tick + 1))
+            if terms:
                 yield Turn(_sum(terms), kept=correct)
-            if not last:
-                slow_state = cross("slow", state, block.coming_slow(tick + 1))
+            slow_state = go_on()
         if correct:
             yield Turn(late=late[:-1])
 

@@ -217,6 +217,32 @@ def test_a_correction_is_at_the_weights_of_the_forward_pass(generator):
     close(net_gradients(model), wanted)
 
 
+def test_a_correction_is_of_what_was_sent(generator):
+    """Also if M has changed since: by dropout, or by an optimizer that goes on without a new gradient."""
+    model, block = small(generator, restore=0.0, dni=True, ticks=1)
+    true = truth(model, block)
+    for interface in model.interfaces().values():
+        interface.target_square.fill_(1.0)
+    model.zero_grad()
+    for turn in model.decoupled(block, correct=True):
+        turn.backward()
+        for interface in model.interfaces().values():
+            randomize(interface.synthesizer, generator)
+    close(net_gradients(model), true.parameters)
+
+
+def test_what_does_not_divide_is_refused(generator):
+    """B would never answer, and windows would be left out."""
+    model, block = small(generator)
+    for ticks in (0, 2, 4):
+        with pytest.raises(ValueError, match="must divide the period, 3"):
+            TwoRates(model.fast, model.slow, {}, 3, ticks)
+    for windows in (2, 4):
+        wrong = TwoRates(model.fast, model.slow, {}, windows, windows)
+        with pytest.raises(ValueError, match=f"a block has {windows} windows, not 3"):
+            next(wrong.decoupled(block))
+
+
 def test_what_arrives_at_the_message_is_the_true_gradient(generator):
     """B's window is the whole block, so the synthesizer of the message is never bootstrapped."""
     model, block = small(generator, dni=True)
