@@ -51,7 +51,8 @@ class StatePenalty(Running):
         loss = criterion(output, y) + penalty(state)        # was: criterion(output, y)
 
     Add it to the scalar on which backward is called, with no factor before it. Beside an `Interface`, which
-    measures the same RMS, leave `measure` out and pass `rms=interface.target_rms()`.
+    measures the same RMS, leave `measure` out and pass `rms=interface.target_rms()`, or if its `normalize` is
+    off `rms=interface.target_square.sqrt()`.
 
     Args:
       strength: see above.

@@ -75,7 +75,7 @@ class Cut(nn.Module):
         terms, rms = [], None
         if self.interface is not None:
             terms.append(self.interface.send(message, context))
-            rms = self.interface.target_rms()
+            rms = self.interface.target_square.sqrt()
         if self.penalty is not None:
             terms.append(self.penalty(message, rms=rms))
         return terms

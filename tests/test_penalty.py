@@ -400,7 +400,8 @@ def test_truncated_bptt_with_a_penalty_by_hand(kind, resets, generator):
 
 @kinds
 @with_and_without_resets
-def test_dni_with_a_penalty_takes_the_rms_of_its_interface(kind, resets, generator):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_dni_with_a_penalty_takes_the_rms_of_its_interface(kind, resets, normalize, generator):
     problem = run_away(kind, generator, resets)
     windows = library(problem, end=some_end(resets))
     synthesizer = random_synthesizer(problem, generator)
@@ -411,15 +412,16 @@ def test_dni_with_a_penalty_takes_the_rms_of_its_interface(kind, resets, generat
         keep = 1.0 if done is None else (~done).to(torch.float64).reshape(1, -1, 1)
         with torch.no_grad():
             rows = laid_out(synthesizer(as_message(problem, end)), example)
-        return tuple(0.7 * 0.9**steps * rms * keep * leaf for leaf in rows)
+        unit = rms if normalize else 1.0
+        return tuple(0.7 * 0.9**steps * unit * keep * leaf for leaf in rows)
 
     wanted, rms = by_hand(problem, windows, STRENGTH, said)
     penalty, model = made(STRENGTH), build(problem, copy.deepcopy(synthesizer), scale=0.7)
+    assert model.core.interface is not None
+    model.core.interface.normalize = normalize
     DNI(discount=0.9, penalty=penalty)(model, windows, as_message(problem), WEIGHT)
     close(net_gradients(model), wanted)
-    interface = model.core.interface
-    assert interface is not None
-    assert float(interface.target_rms()) == pytest.approx(rms, rel=1e-9)
+    assert float(model.core.interface.target_square.sqrt()) == pytest.approx(rms, rel=1e-9)
     assert float(penalty.count) == 0.0  # it measures nothing itself
     without, _ = by_hand(problem, windows, 0.0, said)
     assert distance(without, wanted) > 0.05

@@ -80,7 +80,7 @@ class DNI(TruncatedBPTT):
         discount = self.discount ** len(window.inputs)
         terms = [interface.send(state, end.context, end.done, discount=discount)]
         if self.penalty is not None:
-            terms.append(self.penalty(state, end.done, rms=interface.target_rms()))
+            terms.append(self.penalty(state, end.done, rms=interface.target_square.sqrt()))
         if self.aux is not None:
             target = flatten_rows(interface.predict(state, end.context, end.done))
             error = F.mse_loss(self.aux(outputs[0], window.start.context), target)
