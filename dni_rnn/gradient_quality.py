@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
@@ -38,6 +39,7 @@ from dni_rnn.estimators.bptt import TruncatedBPTT
 from dni_rnn.estimators.dni import DNI
 from dni_rnn.estimators.full import FullBPTT, state_gradients
 from dni_rnn.estimators.lookahead import LookaheadBPTT
+from dni_rnn.interface import Interface
 from dni_rnn.pytree import Tree, flatten_rows, map_tree
 from dni_rnn.recurrent import SequenceModel
 from dni_rnn.traces import why_not_traced
@@ -106,10 +108,10 @@ def core_gradient(
 ) -> Tensor:
     """An estimator's gradient with respect to the core's recurrent weights over a stretch, flat.
 
-    The model's `.grad` and the statistics of its interface are left as they were.
+    The model's `.grad`, the statistics of its interface and what it has sent are left as they were.
     """
-    rows = windows[0].inputs.shape[1]
-    with frozen(model, estimator):
+    rows, interface = windows[0].inputs.shape[1], model.core.interface
+    with frozen(model, estimator), _sent_kept(interface) if interface is not None else nullcontext():
         estimator.begin(model, rows)
         estimator(model, windows, state, weight)
         estimator.flush()
@@ -118,6 +120,17 @@ def core_gradient(
             for parameter in model.core.rnn.parameters()  # type: ignore[attr-defined]
         ]
     return torch.cat(found)
+
+
+@contextmanager
+def _sent_kept(interface: Interface) -> Iterator[None]:
+    """What a trace of the model reads after its last window is as before on exit."""
+    before = interface.sent, interface.sent_before, interface.keeps_sent
+    interface.sent = None  # else it is written in place
+    try:
+        yield
+    finally:
+        interface.sent, interface.sent_before, interface.keeps_sent = before
 
 
 def diagnose(

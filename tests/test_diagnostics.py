@@ -78,6 +78,22 @@ def test_the_model_is_left_as_it_was(generator: torch.Generator) -> None:
     assert all((parameter.grad == 1).all() for parameter in model.parameters())
 
 
+def test_a_measurement_between_two_windows_of_a_trace_changes_nothing(generator: torch.Generator) -> None:
+    data, stretch, found = text(generator), windows(generator, 4, 2), []
+    for measured in (False, True):
+        model, estimator = make(data), DNI(trace="all")
+        assert model.core.interface is not None
+        torch.nn.init.normal_(next(model.core.interface.synthesizer.parameters()), std=0.1)
+        estimator.begin(model, 3)
+        state = model.initial_state(3)
+        for window in stretch:
+            state = estimator(model, [window], state, 0.1).state
+            if measured:
+                core_gradient(model, DNI(trace=4), stretch[:2], state, 0.1)
+        found.append(torch.cat([p.grad.flatten() for p in model.net_parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_state_gradients_are_those_of_finite_differences(generator: torch.Generator) -> None:
     model = make(text(generator))
     stretch = windows(generator, 3, 2)
