@@ -237,18 +237,20 @@ def per_row(values: Tensor, leaf: Tensor, batch_dim: int) -> Tensor:
     return values.reshape(shape)
 
 
-def where_rows(rows: Tensor, chosen: Tree, other: Tree, batch_dim: BatchDim = -2) -> Tree:
+def where_rows(rows: Tensor, chosen: Tree, other: Tree, batch_dim: int = -2) -> Tree:
     """Row by row: `chosen` where the boolean `rows` (B,) holds, `other` elsewhere.
 
-    Leaves without rows (`has_rows`) are those of `other`.
+    Tensors of integers have rows too, such as counters, where their dimension `batch_dim` has B of them. What
+    has none is that of `other`.
     """
-    leaves, _ = flatten(chosen, has_rows)
-    others, spec = flatten(other, has_rows)
-    mixed = [
-        torch.where(per_row(rows, leaf, dim), leaf, o)
-        for leaf, o, dim in zip(leaves, others, dims_of(leaves, batch_dim), strict=True)
-    ]
-    return unflatten(mixed, spec)
+    leaves, _ = flatten(chosen)
+    others, spec = flatten(other)
+
+    def mixed(leaf: Tensor, other: Tensor, dim: int) -> Tensor:
+        counted = has_rows(leaf) or (leaf.dim() > 0 and leaf.shape[dim] == len(rows))
+        return torch.where(per_row(rows, leaf, dim), leaf, other) if counted else other
+
+    return unflatten(map(mixed, leaves, others, dims_of(leaves, batch_dim)), spec)
 
 
 def flatten_rows(tree: Tree, batch_dim: BatchDim = -2) -> Tensor:

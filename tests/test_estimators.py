@@ -26,6 +26,7 @@ from dni_rnn.estimators import Estimator
 from dni_rnn.estimators.bptt import TruncatedBPTT
 from dni_rnn.estimators.dni import DNI
 from dni_rnn.estimators.full import FullBPTT
+from dni_rnn.estimators.lookahead import LookaheadBPTT
 from dni_rnn.interface import Interface
 from dni_rnn.pytree import LSTMState, Tree, flatten, map_tree, unflatten
 from dni_rnn.recurrent import RecurrentCore, SequenceModel
@@ -531,6 +532,55 @@ def test_a_core_without_an_interface_says_so(generator):
         DNI()(model, library(problem), as_message(problem), WEIGHT)
     with pytest.raises(ValueError, match="core has no interface"):
         model.core.emit(random(generator, 2, 3, 3), as_message(problem), Boundary())
+
+
+def test_a_trace_of_no_model_or_another_is_refused(generator):
+    problem = reference.random_problem("lstm", generator)
+    model, windows = build(problem), library(problem)
+    estimator = TruncatedBPTT(trace="all")
+    for begun in (None, build(problem)):
+        if begun is not None:
+            estimator.begin(begun, windows[0].inputs.shape[1])
+        with pytest.raises(ValueError, match=r"call begin\(model, rows\)"):
+            estimator(model, windows, as_message(problem), WEIGHT)
+
+
+class CountingCell(nn.Module):
+    """A core whose gain depends on the number of steps since a row began."""
+
+    output_size, output_leaf = 3, "h"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(2, 3)
+
+    def initial_state(self, batch_size: int) -> Tree:
+        h = next(self.parameters()).new_zeros(batch_size, 3)
+        return {"h": h, "steps": torch.zeros(batch_size, 1, dtype=torch.long)}
+
+    def forward(self, inputs: Tensor, state: Tree) -> tuple[Tensor, Tree]:
+        h, steps, outputs = state["h"], state["steps"], []
+        for x in inputs:
+            h, steps = self.cell(x * (1 + steps % 3), h), steps + 1
+            outputs.append(h)
+        return torch.stack(outputs), {"h": h, "steps": steps}
+
+
+def test_integers_of_a_state_begin_anew_with_their_row(generator):
+    """And what looks ahead passes by them: to the end, it is full BPTT."""
+    model = SequenceModel(4, 4, 2, RecurrentCore(CountingCell())).double()
+    randomize(model, generator)
+    x, y = torch.randint(4, (2, 6, 3), generator=generator)
+    done = torch.tensor([False, True, False])
+    edges = [Boundary(), Boundary(done=done), Boundary(), Boundary()]
+    windows = [Window(x[2 * k :][:2], y[2 * k :][:2], edges[k], edges[k + 1], 6) for k in range(3)]
+    found = []
+    for estimator in (FullBPTT(), LookaheadBPTT(9)):
+        model.zero_grad()
+        end = estimator(model, windows, model.initial_state(3), WEIGHT).state
+        assert end["steps"].flatten().tolist() == [6, 4, 6]
+        found.append(net_gradients(model))
+    close(found[1], found[0])
 
 
 def test_an_estimator_remembers_nothing_unless_it_says_so(generator):

@@ -31,6 +31,9 @@ class TruncatedBPTT(Estimator):
         steps, along each cell's own path (exactly in an element-wise core), including the embedding.
       trace_decay: factor on the trace per step.
 
+    Raises:
+      ValueError: called with a trace and a model for which `begin` was not called.
+
     Source: Williams & Peng 1990, "An efficient gradient-based algorithm for on-line training of
     recurrent network trajectories".
     """
@@ -62,6 +65,8 @@ class TruncatedBPTT(Estimator):
     def forward(
         self, model: SequenceModel, windows: Sequence[Window], state: Tree, weight: float
     ) -> Estimate:
+        if self.trace and [traced.core for traced in self._traced] != [model.core.rnn]:
+            raise ValueError("a trace is of one model's rows: call begin(model, rows) before a first window")
         losses = []
         for window in windows:
             state = self.enter(model, model.reset(state, window.start.done), window.start)

@@ -8,7 +8,7 @@ import torch
 
 from dni_rnn.estimators import Estimate, Estimator
 from dni_rnn.penalty import StatePenalty
-from dni_rnn.pytree import Tree, detach, flatten, map_tree, unflatten
+from dni_rnn.pytree import Tree, detach, flatten, has_rows, unflatten
 from dni_rnn.recurrent import SequenceModel
 from dni_rnn.window import Window, window_loss
 
@@ -49,7 +49,8 @@ def state_gradients(
     n = 0 stands for all of `windows`. The loss is weight · Σ −log p; each gradient is a tree like `state`.
     The graph of all windows is held in memory at once.
     """
-    leaves, spec = flatten(map_tree(lambda leaf: leaf.detach().requires_grad_(), state))
+    leaves, spec = flatten(detach(state), has_rows)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
     state, losses = unflatten(leaves, spec), []
     for window in windows:
         outputs, state = model.unroll(window.inputs, model.reset(state, window.start.done))

@@ -12,7 +12,7 @@ from dni_rnn.estimators import Estimate
 from dni_rnn.estimators.bptt import TraceSteps, TruncatedBPTT
 from dni_rnn.estimators.full import state_gradients
 from dni_rnn.penalty import StatePenalty
-from dni_rnn.pytree import Tree, flatten
+from dni_rnn.pytree import Tree, flatten, has_rows
 from dni_rnn.recurrent import SequenceModel
 from dni_rnn.window import Boundary, Window
 
@@ -91,9 +91,9 @@ class LookaheadBPTT(TruncatedBPTT):
     ) -> list[Tensor]:
         terms = super().leave(model, window, outputs, state, weight)
         self._coming.popleft()
-        coming, leaves = first_steps(self._coming, self.lookahead), flatten(state)[0]
+        coming, leaves = first_steps(self._coming, self.lookahead), flatten(state, has_rows)[0]
         if coming:
-            sent = flatten(state_gradients(model, coming, state, weight, (0,))[0])[0]
+            sent = flatten(state_gradients(model, coming, state, weight, (0,))[0], has_rows)[0]
             terms += [(leaf * gradient).sum() for leaf, gradient in zip(leaves, sent, strict=True)]
         else:
             sent = [torch.zeros_like(leaf) for leaf in leaves]
