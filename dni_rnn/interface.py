@@ -176,7 +176,8 @@ class Interface(Running):
 
         Args:
           message: what was sent, for example the state at the end of the previous window.
-          context: what M is conditioned on besides the message; as given to `send`.
+          context: what M is conditioned on besides the message; as given to `send`. It is not detached:
+            what it was computed from is trained on M's loss, like M.
           done: (B,) or (B, 1), booleans or numbers, a tensor, array or list. Rows whose sequence ended at
             this boundary: the caller has put an initial state there, and M is not trained on its gradient.
 
