@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dni_rnn.experiments.bench import time_in_turns
-from dni_rnn.feedforward import Method, cnn, decouple, fcn
+from dni_rnn.feedforward import Method, decouple
+from dni_rnn.nets import cnn, fcn
 from dni_rnn.synthesizers import ErrorFeedback
 
 CLASSES, ROWS = 10, 256

@@ -14,7 +14,8 @@ import torch
 
 from dni_rnn.cli import main
 from dni_rnn.errors import UsageError
-from dni_rnn.feedforward import cnn, decouple, vgg
+from dni_rnn.feedforward import decouple
+from dni_rnn.nets import cnn, vgg
 from dni_rnn.training import export
 from dni_rnn.training.inference import load_run
 from dni_rnn_tasks import live_learner

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn.agreement import Agreement
-from dni_rnn.feedforward import Decoupled, agreement, cnn, decouple, fcn, sigmoid_net, split, vgg
+from dni_rnn.feedforward import Decoupled, agreement, decouple, split
 from dni_rnn.interface import Interface
+from dni_rnn.nets import cnn, fcn, sigmoid_net, vgg
 from dni_rnn.synthesizers import ContextMLP, Critic
 
 ROWS, CLASSES = 6, 3

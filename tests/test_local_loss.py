@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dni_rnn import local_loss
-from dni_rnn.feedforward import Decoupled, agreement, cnn, decouple, fcn
+from dni_rnn.feedforward import Decoupled, agreement, decouple
 from dni_rnn.local_loss import LocalLoss
+from dni_rnn.nets import cnn, fcn
 
 ROWS, SYMBOLS = 5, 3
 MESSAGES = {

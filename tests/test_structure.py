@@ -10,7 +10,7 @@ import dni_rnn
 ROOT = Path(dni_rnn.__file__).parent
 LAYERS = (
     "agreement files checks cores edges errors estimators feedforward gradient_quality interface "
-    "local_loss metrics parent_process penalty pytree recurrent registry running_rms stashed "
+    "local_loss metrics nets parent_process penalty pytree recurrent registry running_rms stashed "
     "synthesizer_call synthesizers traces two_rates window",
     "config",
     "data",

@@ -14,7 +14,8 @@ from dni_rnn.config import FeedforwardConfig
 from dni_rnn.data.labelled import Batches, Examples
 from dni_rnn.data.task import Split
 from dni_rnn.errors import UsageError
-from dni_rnn.feedforward import Decoupled, agreement, cnn, decouple, fcn, sigmoid_net, vgg
+from dni_rnn.feedforward import Decoupled, agreement, decouple
+from dni_rnn.nets import cnn, fcn, sigmoid_net, vgg
 from dni_rnn.synthesizers import ErrorFeedback
 from dni_rnn.training.learner import Learner, TrainingRecord, adam, begin, cosine_schedule
 
