@@ -88,12 +88,12 @@ def built(flag: str, text: str, kind: Any, *arguments: Any, **options: Any) -> A
     Raises:
       UsageError: it does not accept these, or a user's class fails.
     """
-    try:
-        inspect.signature(kind).bind(*arguments, **options)
-        if not is_import(text.partition(",")[0]):
+    if not is_import(text.partition(",")[0]):
+        try:
+            inspect.signature(kind).bind(*arguments, **options)
             return kind(*arguments, **options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{flag} {text}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{flag} {text}: {error}") from None
     with theirs(f"{flag} {text}: cannot be made"):
         return kind(*arguments, **options)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 
 from dni_rnn.config import RecurrentConfig
@@ -60,7 +62,12 @@ def build_estimator(config: RecurrentConfig, model: SequenceModel, data: Data) -
     if not config.dni:
         name, options = config.estimator_spec
         kind, given = find("estimators", name), {"penalty": penalty} if penalty else {}
-        return built("--estimator", config.estimator or name, kind, **(options | given | trace))
+        options = options | given | trace
+        try:
+            inspect.signature(kind).bind(**options)
+        except TypeError as error:
+            raise UsageError(f"--estimator {config.estimator}: {error}") from None
+        return built("--estimator", config.estimator or name, kind, **options)
     aux = None
     if config.aux:
         state = model.core.initial_state(1)
